@@ -7,6 +7,7 @@ time and memory. The format: https://github.com/ggml-org/ggml/blob/master/docs/g
 
 from __future__ import annotations
 
+import difflib
 import re
 import stat
 import struct
@@ -58,7 +59,7 @@ def read_gguf(path: Path) -> GgufHeader:
     if not isinstance(count, int) or count <= 1:
         return header
     names = _split_names(path, count, header.metadata.get("split.no", 0))
-    missing = [name for name in names if not path.with_name(name).exists()]
+    missing = [name for name in names if not _is_there(path.with_name(name))]
     if missing:
         first = missing[0]
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -91,6 +92,7 @@ _MAX_KEPT_BYTES = 1024
 _MAX_KEPT_ITEMS = 1024
 _MAX_DIMENSIONS = 4
 _MAX_SPLITS = 10_000
+_MAX_HEADER_BYTES = 1 << 30
 
 _CHUNK_BYTES = 1 << 20
 _DEFAULT_ALIGNMENT = 32
@@ -126,6 +128,8 @@ class _Stream:
     def skip(self, count: int) -> None:
         if self.position + count > self.size:
             raise _Broken(f"its header is cut off or corrupt: it points past the file's {self.size:,} bytes")
+        if self.position + count > _MAX_HEADER_BYTES:
+            raise _Broken("its header claims to be longer than 1 GiB")
         self.position += count
 
     def number(self, code: str) -> int:
@@ -178,17 +182,11 @@ def _read_file(path: Path) -> GgufHeader:
             raise BadModel(f"{path} is not a regular file", hint="give the path of a .gguf file")
         with path.open("rb", buffering=0) as file:
             return _read_header(path, _Stream(file, status.st_size))
-    except FileNotFoundError as error:
-        raise Missing(
-            f"there is no file {path}", code="model-missing", hint="check the path, or `mgpu ls`"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a path with a NUL
+        raise Missing(f"there is no file {str(path)!r}", code="model-missing", hint=_nearest(path)) from error
     except OSError as error:
         message = f"{path} cannot be read: {error.strerror or error}"
         raise Missing(message, code="model-unreadable", hint=f"ls -l {path}") from error
-    except ValueError as error:  # a path with a NUL
-        raise Missing(
-            f"there is no file {str(path)!r}", code="model-missing", hint="check the path"
-        ) from error
     except _Broken as error:
         raise _bad(path, str(error)) from error
 
@@ -328,6 +326,23 @@ def _split_names(path: Path, count: int, number: object) -> list[str]:
             hint=f"give the first part: {path.with_name(names[0])}",
         )
     return names
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _nearest(path: Path) -> str:
+    """A hint for a path that leads nowhere: the files whose names are nearest, if there are any."""
+    try:
+        names = [each.name for each in path.parent.iterdir() if each.suffix == ".gguf"]
+    except (OSError, ValueError):
+        return f"there is no folder {str(path.parent)!r} either, or it cannot be read"
+    near = difflib.get_close_matches(path.name, names, n=2) or names[:2]
+    return f"did you mean {' or '.join(near)}?" if near else "check the path, or `mgpu ls`"
 
 
 def _aligned(position: int, alignment: int) -> int:

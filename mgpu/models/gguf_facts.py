@@ -43,6 +43,7 @@ def facts_from_header(header: GgufHeader) -> ModelFacts:
             f"{header.path} has the architecture {architecture!r}, which mgpu cannot plan: "
             "its header names no layers or no attention heads",
             code="architecture-unknown",
+            hint="ask the engine: llama-server --fit on -lv 4 -m FILE",
         )
     # Next-token-prediction layers at the end count as blocks, but engines do not load them.
     layers = keys.number("block_count", 1, _MOST_LAYERS) - keys.number("nextn_predict_layers", 0, 64, 0)
