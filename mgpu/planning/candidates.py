@@ -1,0 +1,275 @@
+"""One way to run a model on one set of cards: placement, ledger, verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mgpu.machine.snapshot import Gpu, Host
+from mgpu.models.facts import ModelFacts
+from mgpu.planning.memory import compute_buffers, device_kind, kv_bytes, padded_ctx_tokens
+from mgpu.planning.speed import Speed, active_bytes, layer_split_bound
+from mgpu.planning.split import balanced_split, split_by_proportions
+from mgpu.planning.wants import Wants
+from mgpu.units import gib
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedDevice:
+    """One card's ledger. `device` is the engine's name for it; `layers` counts the repeating layers from
+    `first_layer` on; `head` says that it also holds the output head. `spare_bytes` is what stays free."""
+
+    gpu: int
+    uuid: str | None
+    name: str
+    device: str
+    first_layer: int
+    layers: int
+    head: bool
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    runtime_bytes: int
+    total_bytes: int | None
+    free_bytes: int
+    basis: str
+
+    @property
+    def planned_bytes(self) -> int:
+        """Everything the engine will hold on this card."""
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.runtime_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """What stays free; negative when the card overflows."""
+        return self.free_bytes - self.planned_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedHost:
+    """The host memory's ledger; `free_bytes` is None when unknown."""
+
+    layers: int
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    free_bytes: int | None
+
+    @property
+    def planned_bytes(self) -> int:
+        """Everything the engine will hold in host memory (mapped weights included)."""
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+    @property
+    def spare_bytes(self) -> int | None:
+        """What stays available, None when unknown."""
+        return None if self.free_bytes is None else self.free_bytes - self.planned_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to run the model, with its verdict: "fits", "fits-with-offload", "does-not-fit", "illegal" or
+    "unavailable". `short_bytes` is by how much it does not fit, 0 when it does."""
+
+    backend: str
+    split_mode: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    replicas: int
+    quant: str | None
+    kv_type: str
+    ctx_tokens: int
+    parallel: int
+    verdict: str
+    reasons: tuple[str, ...]
+    devices: tuple[PlannedDevice, ...]
+    host: PlannedHost
+    short_bytes: int
+    max_ctx_tokens: int | None
+    speed: Speed
+    wants: Wants
+
+
+def layer_split(
+    facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int
+) -> Candidate:
+    """Return the best llama.cpp layer split of `facts` over `gpus` (all of them, in this order; none: the CPU).
+
+    Without `wants.offload` all layers go to the cards and a split that overflows is returned as "does-not-fit";
+    with it, as many first layers as needed stay in host memory.
+    """
+    if not gpus:
+        return _placed(facts, wants, gpus, host, ctx_tokens, host_units=len(facts.layers) + 1)
+    candidate = _placed(facts, wants, gpus, host, ctx_tokens, host_units=0)
+    if candidate.verdict == "fits" or not wants.offload:
+        return candidate
+    return _with_offload(facts, wants, gpus, host, ctx_tokens)
+
+
+def with_max_ctx(candidate: Candidate, facts: ModelFacts, gpus: Sequence[Gpu], host: Host) -> Candidate:
+    """Return `candidate` with the largest context per user (a multiple of 256, at most what the model was trained
+    on) for which the same cards still fit; 0 when even 256 tokens do not."""
+    granule = padded_ctx_tokens(1)
+    low, high = 0, (facts.context_length or 1 << 20) // granule
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = layer_split(facts, replace(candidate.wants, offload=False), gpus, host, middle * granule)
+        low, high = (middle, high) if tried.verdict == "fits" else (low, middle - 1)
+    return replace(candidate, max_ctx_tokens=low * granule)
+
+
+def _with_offload(
+    facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int
+) -> Candidate:
+    """The fewest layers on the host for which the cards hold the rest."""
+    low, high = 1, len(facts.layers) + 1
+    while low < high:
+        middle = (low + high) // 2
+        tried = _placed(facts, wants, gpus, host, ctx_tokens, host_units=middle)
+        low, high = (low, middle) if _cards_hold(tried) else (middle + 1, high)
+    return _placed(facts, wants, gpus, host, ctx_tokens, host_units=low)
+
+
+def _cards_hold(candidate: Candidate) -> bool:
+    return all(device.spare_bytes >= candidate.wants.headroom_bytes for device in candidate.devices)
+
+
+def _placed(
+    facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int, *, host_units: int
+) -> Candidate:
+    """The candidate with the first `host_units` units (layers, then the head) in host memory."""
+    weights = [layer.weights_bytes for layer in facts.layers]
+    caches = [kv_bytes(layer, wants, ctx_tokens) for layer in facts.layers]
+    total_units = len(weights) + 1
+    names = tuple(gpu.engine_devices[0] for gpu in gpus)
+    host_layers = min(host_units, len(weights))
+    buffers = compute_buffers(facts, wants, ctx_tokens, devices=names, host_layers=host_layers)
+
+    unit_bytes = [w + kv for w, kv in zip(weights, caches, strict=True)] + [facts.head_bytes]
+    unit_bytes = unit_bytes[host_units:]
+    if not gpus or host_units >= total_units:
+        counts: tuple[int, ...] = ()
+    elif wants.tensor_split:
+        counts = split_by_proportions(len(unit_bytes), wants.tensor_split)
+    else:
+        capacities = [
+            (gpu.free_bytes or 0)
+            - device_kind(name).runtime_bytes
+            - wants.headroom_bytes
+            - (buffers.first if i == 0 else buffers.other)
+            for i, (gpu, name) in enumerate(zip(gpus, names, strict=True))
+        ]
+        counts = balanced_split(unit_bytes, capacities)
+
+    devices, start = [], host_units
+    for i, (gpu, name, count) in enumerate(zip(gpus, names, counts, strict=False)):
+        end = start + count
+        head = start < total_units <= end
+        own = slice(start, min(end, len(weights)))
+        compute = buffers.first if i == 0 else buffers.other
+        if count == 0:
+            compute = 0
+        elif head and count == 1:
+            compute = buffers.head_only
+        devices.append(
+            PlannedDevice(
+                gpu=gpu.index,
+                uuid=gpu.uuid,
+                name=gpu.name,
+                device=name,
+                first_layer=start,
+                layers=count - head,
+                head=head,
+                weights_bytes=sum(weights[own]) + (facts.head_bytes if head else 0),
+                kv_bytes=sum(caches[own]),
+                compute_bytes=compute,
+                runtime_bytes=device_kind(name).runtime_bytes,
+                total_bytes=gpu.total_bytes,
+                free_bytes=gpu.free_bytes or 0,
+                basis="weights and KV by formula from the tensor table, runtime from a table",
+            )
+        )
+        start = end
+    # A tied head on the host is the embedding itself, not a second copy.
+    host_head = facts.head_bytes if host_units >= total_units and not facts.tied else 0
+    planned_host = PlannedHost(
+        layers=host_layers,
+        weights_bytes=facts.embedding_bytes + facts.other_bytes + sum(weights[:host_layers]) + host_head,
+        kv_bytes=sum(caches[:host_layers]),
+        compute_bytes=buffers.host,
+        free_bytes=host.ram_available_bytes,
+    )
+    return _judged(facts, wants, gpus, ctx_tokens, tuple(devices), planned_host)
+
+
+def _judged(
+    facts: ModelFacts,
+    wants: Wants,
+    gpus: Sequence[Gpu],
+    ctx_tokens: int,
+    devices: tuple[PlannedDevice, ...],
+    host: PlannedHost,
+) -> Candidate:
+    short = sum(
+        max(wants.headroom_bytes - device.spare_bytes, 0) for device in devices if device.planned_bytes
+    )
+    reasons = []
+    if short:
+        fullest = min(devices, key=lambda device: device.spare_bytes)
+        needed = sum(device.planned_bytes + wants.headroom_bytes for device in devices)
+        free = sum(device.free_bytes for device in devices)
+        reasons.append(
+            f"{gib(needed)} needed on the cards, {gib(free)} free; "
+            f"gpu{fullest.gpu} is short by {gib(wants.headroom_bytes - fullest.spare_bytes)}"
+        )
+    if host.spare_bytes is not None and host.spare_bytes < 0:
+        short += -host.spare_bytes
+        reasons.append(
+            f"{gib(host.planned_bytes)} needed in host memory, {gib(host.free_bytes or 0)} available"
+        )
+    if short:
+        verdict = "does-not-fit"
+    elif gpus and host.layers:
+        verdict = "fits-with-offload"
+        reasons.append(f"{host.layers} of {len(facts.layers)} layers stay in host memory: slow")
+    else:
+        verdict = "fits"
+    if host.layers and host.free_bytes is None:
+        reasons.append("the host's memory is unknown, so it was not checked")
+    idle = [f"gpu{device.gpu}" for device in devices if not device.layers and not device.head]
+    if idle:
+        reasons.append(f"{', '.join(idle)} would hold nothing")
+    return Candidate(
+        backend="llama.cpp",
+        split_mode="layer" if len(devices) > 1 else "none",
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        replicas=1,
+        quant=facts.quantisation,
+        kv_type=wants.kv_type_k,
+        ctx_tokens=ctx_tokens,
+        parallel=wants.parallel,
+        verdict=verdict,
+        reasons=tuple(reasons),
+        devices=devices,
+        host=host,
+        short_bytes=short,
+        max_ctx_tokens=None,
+        speed=_bound(facts, gpus, devices, host),
+        wants=wants,
+    )
+
+
+def _bound(
+    facts: ModelFacts, gpus: Sequence[Gpu], devices: tuple[PlannedDevice, ...], host: PlannedHost
+) -> Speed:
+    """The physical bound at an empty context; none with layers in host memory, whose bandwidth is unknown."""
+    if host.layers or not devices:
+        return Speed()
+    reads = []
+    for gpu, device in zip(gpus, devices, strict=True):
+        layers = facts.layers[device.first_layer : device.first_layer + device.layers]
+        read = sum(active_bytes(layer, facts) for layer in layers) + (facts.head_bytes if device.head else 0)
+        if read:
+            reads.append((read, gpu.bandwidth_gb_s))
+    return layer_split_bound(reads)

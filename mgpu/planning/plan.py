@@ -1,0 +1,121 @@
+"""The plan: candidates ranked, the best one, and the cheapest ways out when nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mgpu.machine.snapshot import Gpu, Machine
+from mgpu.models.facts import ModelFacts
+from mgpu.planning.candidates import Candidate, layer_split, with_max_ctx
+from mgpu.planning.wants import DEFAULT_CTX_TOKENS, Wants
+
+# A context this short serves one question and a short answer; below it a plan is no help.
+_SMALLEST_USEFUL_CTX = 2048
+
+NOT_MODELLED = (
+    "speed below the physical bound (no prediction yet)",
+    "memory other programs take between plan and start",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fix:
+    """A change of options and what the plan becomes with it; `candidate` was planned again, not guessed."""
+
+    change: str
+    candidate: Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All candidates, best first; `best` indexes the one to run, None when none fits."""
+
+    model: ModelFacts
+    machine: Machine
+    candidates: tuple[Candidate, ...]
+    best: int | None
+    fixes: tuple[Fix, ...]
+    not_modelled: tuple[str, ...] = NOT_MODELLED
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate to run or, when none fits, the one that was asked for."""
+        return self.candidates[self.best or 0]
+
+
+def make_plan(
+    facts: ModelFacts,
+    machine: Machine,
+    gpus: Sequence[Gpu],
+    wants: Wants,
+    *,
+    other_quantisations: Sequence[ModelFacts] = (),
+) -> Plan:
+    """Plan `facts` on `gpus` of `machine` (none: the CPU).
+
+    The first candidate uses all of `gpus`; single cards that would do as well follow. `other_quantisations` are
+    smaller files of the same model to propose when this one does not fit.
+    """
+    asked = _asked(facts, wants, gpus, machine)
+    candidates = [asked]
+    if len(gpus) > 1 and not wants.tensor_split and wants.split_mode != "layer":
+        single = _best_single(facts, wants, gpus, machine)
+        candidates += [single] if single else []
+    runnable = ("fits", "fits-with-offload") if wants.offload else ("fits",)
+    best = next((i for i, candidate in enumerate(candidates) if candidate.verdict in runnable), None)
+    fixes = () if best is not None else _fixes(facts, wants, gpus, machine, other_quantisations)
+    return Plan(model=facts, machine=machine, candidates=tuple(candidates), best=best, fixes=fixes)
+
+
+def _asked(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate:
+    """All of `gpus` with the context asked for, or the default one, lowered if only that makes it fit."""
+    ctx_tokens = wants.ctx_tokens or min(DEFAULT_CTX_TOKENS, facts.context_length or DEFAULT_CTX_TOKENS)
+    candidate = with_max_ctx(
+        layer_split(facts, wants, gpus, machine.host, ctx_tokens), facts, gpus, machine.host
+    )
+    largest = candidate.max_ctx_tokens or 0
+    if candidate.verdict == "fits" or wants.ctx_tokens or largest < _SMALLEST_USEFUL_CTX:
+        return candidate
+    lowered = layer_split(facts, wants, gpus, machine.host, largest)
+    note = f"context lowered from {ctx_tokens} to {largest} tokens, the most that fits"
+    return replace(lowered, max_ctx_tokens=largest, reasons=(note, *lowered.reasons))
+
+
+def _best_single(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate | None:
+    """The fastest single card on which the model fits as asked, None when there is none."""
+    singles = [_asked(facts, replace(wants, offload=False), [gpu], machine) for gpu in gpus]
+    fitting = [single for single in singles if single.verdict == "fits"]
+    return max(fitting, key=lambda single: single.speed.bound_tok_s or 0, default=None)
+
+
+def _fixes(
+    facts: ModelFacts,
+    wants: Wants,
+    gpus: Sequence[Gpu],
+    machine: Machine,
+    other_quantisations: Sequence[ModelFacts],
+) -> tuple[Fix, ...]:
+    """The cheapest changes that make the model fit, mildest first."""
+    tries: list[tuple[str, ModelFacts, Wants]] = []
+    largest = _asked(facts, replace(wants, offload=False), gpus, machine).max_ctx_tokens or 0
+    if largest >= _SMALLEST_USEFUL_CTX:
+        tries.append((f"--ctx {largest}", facts, replace(wants, ctx_tokens=largest)))
+    if wants.kv_type_k == wants.kv_type_v == "f16" and wants.uses_flash_attention:
+        tries.append(("--kv-type q8_0", facts, replace(wants, kv_type_k="q8_0", kv_type_v="q8_0")))
+    smaller = [other for other in other_quantisations if other.file_bytes < facts.file_bytes]
+    for other in sorted(smaller, key=lambda other: -other.file_bytes):
+        tries.append((f"--quant {other.quantisation}", other, wants))
+    if not wants.offload and gpus:
+        tries.append(("--offload allow", facts, replace(wants, offload=True)))
+
+    fixes: list[Fix] = []
+    quantisation_found = False
+    for change, other_facts, other_wants in tries:
+        if change.startswith("--quant") and quantisation_found:
+            continue  # the largest that fits is the mildest; smaller ones need no mention
+        candidate = _asked(other_facts, other_wants, gpus, machine)
+        if candidate.verdict in ("fits", "fits-with-offload"):
+            quantisation_found |= change.startswith("--quant")
+            fixes.append(Fix(change=change, candidate=candidate))
+    return tuple(fixes)
