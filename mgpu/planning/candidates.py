@@ -90,17 +90,15 @@ class Candidate:
     wants: Wants
 
 
-def layer_split(
-    facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int
-) -> Candidate:
+def layer_split(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int) -> Candidate:
     """Return the best llama.cpp layer split of `facts` over `gpus` (all of them, in this order; none: the CPU).
 
     Without `wants.offload` all layers go to the cards and a split that overflows is returned as "does-not-fit";
     with it, as many first layers as needed stay in host memory.
     """
     if not gpus:
-        return _placed(facts, wants, gpus, host, ctx_tokens, host_units=len(facts.layers) + 1)
-    candidate = _placed(facts, wants, gpus, host, ctx_tokens, host_units=0)
+        return place_layers(facts, wants, gpus, host, ctx_tokens, host_units=len(facts.layers) + 1)
+    candidate = place_layers(facts, wants, gpus, host, ctx_tokens, host_units=0)
     if candidate.verdict == "fits" or not wants.offload:
         return candidate
     return _with_offload(facts, wants, gpus, host, ctx_tokens)
@@ -118,28 +116,29 @@ def with_max_ctx(candidate: Candidate, facts: ModelFacts, gpus: Sequence[Gpu], h
     return replace(candidate, max_ctx_tokens=low * granule)
 
 
-def _with_offload(
-    facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int
-) -> Candidate:
+def _with_offload(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int) -> Candidate:
     """The fewest layers on the host for which the cards hold the rest."""
     low, high = 1, len(facts.layers) + 1
     while low < high:
         middle = (low + high) // 2
-        tried = _placed(facts, wants, gpus, host, ctx_tokens, host_units=middle)
+        tried = place_layers(facts, wants, gpus, host, ctx_tokens, host_units=middle)
         low, high = (low, middle) if _cards_hold(tried) else (middle + 1, high)
-    return _placed(facts, wants, gpus, host, ctx_tokens, host_units=low)
+    return place_layers(facts, wants, gpus, host, ctx_tokens, host_units=low)
 
 
 def _cards_hold(candidate: Candidate) -> bool:
     return all(device.spare_bytes >= candidate.wants.headroom_bytes for device in candidate.devices)
 
 
-def _placed(
+def place_layers(
     facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int, *, host_units: int
 ) -> Candidate:
-    """The candidate with the first `host_units` units (layers, then the head) in host memory."""
-    weights = [layer.weights_bytes for layer in facts.layers]
+    """Return the candidate with the first `host_units` units (layers, then the head) in host memory, and the rest
+    on `gpus` in the proportions of `wants.tensor_split` or, without one, balanced by what each card can take."""
+    host_experts = [layer.expert_bytes if i < wants.cpu_moe_layers else 0 for i, layer in enumerate(facts.layers)]
+    weights = [layer.weights_bytes - experts for layer, experts in zip(facts.layers, host_experts, strict=True)]
     caches = [kv_bytes(layer, wants, ctx_tokens) for layer in facts.layers]
+    host_caches, caches = (caches, [0] * len(caches)) if wants.kv_on_host else (caches[:host_units], caches)
     total_units = len(weights) + 1
     names = tuple(gpu.engine_devices[0] for gpu in gpus)
     host_layers = min(host_units, len(weights))
@@ -194,8 +193,12 @@ def _placed(
     host_head = facts.head_bytes if host_units >= total_units and not facts.tied else 0
     planned_host = PlannedHost(
         layers=host_layers,
-        weights_bytes=facts.embedding_bytes + facts.other_bytes + sum(weights[:host_layers]) + host_head,
-        kv_bytes=sum(caches[:host_layers]),
+        weights_bytes=facts.embedding_bytes
+        + facts.other_bytes
+        + sum(weights[:host_layers])
+        + sum(host_experts)
+        + host_head,
+        kv_bytes=sum(host_caches),
         compute_bytes=buffers.host,
         free_bytes=host.ram_available_bytes,
     )
@@ -210,9 +213,7 @@ def _judged(
     devices: tuple[PlannedDevice, ...],
     host: PlannedHost,
 ) -> Candidate:
-    short = sum(
-        max(wants.headroom_bytes - device.spare_bytes, 0) for device in devices if device.planned_bytes
-    )
+    short = sum(max(wants.headroom_bytes - device.spare_bytes, 0) for device in devices if device.planned_bytes)
     reasons = []
     if short:
         fullest = min(devices, key=lambda device: device.spare_bytes)
@@ -224,9 +225,7 @@ def _judged(
         )
     if host.spare_bytes is not None and host.spare_bytes < 0:
         short += -host.spare_bytes
-        reasons.append(
-            f"{gib(host.planned_bytes)} needed in host memory, {gib(host.free_bytes or 0)} available"
-        )
+        reasons.append(f"{gib(host.planned_bytes)} needed in host memory, {gib(host.free_bytes or 0)} available")
     if short:
         verdict = "does-not-fit"
     elif gpus and host.layers:
@@ -260,9 +259,7 @@ def _judged(
     )
 
 
-def _bound(
-    facts: ModelFacts, gpus: Sequence[Gpu], devices: tuple[PlannedDevice, ...], host: PlannedHost
-) -> Speed:
+def _bound(facts: ModelFacts, gpus: Sequence[Gpu], devices: tuple[PlannedDevice, ...], host: PlannedHost) -> Speed:
     """The physical bound at an empty context; none with layers in host memory, whose bandwidth is unknown."""
     if host.layers or not devices:
         return Speed()

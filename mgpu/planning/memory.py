@@ -56,23 +56,24 @@ def padded_ctx_tokens(ctx_tokens: int) -> int:
 
 
 def kv_cells(layer: Layer, wants: Wants, ctx_tokens: int) -> int:
-    """Return the cells one layer's KV cache has for all users together.
+    """Return the cells of one KV cache of a layer: each user has one, or all share one with `kv_unified`.
 
-    A sliding-window layer keeps its window plus one micro-batch, rounded up (llama-kv-cache-iswa.cpp).
+    A sliding-window layer keeps its window for each user in it plus one micro-batch (llama-kv-cache-iswa.cpp).
     """
-    cells = padded_ctx_tokens(ctx_tokens)
-    if layer.sliding_window:
-        cells = min(cells, padded_ctx_tokens(layer.sliding_window + wants.ubatch))
-    return cells * wants.parallel
+    users = wants.parallel if wants.kv_unified else 1
+    cells = padded_ctx_tokens(ctx_tokens) * users
+    if layer.sliding_window and not wants.swa_full:
+        cells = min(cells, padded_ctx_tokens(layer.sliding_window * users + wants.ubatch))
+    return cells
 
 
 def kv_bytes(layer: Layer, wants: Wants, ctx_tokens: int) -> int:
     """Return the bytes of one layer's KV cache for all users together."""
+    caches = 1 if wants.kv_unified else wants.parallel
     per_cell = layer.kv_heads * (
-        layer.key_length * KV_ELEMENT_BYTES[wants.kv_type_k]
-        + layer.value_length * KV_ELEMENT_BYTES[wants.kv_type_v]
+        layer.key_length * KV_ELEMENT_BYTES[wants.kv_type_k] + layer.value_length * KV_ELEMENT_BYTES[wants.kv_type_v]
     )
-    return int(kv_cells(layer, wants, ctx_tokens) * per_cell)
+    return int(kv_cells(layer, wants, ctx_tokens) * caches * per_cell)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,18 +100,20 @@ def compute_buffers(
     embedding = row * facts.embedding_length
     attention_output = row * facts.heads * facts.head_dim
     mask = _attention_mask_bytes(facts, wants, ctx_tokens)
-    stage = max(_feed_forward_activations(facts, row), 0) + embedding + attention_output
+    stage = _feed_forward_activations(facts, row) + embedding + attention_output
     if not wants.uses_flash_attention:
         mask *= 2  # the mask is kept as 32-bit floats, too
         key_value = 2 * row * facts.kv_heads * facts.head_dim
-        scores = row * facts.heads * padded_ctx_tokens(ctx_tokens) + 2 * embedding + key_value
+        cells = max(kv_cells(layer, wants, ctx_tokens) for layer in facts.layers)
+        scores = row * facts.heads * cells + 2 * embedding + key_value
         stage = max(stage, scores + embedding + attention_output)
 
     kinds = [device_kind(device) for device in devices]
     host = 2 * embedding + mask
     if host_layers and not any(kind.computes_host_layers for kind in kinds):
         host += stage
-    if len(devices) > 1 and not host_layers and all(kind.pipeline for kind in kinds):
+    on_devices = not host_layers and not wants.kv_on_host
+    if len(devices) > 1 and on_devices and all(kind.pipeline for kind in kinds):
         copies = _PIPELINE_COPIES
         first = stage + copies * (mask + embedding)
         return ComputeBuffers(
@@ -120,16 +123,21 @@ def compute_buffers(
             host=2 * embedding + copies * mask,
         )
     first = other = stage + embedding + mask
-    if host_layers and kinds and kinds[0].computes_host_layers:
-        first = _computing_host_layers(facts, wants, ctx_tokens, stage + mask, embedding, mask, host_layers)
+    if wants.kv_on_host:
+        first = other = max(first, _computing_host_kv(facts, wants, ctx_tokens, embedding, mask, len(facts.layers)))
+    elif host_layers and kinds and kinds[0].computes_host_layers:
+        # Upper bound fitted to Vulkan devices: within 3 % of the device's total wherever it was measured.
+        widest_matrix = max(layer.weights_bytes - layer.expert_bytes for layer in facts.layers[:host_layers]) // 4
+        host_kv = _computing_host_kv(facts, wants, ctx_tokens, embedding, mask, host_layers)
+        first = max(stage + mask + widest_matrix, host_kv)
     head_only = row // wants.ubatch * wants.parallel * (facts.vocabulary + 2 * facts.embedding_length)
     return ComputeBuffers(first=first, other=other, head_only=head_only, host=host)
 
 
 def _attention_mask_bytes(facts: ModelFacts, wants: Wants, ctx_tokens: int) -> int:
-    """One 16-bit mask of ubatch x cells per user for full attention, and one for sliding windows if there are any."""
-    cells = {kv_cells(layer, wants, ctx_tokens) // wants.parallel for layer in facts.layers}
-    return _F16 * wants.ubatch * sum(cells)
+    """A 16-bit mask of ubatch x cells for full attention and, where some layers have windows, one for those."""
+    kinds = {layer.sliding_window: layer for layer in facts.layers}.values()
+    return _F16 * wants.ubatch * sum(kv_cells(layer, wants, ctx_tokens) for layer in kinds)
 
 
 def _feed_forward_activations(facts: ModelFacts, row: int) -> int:
@@ -145,14 +153,6 @@ def _feed_forward_activations(facts: ModelFacts, row: int) -> int:
     return row * max(gate_and_up + shared, down, dense if has_dense_layers else 0)
 
 
-def _computing_host_layers(
-    facts: ModelFacts, wants: Wants, ctx_tokens: int, stage: int, embedding: int, mask: int, host_layers: int
-) -> int:
-    """The first device computes large batches of host layers: it holds one such layer's widest matrix or KV cache.
-
-    An upper bound fitted to b10434 with Vulkan devices: within 3 % of the device's total where it was measured.
-    """
-    layers = facts.layers[:host_layers]
-    widest_matrix = max((layer.weights_bytes - layer.expert_bytes for layer in layers), default=0) // 4
-    widest_kv = max((kv_bytes(layer, wants, ctx_tokens) for layer in layers), default=0)
-    return max(stage + widest_matrix, 3 * (embedding + mask) + widest_kv)
+def _computing_host_kv(facts: ModelFacts, wants: Wants, ctx_tokens: int, embedding: int, mask: int, layers: int) -> int:
+    """A device that computes attention over a KV cache in host memory holds a copy of the widest layer's."""
+    return 3 * (embedding + mask) + max(kv_bytes(layer, wants, ctx_tokens) for layer in facts.layers[:layers])

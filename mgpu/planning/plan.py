@@ -71,9 +71,7 @@ def make_plan(
 def _asked(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate:
     """All of `gpus` with the context asked for, or the default one, lowered if only that makes it fit."""
     ctx_tokens = wants.ctx_tokens or min(DEFAULT_CTX_TOKENS, facts.context_length or DEFAULT_CTX_TOKENS)
-    candidate = with_max_ctx(
-        layer_split(facts, wants, gpus, machine.host, ctx_tokens), facts, gpus, machine.host
-    )
+    candidate = with_max_ctx(layer_split(facts, wants, gpus, machine.host, ctx_tokens), facts, gpus, machine.host)
     largest = candidate.max_ctx_tokens or 0
     if candidate.verdict == "fits" or wants.ctx_tokens or largest < _SMALLEST_USEFUL_CTX:
         return candidate

@@ -31,7 +31,9 @@ class Wants:
     """The planner's options. `ctx_tokens` is what each of `parallel` users gets.
 
     `tensor_split` gives proportions in card order; `headroom_bytes` is kept free on every card;
-    `offload` allows layers in host memory.
+    `offload` allows layers in host memory. The rest are llama-server's own switches, known here because they move
+    memory: `kv_unified` (one KV cache shared by all users), `swa_full` (sliding-window layers keep the whole context),
+    `kv_on_host` (`--no-kv-offload`), `cpu_moe_layers` (`--n-cpu-moe`, experts of the first layers on the host).
     """
 
     ctx_tokens: int | None = None
@@ -44,6 +46,10 @@ class Wants:
     tensor_split: tuple[float, ...] | None = None
     headroom_bytes: int = DEFAULT_HEADROOM_BYTES
     offload: bool = False
+    kv_unified: bool = False
+    swa_full: bool = False
+    kv_on_host: bool = False
+    cpu_moe_layers: int = 0
 
     @property
     def uses_flash_attention(self) -> bool:

@@ -76,6 +76,18 @@ def _gpt_oss(layers: int, experts: int) -> PlainShape:
 
 
 SHAPES: dict[str, PlainShape] = {
+    "smollm2-135m": PlainShape(
+        architecture="llama",
+        layers=30,
+        embedding_length=576,
+        feed_forward_length=1536,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        vocabulary=49152,
+        context_length=8192,
+        tied_embeddings=True,
+    ),
     "llama-3.2-1b": _llama(16, 2048, 8192, 32, tied=True),
     "llama-3.1-8b": _llama(32, 4096, 14336, 32),
     "llama-3.3-70b": _llama(80, 8192, 28672, 64),
