@@ -1,0 +1,1 @@
+"""One module an engine: from plan to command line, from log lines and metrics to values."""
