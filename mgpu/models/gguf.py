@@ -72,9 +72,7 @@ def read_gguf(path: Path) -> GgufHeader:
     tensors = tuple(tensor for part in headers for tensor in part.tensors)
     expected = header.metadata.get("split.tensors.count", len(tensors))
     if len({tensor.name for tensor in tensors}) != len(tensors) or expected != len(tensors):
-        raise _bad(
-            path, "its parts do not belong together: their tensors repeat or are not as many as it says"
-        )
+        raise _bad(path, "its parts do not belong together: their tensors repeat or are not as many as it says")
     return replace(
         header,
         parts=tuple(part.path for part in headers),
@@ -316,9 +314,7 @@ def _split_names(path: Path, count: int, number: object) -> list[str]:
     """The file names of a split model's parts, which engines derive from the first one's."""
     match = _SPLIT_NAME.fullmatch(path.name)
     if count > _MAX_SPLITS or not match or int(match[3]) != count:
-        raise _bad(
-            path, f"it is one of {count:,} parts, but is not named as such (-00001-of-{count:05}.gguf)"
-        )
+        raise _bad(path, f"it is one of {count:,} parts, but is not named as such (-00001-of-{count:05}.gguf)")
     names = [f"{match[1]}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]
     if number != 0 or path.name != names[0]:
         raise BadModel(

@@ -28,14 +28,8 @@ def facts_from_header(header: GgufHeader) -> ModelFacts:
     architecture = keys.text("general.architecture")
     kind = keys.text("general.type", "model")
     if kind != "model" or architecture == "clip":
-        what = (
-            "a vision projector (mmproj)"
-            if kind == "mmproj" or architecture == "clip"
-            else f"of type {kind!r}"
-        )
-        raise BadModel(
-            f"{header.path} is {what}, not a language model", hint="give the model's own .gguf file"
-        )
+        what = "a vision projector (mmproj)" if kind == "mmproj" or architecture == "clip" else f"of type {kind!r}"
+        raise BadModel(f"{header.path} is {what}, not a language model", hint="give the model's own .gguf file")
     if not header.tensors:
         raise keys.bad("it holds no tensors, only a vocabulary")
     if not keys.has("block_count") or not keys.has("attention.head_count"):
@@ -173,9 +167,7 @@ def _attention(keys: _Keys, architecture: str, layers: int, head_dim: int) -> tu
     """Each layer's cache, by the keys that llama.cpp reads (`load_hparams` of the architectures)."""
     heads = keys.per_layer("attention.head_count", layers, 1 << 16)
     kv_heads = (
-        keys.per_layer("attention.head_count_kv", layers, 1 << 16)
-        if keys.has("attention.head_count_kv")
-        else heads
+        keys.per_layer("attention.head_count_kv", layers, 1 << 16) if keys.has("attention.head_count_kv") else heads
     )
     key_length = keys.number("attention.key_length", 1, 1 << 16, head_dim)
     value_length = keys.number("attention.value_length", 0, 1 << 16, head_dim)
@@ -203,19 +195,13 @@ def _windows(keys: _Keys, architecture: str, layers: int) -> tuple[int | None, .
     window = keys.number("attention.sliding_window", 0, 1 << 40, default)
     pattern = keys.value("attention.sliding_window_pattern")
     if isinstance(pattern, tuple):
-        return windows(
-            architecture, layers, window, keys.per_layer("attention.sliding_window_pattern", layers, 1)
-        )
-    return windows(
-        architecture, layers, window, pattern if isinstance(pattern, int) and pattern > 0 else None
-    )
+        return windows(architecture, layers, window, keys.per_layer("attention.sliding_window_pattern", layers, 1))
+    return windows(architecture, layers, window, pattern if isinstance(pattern, int) and pattern > 0 else None)
 
 
 def _keeps_cache(keys: _Keys, architecture: str, layer: int, layers: int) -> bool:
     """False for a recurrent layer and for one that reads an earlier layer's cache."""
-    interval = keys.number(
-        "full_attention_interval", 0, 1 << 16, _FULL_ATTENTION_INTERVALS.get(architecture, 0)
-    )
+    interval = keys.number("full_attention_interval", 0, 1 << 16, _FULL_ATTENTION_INTERVALS.get(architecture, 0))
     if interval and (layer + 1) % interval:
         return False
     if architecture == "gemma3n":

@@ -4,76 +4,21 @@ The tensor tables are those of the GGUF files that llama.cpp's converter writes.
 it accepts files made from them and reports the same bytes for each device.
 """
 
-# ruff: noqa: D102 - the members of the protocol are described in its docstring
-
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from mgpu.models.attention import Attention, windows
 from mgpu.models.facts import Layer, ModelFacts
 from mgpu.models.quantisation import Recipe, known_quantisation
 from mgpu.models.tensors import Tensor, place
 
-
-class Shape(Protocol):
-    """What a profile says of a model's shape; lengths are in elements, 0 or None is "has none".
-
-    `sliding_window_pattern` N makes every N-th layer global; None takes the architecture's own. `rope_freqs`
-    says that the file carries rotary factors (Llama 3.1 and later). With `kv_lora_rank` the model has
-    multi-head latent attention and `rope_head_dim`, `nope_head_dim` and `value_head_dim` are set.
-    """
-
-    @property
-    def architecture(self) -> str: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def embedding_length(self) -> int: ...
-    @property
-    def feed_forward_length(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def vocabulary(self) -> int: ...
-    @property
-    def context_length(self) -> int: ...
-    @property
-    def tied_embeddings(self) -> bool: ...
-    @property
-    def rope_freqs(self) -> bool: ...
-    @property
-    def sliding_window(self) -> int | None: ...
-    @property
-    def sliding_window_pattern(self) -> int | None: ...
-    @property
-    def experts(self) -> int: ...
-    @property
-    def experts_used(self) -> int: ...
-    @property
-    def expert_feed_forward_length(self) -> int | None: ...
-    @property
-    def shared_expert_feed_forward_length(self) -> int | None: ...
-    @property
-    def leading_dense_layers(self) -> int: ...
-    @property
-    def kv_lora_rank(self) -> int | None: ...
-    @property
-    def q_lora_rank(self) -> int | None: ...
-    @property
-    def rope_head_dim(self) -> int | None: ...
-    @property
-    def nope_head_dim(self) -> int | None: ...
-    @property
-    def value_head_dim(self) -> int | None: ...
+if TYPE_CHECKING:  # pydantic is slow to import, and only the attributes are needed here
+    from mgpu.profile import ModelShape
 
 
-def tensor_table(shape: Shape, quantisation: str) -> tuple[Tensor, ...]:
+def tensor_table(shape: ModelShape, quantisation: str) -> tuple[Tensor, ...]:
     """Every tensor of the GGUF file that holds `shape` in `quantisation`.
 
     An architecture that is not known by name gets the tensors of a Llama (dense, or a mixture of experts).
@@ -91,7 +36,7 @@ def tensor_table(shape: Shape, quantisation: str) -> tuple[Tensor, ...]:
     return tuple(recipe.tensor(name, dimensions) for name, dimensions in _outlines(shape))
 
 
-def facts_from_shape(name: str, shape: Shape, quantisation: str) -> ModelFacts:
+def facts_from_shape(name: str, shape: ModelShape, quantisation: str) -> ModelFacts:
     """The facts of `shape` in `quantisation`, named `name`.
 
     `file_bytes` is the tensors alone: the file's header adds about 60 bytes per token of the vocabulary.
@@ -148,7 +93,7 @@ _QK_NORM = ("qwen3", "qwen3moe", "gemma3")
 _QKV_BIAS = ("qwen2", "gpt-oss")
 
 
-def _outlines(shape: Shape) -> Iterator[Outline]:
+def _outlines(shape: ModelShape) -> Iterator[Outline]:
     embedding = (shape.embedding_length, shape.vocabulary)
     yield "token_embd.weight", embedding
     yield "output_norm.weight", (shape.embedding_length,)
@@ -165,7 +110,7 @@ def _outlines(shape: Shape) -> Iterator[Outline]:
                 yield f"blk.{layer}.{name}", dimensions
 
 
-def _plain_attention(shape: Shape) -> Iterator[Outline]:
+def _plain_attention(shape: ModelShape) -> Iterator[Outline]:
     width, queries, keys = (
         shape.embedding_length,
         shape.heads * shape.head_dim,
@@ -187,7 +132,7 @@ def _plain_attention(shape: Shape) -> Iterator[Outline]:
         yield "attn_k_norm.weight", (shape.head_dim,)
 
 
-def _latent_attention(shape: Shape) -> Iterator[Outline]:
+def _latent_attention(shape: ModelShape) -> Iterator[Outline]:
     """Multi-head latent attention in the absorbed form (`attn_k_b` and `attn_v_b` apart)."""
     width, heads, rank = shape.embedding_length, shape.heads, shape.kv_lora_rank or 0
     rope, nope, value = shape.rope_head_dim or 0, shape.nope_head_dim or 0, shape.value_head_dim or 0
@@ -204,7 +149,7 @@ def _latent_attention(shape: Shape) -> Iterator[Outline]:
     yield "attn_output.weight", (heads * value, width)
 
 
-def _norms(shape: Shape) -> Iterator[Outline]:
+def _norms(shape: ModelShape) -> Iterator[Outline]:
     width = (shape.embedding_length,)
     yield "attn_norm.weight", width
     if shape.architecture in ("gemma3", "gpt-oss"):
@@ -215,14 +160,14 @@ def _norms(shape: Shape) -> Iterator[Outline]:
         yield "ffn_norm.weight", width
 
 
-def _dense(shape: Shape) -> Iterator[Outline]:
+def _dense(shape: ModelShape) -> Iterator[Outline]:
     width, length = shape.embedding_length, shape.feed_forward_length
     yield "ffn_gate.weight", (width, length)
     yield "ffn_down.weight", (length, width)
     yield "ffn_up.weight", (width, length)
 
 
-def _experts(shape: Shape) -> Iterator[Outline]:
+def _experts(shape: ModelShape) -> Iterator[Outline]:
     width, experts = shape.embedding_length, shape.experts
     length = shape.expert_feed_forward_length or shape.feed_forward_length
     yield "ffn_gate_inp.weight", (width, experts)
@@ -243,7 +188,7 @@ def _experts(shape: Shape) -> Iterator[Outline]:
         yield "ffn_up_shexp.weight", (width, shared)
 
 
-def _attention(shape: Shape) -> tuple[Attention, ...]:
+def _attention(shape: ModelShape) -> tuple[Attention, ...]:
     if shape.kv_lora_rank:
         key_length = shape.kv_lora_rank + (shape.rope_head_dim or 0)
         return (Attention(kv_heads=1, key_length=key_length, value_length=0),) * shape.layers
@@ -259,5 +204,5 @@ def _attention(shape: Shape) -> tuple[Attention, ...]:
     )
 
 
-def _latent_head_dim(shape: Shape) -> int:
+def _latent_head_dim(shape: ModelShape) -> int:
     return (shape.nope_head_dim or 0) + (shape.rope_head_dim or 0)

@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-
-from mgpu.models.shape import Shape
+from mgpu.profile import ModelShape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlainShape:
-    architecture: str
-    layers: int
-    embedding_length: int
-    feed_forward_length: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    context_length: int = 131072
-    tied_embeddings: bool = False
-    rope_freqs: bool = False
-    sliding_window: int | None = None
-    sliding_window_pattern: int | None = None
-    experts: int = 0
-    experts_used: int = 0
-    expert_feed_forward_length: int | None = None
-    shared_expert_feed_forward_length: int | None = None
-    leading_dense_layers: int = 0
-    kv_lora_rank: int | None = None
-    q_lora_rank: int | None = None
-    rope_head_dim: int | None = None
-    nope_head_dim: int | None = None
-    value_head_dim: int | None = None
-
-
-def resized(shape: Shape, *, layers: int | None = None, vocabulary: int | None = None) -> PlainShape:
+def resized(shape: ModelShape, *, layers: int | None = None, vocabulary: int | None = None) -> ModelShape:
     """A copy of `shape` with another number of layers or tokens."""
-    plain = PlainShape(**{field.name: getattr(shape, field.name) for field in dataclasses.fields(PlainShape)})
-    return dataclasses.replace(
-        plain, layers=layers or plain.layers, vocabulary=vocabulary or plain.vocabulary
-    )
+    return shape.model_copy(update={"layers": layers or shape.layers, "vocabulary": vocabulary or shape.vocabulary})
 
 
-def _llama(layers: int, width: int, feed_forward: int, heads: int, **rest: int | bool) -> PlainShape:
-    return PlainShape(
+def _llama(layers: int, width: int, feed_forward: int, heads: int, *, tied: bool = False) -> ModelShape:
+    return ModelShape(
         architecture="llama",
         layers=layers,
         embedding_length=width,
@@ -53,13 +20,14 @@ def _llama(layers: int, width: int, feed_forward: int, heads: int, **rest: int |
         kv_heads=8,
         head_dim=width // heads,
         vocabulary=128256,
+        context_length=131072,
         rope_freqs=True,
-        tied_embeddings=bool(rest.get("tied")),
+        tied_embeddings=tied,
     )
 
 
-def _gpt_oss(layers: int, experts: int) -> PlainShape:
-    return PlainShape(
+def _gpt_oss(layers: int, experts: int) -> ModelShape:
+    return ModelShape(
         architecture="gpt-oss",
         layers=layers,
         embedding_length=2880,
@@ -68,15 +36,17 @@ def _gpt_oss(layers: int, experts: int) -> PlainShape:
         kv_heads=8,
         head_dim=64,
         vocabulary=201088,
+        context_length=131072,
         sliding_window=128,
+        sliding_window_pattern=2,
         experts=experts,
         experts_used=4,
         expert_feed_forward_length=2880,
     )
 
 
-SHAPES: dict[str, PlainShape] = {
-    "smollm2-135m": PlainShape(
+SHAPES: dict[str, ModelShape] = {
+    "smollm2-135m": ModelShape(
         architecture="llama",
         layers=30,
         embedding_length=576,
@@ -92,7 +62,7 @@ SHAPES: dict[str, PlainShape] = {
     "llama-3.1-8b": _llama(32, 4096, 14336, 32),
     "llama-3.3-70b": _llama(80, 8192, 28672, 64),
     "llama-3.1-405b": _llama(126, 16384, 53248, 128),
-    "mixtral-8x7b": PlainShape(
+    "mixtral-8x7b": ModelShape(
         architecture="llama",
         layers=32,
         embedding_length=4096,
@@ -104,8 +74,9 @@ SHAPES: dict[str, PlainShape] = {
         context_length=32768,
         experts=8,
         experts_used=2,
+        expert_feed_forward_length=14336,
     ),
-    "qwen2.5-7b": PlainShape(
+    "qwen2.5-7b": ModelShape(
         architecture="qwen2",
         layers=28,
         embedding_length=3584,
@@ -116,7 +87,7 @@ SHAPES: dict[str, PlainShape] = {
         vocabulary=152064,
         context_length=32768,
     ),
-    "qwen3-32b": PlainShape(
+    "qwen3-32b": ModelShape(
         architecture="qwen3",
         layers=64,
         embedding_length=5120,
@@ -127,7 +98,7 @@ SHAPES: dict[str, PlainShape] = {
         vocabulary=151936,
         context_length=40960,
     ),
-    "qwen3-30b-a3b": PlainShape(
+    "qwen3-30b-a3b": ModelShape(
         architecture="qwen3moe",
         layers=48,
         embedding_length=2048,
@@ -141,7 +112,7 @@ SHAPES: dict[str, PlainShape] = {
         experts_used=8,
         expert_feed_forward_length=768,
     ),
-    "gemma-3-27b": PlainShape(
+    "gemma-3-27b": ModelShape(
         architecture="gemma3",
         layers=62,
         embedding_length=5376,
@@ -150,12 +121,14 @@ SHAPES: dict[str, PlainShape] = {
         kv_heads=16,
         head_dim=128,
         vocabulary=262208,
+        context_length=131072,
         tied_embeddings=True,
         sliding_window=1024,
+        sliding_window_pattern=6,
     ),
     "gpt-oss-20b": _gpt_oss(24, 32),
     "gpt-oss-120b": _gpt_oss(36, 128),
-    "deepseek-v2-lite": PlainShape(
+    "deepseek-v2-lite": ModelShape(
         architecture="deepseek2",
         layers=27,
         embedding_length=2048,
@@ -175,7 +148,7 @@ SHAPES: dict[str, PlainShape] = {
         nope_head_dim=128,
         value_head_dim=128,
     ),
-    "deepseek-v3": PlainShape(
+    "deepseek-v3": ModelShape(
         architecture="deepseek2",
         layers=61,
         embedding_length=7168,

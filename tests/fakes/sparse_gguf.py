@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mgpu.models.quantisation import FILE_TYPES, known_quantisation
-from mgpu.models.shape import Shape, tensor_table
+from mgpu.models.shape import tensor_table
 from mgpu.models.tensors import Tensor
+from mgpu.profile import ModelShape
 from tests.fakes.shapes import SHAPES, resized
 
 ALIGNMENT = 32
@@ -27,7 +28,7 @@ Entry = tuple[str, int, bytes]
 
 def make_sparse_gguf(
     path: Path,
-    shape: Shape,
+    shape: ModelShape,
     quantisation: str,
     *,
     name: str = "sparse",
@@ -101,7 +102,7 @@ def vocabulary_entries(count: int) -> Iterator[Entry]:
     yield flag("tokenizer.ggml.add_bos_token", value=False)
 
 
-def _metadata(name: str, shape: Shape, quantisation: str) -> Iterator[Entry]:
+def _metadata(name: str, shape: ModelShape, quantisation: str) -> Iterator[Entry]:
     prefix = shape.architecture + "."
     file_type = {recipe: number for number, recipe in FILE_TYPES.items()}[known_quantisation(quantisation)]
     yield text("general.architecture", shape.architecture)
@@ -131,13 +132,13 @@ def _metadata(name: str, shape: Shape, quantisation: str) -> Iterator[Entry]:
     yield from vocabulary_entries(shape.vocabulary)
 
 
-def _head_entries(prefix: str, shape: Shape) -> Iterator[Entry]:
+def _head_entries(prefix: str, shape: ModelShape) -> Iterator[Entry]:
     yield u32(prefix + "attention.key_length", shape.head_dim)
     yield u32(prefix + "attention.value_length", shape.head_dim)
     yield u32(prefix + "rope.dimension_count", shape.head_dim)
 
 
-def _latent_entries(prefix: str, shape: Shape) -> Iterator[Entry]:
+def _latent_entries(prefix: str, shape: ModelShape) -> Iterator[Entry]:
     rank, rope, nope = shape.kv_lora_rank or 0, shape.rope_head_dim or 0, shape.nope_head_dim or 0
     yield u32(prefix + "attention.kv_lora_rank", rank)
     if shape.q_lora_rank:

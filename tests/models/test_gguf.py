@@ -122,9 +122,7 @@ def test_a_large_vocabulary_is_skipped_quickly_and_in_little_memory(tmp_path: Pa
         pytest.param(b"", "it is empty", id="an empty file"),
         pytest.param(b"hello world", "begins with b'hell'", id="a text file"),
         pytest.param(b"GG", "no GGUF file", id="two bytes"),
-        pytest.param(
-            b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer", id="a Git LFS pointer"
-        ),
+        pytest.param(b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer", id="a Git LFS pointer"),
         pytest.param(b"<!DOCTYPE html>", "web page", id="a web page saved as a model"),
         pytest.param(b"GGUF\3\0", "ends within its header", id="a header cut in the version"),
         pytest.param(b"GGUF" + struct.pack(">I", 3) + bytes(16), "big-endian", id="a big-endian file"),
@@ -136,27 +134,17 @@ def test_a_large_vocabulary_is_skipped_quickly_and_in_little_memory(tmp_path: Pa
         pytest.param(start(0, 1), "cut off", id="a header cut before its first key"),
         pytest.param(start(0, 1) + string(b""), "empty or too long", id="an empty key"),
         pytest.param(start(0, 1) + struct.pack("<Q", HUGE), "points past", id="a key longer than the file"),
-        pytest.param(
-            value(STRING, struct.pack("<Q", HUGE)), "points past", id="a string longer than the file"
-        ),
+        pytest.param(value(STRING, struct.pack("<Q", HUGE)), "points past", id="a string longer than the file"),
         pytest.param(value(STRING, struct.pack("<Q", 2**64 - 1)), "points past", id="a string of 2^64 bytes"),
         pytest.param(value(99, bytes(8)), "unknown type 99", id="an unknown value type"),
         pytest.param(array(STRING, HUGE), f"array of {HUGE:,} strings", id="an array of 10^18 strings"),
-        pytest.param(
-            array(STRING, 3, string(b"a")), "cut off", id="an array of fewer strings than it claims"
-        ),
-        pytest.param(
-            array(STRING, 1, struct.pack("<Q", HUGE)), "points past", id="a huge string in an array"
-        ),
+        pytest.param(array(STRING, 3, string(b"a")), "cut off", id="an array of fewer strings than it claims"),
+        pytest.param(array(STRING, 1, struct.pack("<Q", HUGE)), "points past", id="a huge string in an array"),
         pytest.param(array(U32, 2**63), "points past", id="an array whose size overflows"),
         pytest.param(array(U32, 1000), "cut off", id="an array cut short"),
-        pytest.param(
-            array(ARRAY, 1, struct.pack("<IQ", U32, 0)), "array of the unknown type 9", id="nested arrays"
-        ),
+        pytest.param(array(ARRAY, 1, struct.pack("<IQ", U32, 0)), "array of the unknown type 9", id="nested arrays"),
         pytest.param(array(77, 1), "array of the unknown type 77", id="an array of an unknown type"),
-        pytest.param(
-            start(0, 2) + 2 * (string(b"key") + struct.pack("<II", U32, 1)), "'key' twice", id="a key twice"
-        ),
+        pytest.param(start(0, 2) + 2 * (string(b"key") + struct.pack("<II", U32, 1)), "'key' twice", id="a key twice"),
         pytest.param(
             start(0, 1) + string(b"general.alignment") + struct.pack("<II", U32, 0),
             "alignment",
@@ -169,15 +157,9 @@ def test_a_large_vocabulary_is_skipped_quickly_and_in_little_memory(tmp_path: Pa
             start(1, 0) + string(b"a") + struct.pack("<I", 2**32 - 1), "dimensions", id="4 billion dimensions"
         ),
         pytest.param(start(1, 0) + tensor(dimensions=(0,)), "impossible shape", id="a dimension of zero"),
-        pytest.param(
-            start(1, 0) + tensor(dimensions=(2**64 - 32,)), "impossible shape", id="a negative dimension"
-        ),
-        pytest.param(
-            start(1, 0) + tensor(dimensions=(2**40, 2**40)), "impossible shape", id="an overflowing shape"
-        ),
-        pytest.param(
-            start(1, 0) + tensor(dimensions=(33,)), "impossible shape", id="a row of a block and a bit"
-        ),
+        pytest.param(start(1, 0) + tensor(dimensions=(2**64 - 32,)), "impossible shape", id="a negative dimension"),
+        pytest.param(start(1, 0) + tensor(dimensions=(2**40, 2**40)), "impossible shape", id="an overflowing shape"),
+        pytest.param(start(1, 0) + tensor(dimensions=(33,)), "impossible shape", id="a row of a block and a bit"),
         pytest.param(start(1, 0) + tensor(kind=4), "type 4", id="a type that ggml removed"),
         pytest.param(start(1, 0) + tensor(kind=999), "type 999", id="a type from the future"),
         pytest.param(start(1, 0) + tensor(offset=64), "not where it must be", id="a gap in the data"),

@@ -69,9 +69,7 @@ def test_the_facts_of_a_dense_model(tmp_path: Path) -> None:
     facts = facts_from_gguf(path)
     assert facts.name == "Llama 3.1 8B"
     assert (facts.architecture, facts.quantisation) == ("llama", "Q4_K_M")
-    assert (
-        facts.parameters == facts.active_parameters == 8_030_261_312
-    )  # as published, with the 64 rotary factors
+    assert facts.parameters == facts.active_parameters == 8_030_261_312  # as published, with the 64 rotary factors
     assert (facts.heads, facts.kv_heads, facts.head_dim) == (32, 8, 128)
     assert (facts.vocabulary, facts.context_length) == (128256, 131072)
     assert facts.embedding_bytes == 128256 * 4096 * 144 // 256
@@ -83,9 +81,7 @@ def test_the_facts_of_a_dense_model(tmp_path: Path) -> None:
 
 
 def test_experts_that_a_token_does_not_use_are_not_active(tmp_path: Path) -> None:
-    facts = facts_from_gguf(
-        make_sparse_gguf(tmp_path / "m.gguf", SHAPES["qwen3-30b-a3b"], "Q8_0", vocabulary=512)
-    )
+    facts = facts_from_gguf(make_sparse_gguf(tmp_path / "m.gguf", SHAPES["qwen3-30b-a3b"], "Q8_0", vocabulary=512))
     assert (facts.experts, facts.experts_used, facts.expert_feed_forward_length) == (128, 8, 768)
     an_expert = 3 * 2048 * 768
     assert facts.parameters - facts.active_parameters == 48 * 120 * an_expert
@@ -93,12 +89,8 @@ def test_experts_that_a_token_does_not_use_are_not_active(tmp_path: Path) -> Non
 
 
 def test_experts_in_tensors_of_their_own_count_as_experts(tmp_path: Path) -> None:
-    experts = [
-        Tensor(f"blk.1.ffn_{part}.{i}.weight", (WIDTH, 32), F16) for part in ("up", "down") for i in (0, 1)
-    ]
-    facts = facts_of(
-        tmp_path, u32("x.expert_count", 2), u32("x.expert_used_count", 1), tensors=weights() + experts
-    )
+    experts = [Tensor(f"blk.1.ffn_{part}.{i}.weight", (WIDTH, 32), F16) for part in ("up", "down") for i in (0, 1)]
+    facts = facts_of(tmp_path, u32("x.expert_count", 2), u32("x.expert_used_count", 1), tensors=weights() + experts)
     assert [layer.expert_bytes for layer in facts.layers] == [0, 4 * WIDTH * 32 * 2]
     assert facts.parameters - facts.active_parameters == 2 * WIDTH * 32
 
@@ -106,22 +98,14 @@ def test_experts_in_tensors_of_their_own_count_as_experts(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("model", "local", "window"),
     [
-        pytest.param(
-            "gemma-3-27b", [i % 6 != 5 for i in range(62)], 1024, id="gemma3: every sixth is global"
-        ),
-        pytest.param(
-            "gpt-oss-20b", [i % 2 == 0 for i in range(24)], 128, id="gpt-oss: even layers are local"
-        ),
+        pytest.param("gemma-3-27b", [i % 6 != 5 for i in range(62)], 1024, id="gemma3: every sixth is global"),
+        pytest.param("gpt-oss-20b", [i % 2 == 0 for i in range(24)], 128, id="gpt-oss: even layers are local"),
         pytest.param("qwen3-32b", [False] * 64, None, id="qwen3: none is local"),
     ],
 )
-def test_which_layers_have_a_sliding_window(
-    tmp_path: Path, model: str, local: list[bool], window: int | None
-) -> None:
+def test_which_layers_have_a_sliding_window(tmp_path: Path, model: str, local: list[bool], window: int | None) -> None:
     quantisation = "MXFP4" if "oss" in model else "Q4_K_M"
-    facts = facts_from_gguf(
-        make_sparse_gguf(tmp_path / "m.gguf", SHAPES[model], quantisation, vocabulary=512)
-    )
+    facts = facts_from_gguf(make_sparse_gguf(tmp_path / "m.gguf", SHAPES[model], quantisation, vocabulary=512))
     assert [layer.sliding_window for layer in facts.layers] == [window if each else None for each in local]
     assert facts.sliding_window == window
 
@@ -201,9 +185,7 @@ def test_names_are_shown_without_what_could_steer_a_terminal(tmp_path: Path) -> 
     [
         pytest.param([u32("x.block_count", 0)], "block_count is impossible", id="no layers"),
         pytest.param([u32("x.block_count", 10**9)], "block_count is impossible", id="10^9 layers"),
-        pytest.param(
-            [u32("x.block_count", 5)], "number of layers is impossible", id="more layers than tensors"
-        ),
+        pytest.param([u32("x.block_count", 5)], "number of layers is impossible", id="more layers than tensors"),
         pytest.param([u32("x.block_count", 3)], "layer 2 has no tensors", id="a layer without tensors"),
         pytest.param([u32("x.nextn_predict_layers", 2)], "number of layers", id="only prediction layers"),
         pytest.param([u32("x.attention.head_count", 0)], "no attention heads", id="no heads"),
@@ -238,9 +220,7 @@ def test_a_model_without_an_embedding_is_refused(tmp_path: Path) -> None:
 
 def test_an_architecture_without_layers_or_heads_is_unknown(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    write_gguf(
-        path, [text("general.architecture", "diffusion"), flag("diffusion.yes", value=True)], weights()
-    )
+    write_gguf(path, [text("general.architecture", "diffusion"), flag("diffusion.yes", value=True)], weights())
     with pytest.raises(BadModel, match="'diffusion'") as raised:
         facts_from_gguf(path)
     assert raised.value.code == "architecture-unknown"

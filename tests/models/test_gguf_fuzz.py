@@ -95,9 +95,7 @@ VALUES = st.one_of(
 
 @NO_DEADLINE
 @given(values=st.dictionaries(st.sampled_from(KEYS), VALUES))
-def test_no_metadata_however_absurd_gets_past_the_reader(
-    tmp_path: Path, values: dict[str, tuple[int, bytes]]
-) -> None:
+def test_no_metadata_however_absurd_gets_past_the_reader(tmp_path: Path, values: dict[str, tuple[int, bytes]]) -> None:
     entries: list[Entry] = [text("general.architecture", "gemma3"), u32(PREFIX + "block_count", 2)]
     entries += [u32(PREFIX + "attention.head_count", 32), u32(PREFIX + "embedding_length", 5376)]
     entries = [entry for entry in entries if entry[0].removeprefix(PREFIX) not in values]
