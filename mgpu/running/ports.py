@@ -1,0 +1,70 @@
+"""Ports to listen on."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+
+from mgpu.errors import Missing, UsageError
+
+FIRST_PORT = 8080
+_LAST_TRIED = FIRST_PORT + 100
+
+
+def check_host(host: str) -> str:
+    """Return `host` if it is an address or name to listen on. Raises UsageError otherwise."""
+    try:
+        socket.getaddrinfo(host, None, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise UsageError(
+            f"--host {host!r} is not an address of this machine", hint="use 127.0.0.1, or 0.0.0.0 for all networks"
+        ) from None
+    return host
+
+
+def choose_port(host: str, wanted: int | None) -> int:
+    """Return a port on `host` that is free now: `wanted`, or without one the first free one from 8080 on.
+
+    Raises Missing (code "port-in-use") when `wanted` is taken, UsageError when it is no port.
+    """
+    if wanted is None:
+        for port in (*range(FIRST_PORT, _LAST_TRIED), 0):
+            free = _bind(host, port)
+            if isinstance(free, int):
+                return free
+        raise Missing("no port is free", code="port-in-use")
+    if not 1 <= wanted <= 65535:
+        raise UsageError(f"--port {wanted} is not a port: ports go from 1 to 65535")
+    problem = _bind(host, wanted)
+    if isinstance(problem, int):
+        return wanted
+    if problem.errno == errno.EADDRINUSE:
+        raise Missing(
+            f"port {wanted} is already in use on {host}",
+            code="port-in-use",
+            hint="choose another --port, or leave it out and mgpu takes a free one",
+        )
+    raise Missing(f"port {wanted} on {host} cannot be used: {problem.strerror}", code="port-unusable")
+
+
+def client_host(host: str) -> str:
+    """Return the address, ready for a URL, under which this machine reaches a server that listens on `host`."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "[::1]"
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
+def _bind(host: str, port: int) -> int | OSError:
+    """The port when it could be bound, else why not. Without SO_REUSEADDR: a port that still lingers is not free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error
+        return int(probe.getsockname()[1])

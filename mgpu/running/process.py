@@ -1,0 +1,146 @@
+"""One engine as a subprocess: it has its own process group, ends with mgpu, and is stopped without leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mgpu.errors import EngineFailed
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_POLL_S = 0.02
+# llama-server waits for a client that never hangs up on a first SIGTERM and leaves at once on a second one;
+# an engine stuck in its driver hears only SIGKILL.
+STOP_STAGES: tuple[tuple[signal.Signals, float], ...] = (
+    (signal.SIGTERM, 3.0),
+    (signal.SIGTERM, 2.0),
+    (signal.SIGKILL, 10.0),
+)
+
+
+class EngineProcess:
+    """A started engine. As a context manager it is stopped on the way out, whatever happened inside."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+        self._process = process
+        self.log_path = log_path
+        self.started_at = time.time()
+
+    @classmethod
+    def start(cls, argv: Sequence[str], *, env: Mapping[str, str], log_path: Path) -> Self:
+        """Start `argv` with exactly `env`, its output going to `log_path` (mode 0600).
+
+        The kernel kills the engine when the calling thread ends, however that happens: call it from the main
+        thread. Raises EngineFailed (code "engine-broken") when the program cannot be executed.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:  # it was gone before the kernel was told
+                os._exit(1)
+
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        try:
+            process = subprocess.Popen(
+                list(argv),
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                preexec_fn=die_with_parent,
+            )
+        except OSError as error:
+            raise EngineFailed(f"{argv[0]} could not be started: {error.strerror}", code="engine-broken") from None
+        finally:
+            os.close(log)
+        return cls(process, log_path)
+
+    @property
+    def pid(self) -> int:
+        """The engine's process id, also its process group."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit status (negative for a signal), None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Return the exit status, or None after `timeout_s` seconds."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def log_lines(self) -> list[str]:
+        """Return everything the engine wrote so far, line by line."""
+        try:
+            return self.log_path.read_text(errors="replace").splitlines()
+        except OSError:
+            return []
+
+    def stop(self, stages: Sequence[tuple[signal.Signals, float]] = STOP_STAGES) -> int | None:
+        """End the engine and everything in its process group; blocks at most the sum of the stages' seconds.
+
+        An interrupt while waiting goes on to the next, harsher stage at once. Returns the exit status, None if the
+        engine outlived even SIGKILL (a process stuck in the kernel).
+        """
+        for number, patience_s in stages:
+            if self._signal_group(number) is False:
+                break
+            if _patiently(lambda: self._process.poll() is not None, patience_s):
+                break
+        # Whatever the engine started may have outlived it; nothing else can be in its group.
+        self._signal_group(signal.SIGKILL)
+        return self.wait(_POLL_S)
+
+    def _signal_group(self, number: signal.Signals) -> bool:
+        """Send `number` to the group; False when it is empty."""
+        if self._process.returncode is not None and not _group_exists(self.pid):
+            return False
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _patiently(done: Callable[[], bool], patience_s: float) -> bool:
+    """Whether `done` became true within `patience_s`; an interrupt ends the patience."""
+    with contextlib.suppress(KeyboardInterrupt):
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            if done():
+                return True
+            time.sleep(_POLL_S)
+    return done()

@@ -1,0 +1,84 @@
+"""The state folder: one folder a running instance, held by a lock, with the engine's log."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mgpu.errors import Missing, UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name an instance: letters, digits, dot, dash and underscore, and no way out of the
+    state folder. Raises UsageError otherwise."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise UsageError(
+            f"--name {name[:80]!r} cannot name an instance",
+            hint="use up to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit",
+        )
+    return name
+
+
+def name_from(text: str) -> str:
+    """Return an instance name made of a model's name, whatever it contains."""
+    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")
+    return re.sub(r"\.{2,}", ".", cleaned)[:56].rstrip("._-") or "model"
+
+
+def state_folder() -> Path:
+    """Return the folder of all instances (XDG state folder), created with mode 0700."""
+    import platformdirs
+
+    folder = platformdirs.user_state_path("mgpu")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise Missing(
+            f"the state folder {folder} cannot be made: {error.strerror}",
+            code="state-folder",
+            hint="set XDG_STATE_HOME to a folder that can be written",
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def instance_folder(name: str, *, chosen: bool) -> Iterator[tuple[str, Path]]:
+    """Hold the folder of an instance: yields its name and folder, locked until the end.
+
+    A name in use gets a number (`llama-8b-2`), unless the user has `chosen` it: then UsageError is raised.
+    """
+    base = state_folder()
+    for attempt in range(1, 100):
+        candidate = name if attempt == 1 else f"{name}-{attempt}"
+        folder = base / candidate
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise Missing(f"{folder} cannot be written: {error.strerror}", code="state-folder") from None
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if chosen:
+                    raise UsageError(
+                        f"an instance named {name} is already running", hint="choose another --name, or stop that one"
+                    ) from None
+                continue
+            yield candidate, folder
+            return
+        finally:
+            os.close(lock)
+    raise Missing(f"a hundred instances named {name} are running", code="state-folder")
+
+
+def rotate(log_path: Path) -> None:
+    """Keep the log of the run before as `engine.log.1`."""
+    with contextlib.suppress(FileNotFoundError):
+        log_path.replace(log_path.with_name(log_path.name + ".1"))
