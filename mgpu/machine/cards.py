@@ -80,9 +80,7 @@ def find_card(text: str) -> Card:
     if found:
         names = _listed([card.name for card in found])
         hint = f'say which, for example --machine "2x{found[-1].name}"'
-        raise UsageError(
-            f"the card '{shown}' is ambiguous: it could be {names}", code="card-ambiguous", hint=hint
-        )
+        raise UsageError(f"the card '{shown}' is ambiguous: it could be {names}", code="card-ambiguous", hint=hint)
     raise UsageError(
         f"the card '{shown}' is not in the catalogue; the nearest names are {_listed(_nearest_names(text))}",
         code="card-unknown",

@@ -170,7 +170,10 @@ def _build(kind: object, data: object, path: str) -> object:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, data, path)
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError:
+            raise ValueError(f"{path}: too large a number") from None
     assert isinstance(kind, type)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
         raise ValueError(f"{path}: expected {kind.__name__}, found {type(data).__name__}")
