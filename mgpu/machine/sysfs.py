@@ -1,0 +1,118 @@
+"""Small files of /sys and /proc, read so that nothing they hold can hurt: None where there is no answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from mgpu.machine.snapshot import PcieLink
+
+PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+
+# Transfer rates as sysfs writes them ("16.0 GT/s PCIe"), to the PCIe generation.
+_GENERATIONS = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}
+
+
+def read_text(path: Path, limit: int = 64 * 1024) -> str | None:
+    """Return the first `limit` bytes as stripped text, bad bytes replaced; None when it cannot be read.
+
+    Anything but a regular file gives None, so that a pipe or a device under a replaced root cannot block.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return None
+            chunks = []
+            while limit > 0 and (chunk := file.read(limit)):
+                chunks.append(chunk)
+                limit -= len(chunk)
+    except (OSError, ValueError):
+        return None
+    return b"".join(chunks).decode("utf-8", "replace").strip()
+
+
+def read_int(path: Path, base: int = 10) -> int | None:
+    """Return the file's one integer, or None when it is missing or is not one of at most 64 bits."""
+    text = read_text(path, 64)
+    try:
+        value = int(text, base) if text else None
+    except ValueError:
+        return None
+    return value if value is not None and -(2**63) <= value < 2**64 else None
+
+
+def read_fields(path: Path, separator: str | None = ":", limit: int = 64 * 1024) -> dict[str, str]:
+    """Return the lines "key: value" of a file as a dict, the first of equal keys; empty when unreadable."""
+    fields: dict[str, str] = {}
+    for line in (read_text(path, limit) or "").splitlines():
+        key, *value = line.split(separator, 1)
+        if value:
+            fields.setdefault(key.strip(), value[0].strip())
+    return fields
+
+
+def children(directory: Path, pattern: str) -> list[Path]:
+    """Return the entries whose whole name matches, numbers in their order; empty when unreadable."""
+    try:
+        found = [entry for entry in directory.iterdir() if re.fullmatch(pattern, entry.name)]
+    except OSError:
+        return []
+    return sorted(found, key=lambda entry: [int(part) if part.isdecimal() else part for part in _parts(entry.name)])
+
+
+def process_name(root: Path, pid: int) -> str | None:
+    """Return the base name of a process's program, or None when it is gone or belongs to another namespace.
+
+    Characters that a terminal would act on are dropped: anyone can name a process.
+    """
+    command = read_text(root / "proc" / str(pid) / "cmdline", 4096) or ""
+    name = command.split("\0", 1)[0].rsplit("/", 1)[-1] or read_text(root / "proc" / str(pid) / "comm", 64) or ""
+    return "".join(character for character in name if character.isprintable())[:64] or None
+
+
+def pci_device(root: Path, bus_id: str) -> Path | None:
+    """Return the real directory of a PCI device ("0000:01:00.0"), whose parent is its upstream bridge."""
+    if not PCI_ADDRESS.fullmatch(bus_id):
+        return None
+    return real_directory(root / "sys/bus/pci/devices" / bus_id)
+
+
+def real_directory(path: Path) -> Path | None:
+    """Return the directory that a symbolic link of sysfs leads to, or None."""
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError):  # Python 3.11 and 3.12 raise RuntimeError for a loop of links
+        return None
+
+
+def pcie_link(device: Path) -> PcieLink:
+    """Return the link of a PCI device's directory; the slot's width is what its upstream bridge offers.
+
+    A device's own `max_link_width` says 16 even in a slot wired for 4. `gen_max` is what both ends can do.
+    """
+    ends = [_generation(device / "max_link_speed"), _generation(device.parent / "max_link_speed")]
+    return PcieLink(
+        gen=_generation(device / "current_link_speed"),
+        gen_max=min((gen for gen in ends if gen is not None), default=None),
+        width=_width(device / "current_link_width"),
+        width_max=_width(device / "max_link_width"),
+        slot_width=_width(device.parent / "max_link_width"),
+    )
+
+
+def _generation(path: Path) -> int | None:
+    rate = re.match(r"\d{1,3}(\.\d)?", read_text(path, 64) or "")
+    return _GENERATIONS.get(float(rate[0])) if rate else None
+
+
+def _width(path: Path) -> int | None:
+    width = read_int(path)
+    return width if width in {1, 2, 4, 8, 12, 16, 32} else None  # 0 and 255 mean that there is no link
+
+
+def _parts(name: str) -> list[str]:
+    # Alternates text and digits and starts with text, so that equal positions compare like with like.
+    return re.split(r"(\d+)", name)
