@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from mgpu.machine.probe import probe, with_engine_devices
+from mgpu.machine.simulate import simulate
+from mgpu.machine.snapshot import EngineDevice, Gpu, Machine, machine_from_json
+
+GIB = 1024**3
+RIG = Path(__file__).parents[1] / "machines/rigs/2x4090-one-lost.txt"
+AMD = "sys/devices/pci0000:00/0000:00:08.0/0000:0c:00.0"
+
+
+def test_a_machine_joins_every_makers_cards_under_one_numbering(
+    run_python: Callable[..., str], tree: Callable[..., Path]
+) -> None:
+    root = tree(
+        {
+            "proc/sys/kernel/osrelease": "6.8\n",
+            f"{AMD}/vendor": "0x1002\n",
+            f"{AMD}/device": "0x744c\n",
+            f"{AMD}/revision": "0xc8\n",
+        },
+        {"sys/class/drm/card0/device": AMD},
+    )
+    program = (
+        "import json\nfrom mgpu.machine.probe import probe\nfrom mgpu.machine.snapshot import to_json\n"
+        "print(json.dumps(to_json(probe())))"
+    )
+    machine = machine_from_json(json.loads(run_python(program, FAKE_NVML=str(RIG), MGPU_ROOT=str(root))))
+    assert machine.source == "probed"
+    assert machine.host.kernel == "6.8"
+    assert machine.driver is not None
+    assert [(gpu.index, gpu.vendor, gpu.problem is None) for gpu in machine.gpus] == [
+        (0, "nvidia", True),
+        (1, "nvidia", False),
+        (2, "amd", True),
+    ]
+
+
+def test_an_empty_root_is_a_machine_without_cards_or_facts(tmp_path: Path) -> None:
+    machine = probe(tmp_path)
+    assert datetime.fromisoformat(machine.captured_at).utcoffset() is not None
+    assert machine.host.kernel is None
+    assert [gpu for gpu in machine.gpus if gpu.vendor == "amd"] == []
+
+
+def device(name: str, description: str, total_gib: float = 24, free_gib: float = 23) -> EngineDevice:
+    return EngineDevice(
+        id=name, description=description, total_bytes=int(total_gib * GIB), free_bytes=int(free_gib * GIB)
+    )
+
+
+def machine(*names: str) -> Machine:
+    """Cards of 24 GiB in the order of their bus; a name ending in "!" is of a lost card."""
+    gpus = (
+        Gpu(
+            index=index,
+            vendor="amd" if "AMD" in name else "nvidia",
+            name=name.rstrip("!"),
+            uuid=f"GPU-{index}",
+            bus_id=f"0000:{index + 1:02x}:00.0",
+            total_bytes=24 * GIB,
+            free_bytes=20 * GIB,
+            problem="fell off the bus" if name.endswith("!") else None,
+        )
+        for index, name in enumerate(names)
+    )
+    return Machine(captured_at="", source="probed", gpus=tuple(gpus))
+
+
+RTX_4090, RTX_3090, XTX = "NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 3090", "AMD Radeon RX 7900 XTX"
+UNNAMED, IGPU = "AMD GPU [1002:744c]", "AMD Radeon 610M"
+
+
+@pytest.mark.parametrize(
+    ("cards", "devices", "names"),
+    [
+        pytest.param(
+            [RTX_4090, RTX_4090],
+            [device("CUDA0", RTX_4090), device("CUDA1", RTX_4090)],
+            [["CUDA0"], ["CUDA1"]],
+            id="CUDA in bus order",
+        ),
+        pytest.param(
+            [RTX_3090, RTX_4090],
+            [device("CUDA0", RTX_4090), device("CUDA1", RTX_3090)],
+            [["CUDA1"], ["CUDA0"]],
+            id="CUDA, fastest first",
+        ),
+        pytest.param([RTX_4090, RTX_3090], [device("CUDA0", RTX_3090)], [[], ["CUDA0"]], id="CUDA with a card hidden"),
+        pytest.param(
+            [RTX_4090 + "!", RTX_4090], [device("CUDA0", RTX_4090)], [[], ["CUDA0"]], id="a lost card is passed over"
+        ),
+        pytest.param(
+            [RTX_4090, UNNAMED], [device("ROCm0", XTX), device("CUDA0", "?")], [["CUDA0"], ["ROCm0"]], id="two makers"
+        ),
+        pytest.param(
+            [RTX_3090, XTX, RTX_3090],
+            [
+                device("Vulkan0", "AMD Radeon RX 7900 XTX (RADV NAVI31)"),
+                device("Vulkan1", RTX_3090),
+                device("Vulkan2", RTX_3090),
+            ],
+            [["Vulkan1"], ["Vulkan0"], ["Vulkan2"]],
+            id="Vulkan by description, equal cards in order",
+        ),
+        pytest.param(
+            [RTX_4090],
+            [device("CUDA0", RTX_4090), device("Vulkan0", RTX_4090)],
+            [["CUDA0", "Vulkan0"]],
+            id="one name of each kind",
+        ),
+        pytest.param(
+            [IGPU, UNNAMED],
+            [device("Vulkan0", "AMD Radeon Graphics (RADV NAVI44)", 24)],
+            [[], ["Vulkan0"]],
+            id="cards that no catalogue names",
+        ),
+        pytest.param([RTX_4090], [device("GPU-0", RTX_4090)], [["GPU-0"]], id="by UUID"),
+    ],
+)
+def test_an_engines_devices_are_joined_to_cards(
+    cards: list[str], devices: list[EngineDevice], names: list[list[str]]
+) -> None:
+    # The unnamed cards differ in size so that the nearest can be told.
+    before = machine(*cards)
+    gpus = [dataclasses.replace(g, total_bytes=GIB // 2) if g.name == IGPU else g for g in before.gpus]
+    joined = with_engine_devices(dataclasses.replace(before, gpus=tuple(gpus)), devices, backend="llama.cpp")
+    assert [list(gpu.engine_devices) for gpu in joined.gpus] == names
+    assert {gpu.free_bytes for gpu in joined.gpus} == {20 * GIB}  # the driver's reading, not the engine's
+
+
+@pytest.mark.parametrize(
+    ("devices", "added"),
+    [
+        pytest.param(
+            [device("RPC0", "127.0.0.1:8290"), device("RPC1", "127.0.0.1:8290")],
+            [("other", "127.0.0.1:8290", ("RPC0",), None), ("other", "127.0.0.1:8290", ("RPC1",), None)],
+            id="two devices behind one server",
+        ),
+        pytest.param(
+            [device("RPC0", RTX_4090)], [("other", RTX_4090, ("RPC0",), None)], id="a remote card is not ours"
+        ),
+        pytest.param(
+            [device("Vulkan0", "llvmpipe (LLVM 15.0.6, 256 bits)", 2)],
+            [("other", "llvmpipe (LLVM 15.0.6, 256 bits)", ("Vulkan0",), None)],
+            id="a software renderer",
+        ),
+        pytest.param(
+            [device("Vulkan0", "Intel(R) Arc(TM) A770 Graphics", 16)],
+            [("intel", "Intel(R) Arc(TM) A770 Graphics", ("Vulkan0",), 512.0)],
+            id="an Intel card",
+        ),
+        pytest.param(
+            [device("CUDA0", RTX_4090), device("CUDA1", RTX_3090), device("Vulkan0", RTX_3090)],
+            [("other", RTX_3090, ("CUDA1", "Vulkan0"), None)],
+            id="a card that no driver reported, under two names",
+        ),
+        pytest.param([device("XPU0", "\x1b")], [("other", "llama.cpp device XPU0", ("XPU0",), None)], id="no name"),
+    ],
+)
+def test_what_only_the_engine_knows_is_added(
+    devices: list[EngineDevice], added: list[tuple[str, str, tuple[str, ...], float | None]]
+) -> None:
+    joined = with_engine_devices(machine(RTX_4090), devices, backend="llama.cpp")
+    new = joined.gpus[1:]
+    assert [(gpu.vendor, gpu.name, gpu.engine_devices, gpu.bandwidth_gb_s) for gpu in new] == added
+    assert [gpu.index for gpu in joined.gpus] == list(range(len(joined.gpus)))
+    assert {(gpu.uuid, gpu.free_bytes) for gpu in new} == {(None, 23 * GIB)}
+    assert with_engine_devices(joined, devices, backend="llama.cpp") == joined
+
+
+def test_memory_that_the_driver_did_not_tell_is_the_engines() -> None:
+    bare = machine(RTX_4090)
+    unknown = dataclasses.replace(bare.gpus[0], total_bytes=None, free_bytes=None)
+    devices = [device("CUDA0", RTX_4090, 24, 22)]
+    (gpu,) = with_engine_devices(dataclasses.replace(bare, gpus=(unknown,)), devices, backend="vllm").gpus
+    assert (gpu.total_bytes, gpu.free_bytes) == (24 * GIB, 22 * GIB)
+
+
+def test_a_simulated_machine_already_has_its_names() -> None:
+    before = simulate("4090+7900xtx")
+    devices = [device("CUDA0", RTX_4090), device("ROCm0", XTX)]
+    assert with_engine_devices(before, devices, backend="llama.cpp") == before
