@@ -17,7 +17,8 @@ from mgpu.units import gib
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedDevice:
     """One card's ledger. `device` is the engine's name for it; `layers` counts the repeating layers from
-    `first_layer` on; `head` says that it also holds the output head. `spare_bytes` is what stays free."""
+    `first_layer` on; `head` says that it also holds the output head. `card_bytes` is the card's
+    whole memory, `total_bytes` what is planned on it, `spare_bytes` what then stays free."""
 
     gpu: int
     uuid: str | None
@@ -30,19 +31,19 @@ class PlannedDevice:
     kv_bytes: int
     compute_bytes: int
     runtime_bytes: int
-    total_bytes: int | None
+    card_bytes: int | None
     free_bytes: int
     basis: str
 
     @property
-    def planned_bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Everything the engine will hold on this card."""
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.runtime_bytes
 
     @property
     def spare_bytes(self) -> int:
         """What stays free; negative when the card overflows."""
-        return self.free_bytes - self.planned_bytes
+        return self.free_bytes - self.total_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +57,14 @@ class PlannedHost:
     free_bytes: int | None
 
     @property
-    def planned_bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Everything the engine will hold in host memory (mapped weights included)."""
         return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
     @property
     def spare_bytes(self) -> int | None:
         """What stays available, None when unknown."""
-        return None if self.free_bytes is None else self.free_bytes - self.planned_bytes
+        return None if self.free_bytes is None else self.free_bytes - self.total_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +184,7 @@ def place_layers(
                 kv_bytes=sum(caches[own]),
                 compute_bytes=compute,
                 runtime_bytes=device_kind(name).runtime_bytes,
-                total_bytes=gpu.total_bytes,
+                card_bytes=gpu.total_bytes,
                 free_bytes=gpu.free_bytes or 0,
                 basis="weights and KV by formula from the tensor table, runtime from a table",
             )
@@ -213,11 +214,11 @@ def _judged(
     devices: tuple[PlannedDevice, ...],
     host: PlannedHost,
 ) -> Candidate:
-    short = sum(max(wants.headroom_bytes - device.spare_bytes, 0) for device in devices if device.planned_bytes)
+    short = sum(max(wants.headroom_bytes - device.spare_bytes, 0) for device in devices if device.total_bytes)
     reasons = []
     if short:
         fullest = min(devices, key=lambda device: device.spare_bytes)
-        needed = sum(device.planned_bytes + wants.headroom_bytes for device in devices)
+        needed = sum(device.total_bytes + wants.headroom_bytes for device in devices)
         free = sum(device.free_bytes for device in devices)
         reasons.append(
             f"{gib(needed)} needed on the cards, {gib(free)} free; "
@@ -225,7 +226,7 @@ def _judged(
         )
     if host.spare_bytes is not None and host.spare_bytes < 0:
         short += -host.spare_bytes
-        reasons.append(f"{gib(host.planned_bytes)} needed in host memory, {gib(host.free_bytes or 0)} available")
+        reasons.append(f"{gib(host.total_bytes)} needed in host memory, {gib(host.free_bytes or 0)} available")
     if short:
         verdict = "does-not-fit"
     elif gpus and host.layers:

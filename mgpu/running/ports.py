@@ -60,9 +60,13 @@ def client_host(host: str) -> str:
 
 
 def _bind(host: str, port: int) -> int | OSError:
-    """The port when it could be bound, else why not. Without SO_REUSEADDR: a port that still lingers is not free."""
+    """The port when it could be bound, else why not.
+
+    With SO_REUSEADDR, as servers bind: connections that linger after a server's end do not count, a listener does.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:

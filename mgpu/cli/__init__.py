@@ -1,0 +1,1 @@
+"""The command line: parse, call, return a Result; only `output.py` prints."""

@@ -1,0 +1,114 @@
+"""The `mgpu` command: the table of commands, and what becomes of their results and errors."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from mgpu import __version__
+from mgpu.cli import machine, plan, profiles, run
+from mgpu.cli.output import Output
+from mgpu.cli.result import Result, failure
+from mgpu.errors import Interrupted, MgpuError, UsageError
+
+_ENGINE_ARGUMENT_COMMANDS = ("run", "plan")
+
+app = typer.Typer(
+    name="mgpu",
+    help="Run local LLM engines on several GPUs: plan memory card by card, start, prove, watch.",
+    epilog="Exit codes: 0 yes, 1 no, 2 wrong usage, 3 something is missing, 4 the engine failed, 130 interrupted.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run.run)
+app.command("plan")(plan.plan)
+app.command("gpus")(machine.gpus)
+app.command("backends")(machine.backends)
+app.add_typer(profiles.app, name="profiles")
+
+
+@app.callback(invoke_without_command=True)
+def overview(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print mgpu's version.")] = False,
+    json: Annotated[bool, typer.Option("--json", hidden=True)] = False,
+) -> Result | None:
+    """Run local LLM engines on several GPUs: plan memory card by card, start, prove, watch."""
+    from mgpu.cli.overview import overview_result
+
+    if version:
+        return Result(command="version", data={"version": __version__}, screen=lambda _: (f"mgpu {__version__}",))
+    return None if context.invoked_subcommand else overview_result()
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; everything expected has been printed."""
+    own, engine = _split_at_dashes(arguments)
+    out = Output(as_json="--json" in own)
+    name = next((word for word in own if not word.startswith("-")), "mgpu")
+    try:
+        result = _call(own, engine, out)
+    except MgpuError as error:
+        result = failure(name, error)
+    except KeyboardInterrupt:
+        result = failure(name, Interrupted("interrupted"))
+    except BrokenPipeError:
+        # The reader of a pipe has left (`| head`): nobody is there to be told.
+        sys.stdout = None  # or Python complains at exit when it flushes
+        return 0
+    except Exception as bug:
+        from mgpu.cli.bug import report_bug
+
+        result = failure(name, report_bug(bug, arguments))
+    if result is None:
+        return 0
+    try:
+        out.show(result)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = None
+    return result.exit_code
+
+
+def _split_at_dashes(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """What is mgpu's, and what follows `--` for the engine."""
+    if "--" not in arguments or arguments[0] not in _ENGINE_ARGUMENT_COMMANDS:
+        return arguments, ()
+    at = arguments.index("--")
+    return arguments[:at], tuple(arguments[at + 1 :])
+
+
+def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) -> Result | None:
+    command = typer.main.get_command(app)
+    run.output = out
+    try:
+        result = command.main(args=arguments, prog_name="mgpu", standalone_mode=False, obj=engine_arguments)
+    except typer.Exit as leave:
+        return Result(command="mgpu", exit_code=leave.exit_code)
+    except typer.Abort:
+        raise Interrupted("interrupted") from None
+    except Exception as error:
+        # Click's usage errors, which Typer carries a copy of under a name that may change.
+        message = getattr(error, "format_message", None)
+        if message is None or not hasattr(error, "ctx"):
+            raise
+        raise _usage(str(message()), getattr(error, "ctx", None)) from None
+    return result if isinstance(result, Result) else None
+
+
+def _usage(message: str, context: Any) -> UsageError:
+    path = getattr(context, "command_path", "mgpu")
+    return UsageError(message, hint=f"{path} --help")
+
+
+def run_main() -> None:
+    """Entry point of the `mgpu` program."""
+    # A service manager's SIGTERM and a closed terminal end mgpu the way Ctrl-C does: the engine is stopped.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+    sys.exit(run_command(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""The only place that prints: results and events, for people or as JSON.
+
+Results go to stdout; progress, warnings and errors to stderr. JSON never passes through Rich.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import IO, TYPE_CHECKING, Any
+
+from mgpu.cli.result import Result, envelope
+from mgpu.errors import MgpuError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+# Wide enough for every table; used where there is no terminal to ask.
+_PIPE_COLUMNS = 100
+
+
+class Output:
+    """Where a command's words go. `as_json` is known before any option is parsed."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self._consoles: dict[bool, Console] = {}
+
+    def console(self, *, error: bool = False) -> Console:
+        """Return the Rich console of stdout or stderr; colours follow the terminal and NO_COLOR."""
+        if error not in self._consoles:
+            from rich.console import Console
+
+            stream = sys.stderr if error else sys.stdout
+            width = None if stream.isatty() or os.environ.get("COLUMNS") else _PIPE_COLUMNS
+            self._consoles[error] = Console(file=stream, highlight=False, width=width, emoji=False, markup=False)
+        return self._consoles[error]
+
+    def show(self, result: Result) -> None:
+        """Print a finished command's result."""
+        if self.as_json:
+            self.json_line(envelope(result), indent=2 if sys.stdout.isatty() else None)
+            return
+        for warning in result.warnings:
+            self.warn(warning)
+        console = self.console()
+        for part in result.screen(console.width):
+            self.lines(part)
+        for error in result.errors:
+            self.error(error)
+
+    def json_line(self, data: dict[str, Any], *, indent: int | None = None) -> None:
+        """Print one JSON object, on one line unless `indent` is given."""
+        sys.stdout.write(json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.flush()
+
+    def lines(self, part: RenderableType, *, error: bool = False) -> None:
+        """Print one part of a screen; tables fit the terminal, lines of text are left to it."""
+        from rich.table import Table
+
+        self.console(error=error).print(part, soft_wrap=not isinstance(part, Table))
+
+    def note(self, text: str) -> None:
+        """Print one line of progress to stderr; nothing under --json."""
+        if not self.as_json:
+            self.console(error=True).print(text, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print one warning to stderr; under --json warnings are in the result."""
+        if not self.as_json:
+            self._labelled("warning", text, "yellow")
+
+    def error(self, error: MgpuError) -> None:
+        """Print what happened and the next command to type, to stderr."""
+        first, *rest = error.message.splitlines() or [""]
+        self._labelled("error", first, "bold red")
+        for line in rest:
+            self.console(error=True).print(f"         {line}", soft_wrap=True)
+        if error.hint:
+            self._labelled("next", error.hint, "bold")
+        reference = getattr(error, "log_reference", None)
+        if reference:
+            self._labelled("log", reference, "dim")
+
+    def write_text(self, text: str, *, stream: IO[str] | None = None) -> None:
+        """Write a piece of text as it is, without a line end: an answer that is being streamed."""
+        stream = stream or sys.stdout
+        stream.write(text)
+        stream.flush()
+
+    def _labelled(self, label: str, text: str, style: str) -> None:
+        from rich.text import Text
+
+        self.console(error=True).print(Text.assemble((f"{label:<8} ", style), text), soft_wrap=True)

@@ -1,0 +1,114 @@
+"""`mgpu plan`: memory card by card, before anything is fetched."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from mgpu.cli.options import JsonOption, MachineOption, ModelArgument, PlannerOptions, with_planner_options
+from mgpu.cli.prepare import Prepared, prepare
+from mgpu.cli.result import Result
+
+
+@with_planner_options
+def plan(
+    context: typer.Context,
+    model: ModelArgument,
+    options: PlannerOptions,
+    machine: MachineOption = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the sums.")] = False,
+    json: JsonOption = False,
+) -> Result:
+    """Plan MODEL on this machine or another: memory per card, the split, what fits. Engine arguments follow --."""
+    from mgpu.cli.views.plan import plan_screen
+
+    prepared = prepare(model, options, machine=machine, engine_arguments=context.obj or ())
+    fits = prepared.plan.best is not None
+
+    def screen(width: int) -> Any:
+        yield from plan_screen(prepared.name, prepared.plan, width, explain=explain)
+        if fits:
+            yield ""
+            yield f"  {run_command(model)}          --explain shows the sums · run --dry-run the command"
+
+    return Result(
+        command="plan",
+        data=plan_data(prepared),
+        screen=screen,
+        exit_code=0 if fits else 1,
+        simulated=prepared.plan.machine.source == "simulated",
+        warnings=prepared.warnings,
+    )
+
+
+def run_command(model: str) -> str:
+    """Return the `mgpu run` line with the options that were given to `mgpu plan`."""
+    import shlex
+
+    words = list(sys.argv[1:])
+    kept = [
+        w for i, w in enumerate(words) if w not in ("--explain", "--json", "--machine") and words[i - 1] != "--machine"
+    ]
+    kept = [w for w in kept if not w.startswith("--machine=")]
+    if kept[:1] != ["plan"]:
+        kept = ["plan", model]
+    return shlex.join(["mgpu", "run", *kept[1:]])
+
+
+def plan_data(prepared: Prepared) -> dict[str, Any]:
+    """Return `plan --json`'s data (docs: the README's section on JSON)."""
+    from mgpu.machine.snapshot import to_json
+
+    plan = prepared.plan
+    facts = plan.model
+    return {
+        "model": {
+            "name": prepared.name,
+            "architecture": facts.architecture,
+            "quantisation": facts.quantisation,
+            "parameters": facts.parameters,
+            "active_parameters": facts.active_parameters,
+            "layers": len(facts.layers),
+            "heads": facts.heads,
+            "kv_heads": facts.kv_heads,
+            "head_dim": facts.head_dim,
+            "embedding_length": facts.embedding_length,
+            "vocabulary": facts.vocabulary,
+            "context_length": facts.context_length,
+            "experts": facts.experts,
+            "experts_used": facts.experts_used,
+            "file_bytes": facts.file_bytes,
+            "source": facts.source,
+        },
+        "machine": to_json(plan.machine),
+        "best": plan.best,
+        "candidates": [candidate_data(prepared, candidate) for candidate in plan.candidates],
+        "fixes": [{"change": fix.change, "candidate": candidate_data(prepared, fix.candidate)} for fix in plan.fixes],
+        "not_modelled": list(plan.not_modelled),
+    }
+
+
+def candidate_data(prepared: Prepared, candidate: Any) -> dict[str, Any]:
+    """Return one candidate of the contract, with the command that would run it."""
+    from mgpu.backends.llama_cpp import build_launch
+    from mgpu.machine.snapshot import to_json
+    from mgpu.running.ports import FIRST_PORT
+
+    launch = build_launch(
+        candidate,
+        program=prepared.engine.path if prepared.engine else "llama-server",
+        model=prepared.path or f"{prepared.name}-{candidate.quant}.gguf",
+        name=prepared.name,
+        host="127.0.0.1",
+        port=FIRST_PORT,
+        arguments=prepared.arguments,
+    )
+    data = to_json(candidate)
+    assert isinstance(data, dict)
+    data.pop("wants")
+    for ledger, device in zip(data["devices"], candidate.devices, strict=True):
+        ledger |= {"total_bytes": device.total_bytes, "spare_bytes": device.spare_bytes}
+    data["host"] |= {"total_bytes": candidate.host.total_bytes, "spare_bytes": candidate.host.spare_bytes}
+    return {**data, "argv": list(launch.argv), "env": launch.public_env()}

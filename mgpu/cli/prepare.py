@@ -1,0 +1,199 @@
+"""From words on the command line to a plan: model, machine, cards, wishes. Shared by `plan` and `run`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mgpu.backends.engine import INSTALL_LLAMA_CPP, DeviceQuery, Engine, find_llama_server
+from mgpu.backends.llama_cpp import EngineArguments, read_engine_arguments
+from mgpu.cli.options import PlannerOptions
+from mgpu.errors import BadModel, Missing, UsageError
+from mgpu.machine.probe import probe, select_gpus, with_engine_devices
+from mgpu.machine.simulate import simulate
+from mgpu.machine.snapshot import Gpu, Machine
+from mgpu.models.facts import ModelFacts
+from mgpu.models.source import GgufFile, ModelFolder, ProfileName, parse_model
+from mgpu.planning.plan import Plan, make_plan
+from mgpu.planning.wants import Wants
+
+if TYPE_CHECKING:
+    from mgpu.profile import GgufSource, Profile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A plan and all it was made of. `engine` is None when none is installed or the machine is simulated;
+    `path` is the model's file when it is on disk, else `source` says where to get it."""
+
+    name: str
+    plan: Plan
+    wants: Wants
+    gpus: tuple[Gpu, ...]
+    arguments: EngineArguments
+    engine: Engine | None
+    source: GgufSource | None
+    path: Path | None
+    warnings: tuple[str, ...]
+
+    def planned_again(self, path: Path) -> Prepared:
+        """Return the same plan made from the header of the file that is now at `path`."""
+        from mgpu.models.gguf_facts import facts_from_gguf
+
+        facts = replace(facts_from_gguf(path), name=self.name)
+        return replace(self, path=path, plan=make_plan(facts, self.plan.machine, self.gpus, self.wants))
+
+
+def prepare(
+    model: str, options: PlannerOptions, *, machine: str | None = None, engine_arguments: Sequence[str] = ()
+) -> Prepared:
+    """Return the plan for `model` on this machine, or on the simulated one that `machine` describes.
+
+    Raises MgpuError: UsageError for what was typed, Missing for what is not there.
+    """
+    source = parse_model(model)
+    arguments, wants = read_engine_arguments(engine_arguments, options.wants())
+    # The engine takes as long to list its devices as all the rest: it is asked first and heard last.
+    engine = None if machine else find_llama_server()
+    query = DeviceQuery(engine, rpc=arguments.rpc) if engine else None
+    try:
+        found = simulate(machine) if machine else probe()
+        name, facts, profile, path = _model(source, options.quant)
+        warnings = []
+        if query:
+            assert engine
+            found = with_engine_devices(found, query.devices(), backend=engine.backend)
+        else:
+            found = _assumed_names(found)
+            if not machine:
+                warnings.append(f"llama.cpp is not installed (planned as if it saw every card): {INSTALL_LLAMA_CPP}")
+        if found.driver and found.driver.problem:
+            warnings.append(found.driver.problem)
+        gpus, remarks = _cards(found, options.gpus, simulated=bool(machine))
+        warnings += remarks
+    finally:
+        if query:
+            query.close()
+    if wants.tensor_split and len(wants.tensor_split) != len(gpus):
+        raise UsageError(
+            f"--tensor-split has {len(wants.tensor_split)} proportions for {len(gpus)} cards",
+            hint="give one for each card that --gpus chooses",
+        )
+    if profile:
+        wants = replace(
+            wants,
+            ctx_tokens=wants.ctx_tokens or profile.ctx,
+            parallel=options.parallel or profile.parallel,
+        )
+    plan = make_plan(facts, found, gpus, wants)
+    if plan.best is None and profile:
+        plan = make_plan(facts, found, gpus, wants, other_quantisations=tuple(_others(profile, facts)))
+    return Prepared(
+        name=name,
+        plan=plan,
+        wants=wants,
+        gpus=gpus,
+        arguments=arguments,
+        engine=engine,
+        source=_source(profile, facts) if profile else None,
+        path=path,
+        warnings=tuple(warnings),
+    )
+
+
+def _model(source: object, quant: str | None) -> tuple[str, ModelFacts, Profile | None, Path | None]:
+    """The model's name, facts, profile and file, as far as there are any."""
+    match source:
+        case ProfileName(name):
+            return _profiled(name, quant)
+        case GgufFile(path) | ModelFolder(path):
+            return _from_file(path, quant)
+        case _:
+            raise Missing(
+                f"{source} is not supported by this version of mgpu",
+                code="source-unsupported",
+                hint="use a profile (mgpu profiles list) or the path of a .gguf file",
+            )
+
+
+def _from_file(path: Path, quant: str | None) -> tuple[str, ModelFacts, None, Path]:
+    from mgpu.models.gguf_facts import facts_from_gguf
+
+    if path.is_dir():
+        raise BadModel(
+            f"{path} is a folder; llama.cpp, the engine this version of mgpu starts, wants one .gguf file",
+            hint=f"ls {path}/*.gguf",
+        )
+    if quant:
+        raise UsageError(f"--quant {quant} chooses among a profile's files; {path} is one file", hint="leave it out")
+    facts = facts_from_gguf(path)
+    name = path.name.removesuffix(".gguf")
+    return name, replace(facts, name=name), None, path.absolute()
+
+
+def _profiled(name: str, quant: str | None) -> tuple[str, ModelFacts, Profile, Path | None]:
+    from mgpu.models.shape import facts_from_shape
+    from mgpu.profile import load_profile
+
+    profile = load_profile(name).profile
+    wanted = profile.default_quantisation if quant is None else quant.upper()
+    if wanted not in profile.quantisations:
+        there = list(profile.quantisations)
+        near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.3)
+        raise UsageError(
+            f"profile {name} has no quantisation {quant}; it has {', '.join(there)}",
+            hint=f"--quant {near[0] if near else profile.default_quantisation}",
+        )
+    return name, facts_from_shape(name, profile.model, wanted), profile, None
+
+
+def _source(profile: Profile, facts: ModelFacts) -> GgufSource | None:
+    return next((source for name, source in profile.quantisations.items() if name == facts.quantisation), None)
+
+
+def _others(profile: Profile, facts: ModelFacts) -> Iterator[ModelFacts]:
+    from mgpu.models.shape import facts_from_shape
+
+    for quantisation in profile.quantisations:
+        if quantisation != facts.quantisation:
+            yield facts_from_shape(profile.name, profile.model, quantisation)
+
+
+def _assumed_names(machine: Machine) -> Machine:
+    """Device names where no engine can be asked: CUDA for NVIDIA, ROCm for AMD, Vulkan for the others, in order."""
+    kinds = {"nvidia": "CUDA", "amd": "ROCm"}
+    counts: dict[str, int] = {}
+    gpus = []
+    for gpu in machine.gpus:
+        if not gpu.engine_devices and not gpu.problem:
+            kind = kinds.get(gpu.vendor, "Vulkan")
+            gpu = replace(gpu, engine_devices=(f"{kind}{counts.setdefault(kind, 0)}",))
+            counts[kind] += 1
+        gpus.append(gpu)
+    return replace(machine, gpus=tuple(gpus))
+
+
+def _cards(machine: Machine, selection: str | None, *, simulated: bool) -> tuple[tuple[Gpu, ...], list[str]]:
+    """The cards to plan on, and what to tell the user about those left out."""
+    remarks = []
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if selection is None and mask and not simulated:
+        selection = ",".join(f"gpu{item}" if item.strip().isdecimal() else item for item in mask.split(","))
+        remarks.append(f"CUDA_VISIBLE_DEVICES={mask}: planned on {selection} only")
+    chosen = select_gpus(machine, selection)
+    unseen = [gpu for gpu in chosen if not gpu.engine_devices]
+    if not unseen:
+        return chosen, remarks
+    names = ", ".join(f"gpu{gpu.index} ({gpu.name})" for gpu in unseen)
+    if selection not in (None, "all"):
+        raise Missing(
+            f"llama.cpp does not see {names}: this build lacks their driver's interface, or it is hidden from it",
+            code="gpu-unseen",
+            hint="mgpu backends shows what it sees; a build with CUDA or ROCm sees these cards",
+        )
+    remarks.append(f"llama.cpp does not see {names}; mgpu backends shows what it sees")
+    return tuple(gpu for gpu in chosen if gpu.engine_devices), remarks

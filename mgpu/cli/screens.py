@@ -1,0 +1,217 @@
+"""What `mgpu run` shows while it works: steps, progress, the ready line, the status; or the same as JSON events."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mgpu.cli.output import Output
+from mgpu.cli.result import Result, envelope
+from mgpu.cli.views import status as view
+from mgpu.units import gib, seconds
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mgpu.backends.engine import Engine
+    from mgpu.backends.llama_cpp_log import DeviceBuffers
+    from mgpu.backends.llama_cpp_metrics import Rates, Sample
+    from mgpu.cli.prepare import Prepared
+    from mgpu.models.fetch import Progress
+    from mgpu.planning.candidates import Candidate
+    from mgpu.running.client import Answer, Canary
+    from mgpu.running.process import EngineProcess
+    from mgpu.running.start import Loading
+
+# Often enough for a terminal to look alive, seldom enough to cost nothing.
+_SAMPLE_EVERY_S = 1.0
+_REDRAW_EVERY_S = 0.1
+_HISTORY = 12
+
+
+class RunScreen:
+    """The narrator of one `mgpu run`. Steps go to stderr; the ready line, status and answers to stdout.
+
+    When a question is asked the answer alone goes to stdout, so that it can be piped on.
+    """
+
+    def __init__(self, out: Output, *, asked: bool, interval_s: float) -> None:
+        self._out = out
+        self._asked = asked
+        self._interval_s = interval_s
+        self._buffers: Mapping[str, DeviceBuffers] = {}
+        self._candidate: Candidate | None = None
+        self._ready_at = time.monotonic()
+        self._answering = False
+
+    @property
+    def sample_every_s(self) -> float:
+        """Seconds between two readings of the engine's counters."""
+        terminal = not self._out.as_json and self._out.console().is_terminal
+        return min(_SAMPLE_EVERY_S, self._interval_s) if terminal else self._interval_s
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Say what the user should know before anything starts."""
+        for warning in warnings:
+            self._event("warning", message=warning)
+            self._out.warn(warning)
+
+    def planned(self, prepared: Prepared) -> None:
+        """Say what is going to be started."""
+        candidate = prepared.plan.chosen
+        self._event("planned", model=prepared.name, quant=candidate.quant, ctx_tokens=candidate.ctx_tokens)
+        self._step("plan", view.plan_line(candidate))
+        for reason in candidate.reasons:
+            self._step("", reason)
+
+    @contextlib.contextmanager
+    def fetching(self) -> Iterator[Callable[[Progress], None]]:
+        """Show a fetch; yields what to call with its progress. Nothing is shown when there is nothing to fetch."""
+        begun = time.monotonic()
+        last: list[Progress] = []
+        with self._live(error=True) as draw:
+
+            def on_progress(progress: Progress) -> None:
+                if not last:
+                    self._event("fetching", name=progress.name, total_bytes=progress.total_bytes)
+                last[:] = [progress]
+                draw(lambda width: view.fetch_line(progress, time.monotonic() - begun, width))
+
+            yield on_progress
+        if last:
+            self._event("fetched", name=last[0].name, seconds=round(time.monotonic() - begun, 3))
+            done = last[0].total_bytes or last[0].done_bytes
+            self._step("fetch", f"{last[0].name}  {done / 1e6:.1f} MB in {seconds(time.monotonic() - begun)}")
+
+    def started(self, process: EngineProcess, engine: Engine) -> None:
+        """Say which process was started."""
+        self._event("started", pid=process.pid, log_path=str(process.log_path))
+        self._step("start", f"{engine.path.name}, pid {process.pid}, log {view.home_path(process.log_path)}")
+
+    @contextlib.contextmanager
+    def loading(self, file_bytes: int) -> Iterator[Callable[[Loading], None]]:
+        """Show how loading goes on; yields what to call with its progress."""
+        phase: list[str] = []
+        with self._live(error=True) as draw:
+
+            def on_loading(loading: Loading) -> None:
+                if phase != [loading.phase]:
+                    phase[:] = [loading.phase]
+                    self._event("loading", phase=loading.phase)
+                draw(lambda width: view.load_line(loading, file_bytes, width))
+
+            yield on_loading
+
+    def checked(self, candidate: Candidate, buffers: Mapping[str, DeviceBuffers], canary: Canary) -> None:
+        """Say what the engine really allocated and that it answered; warn where that is not what was planned."""
+        self._candidate, self._buffers = candidate, buffers
+        self._event(
+            "checked",
+            devices=view.actual_data(candidate, buffers),
+            answer_seconds=round(canary.seconds, 3),
+            generation_tok_s=canary.generation_tok_s,
+        )
+        self._step("check", view.check_line(candidate, buffers, canary))
+        self.warn(view.complaints(candidate, buffers, canary))
+
+    def ready(self, name: str, url: str, process: EngineProcess, candidate: Candidate, took_s: float) -> None:
+        """Print the ready line: scripts wait for it."""
+        self._ready_at = time.monotonic()
+        cards = sum(1 for device in candidate.devices if device.layers or device.head)
+        used = "CPU" if not cards else f"{cards} GPU" + ("s" if cards > 1 else "")
+        line = f"ready: {name} on {url}/v1  ({candidate.backend}, {used}, pid {process.pid}, {seconds(took_s)})"
+        self._event("ready", name=name, url=f"{url}/v1", pid=process.pid, seconds=round(took_s, 3))
+        if not self._out.as_json:
+            self._out.lines(line, error=self._asked)
+
+    def answer_text(self, piece: str) -> None:
+        """Write a piece of an answer as it comes."""
+        self._answering = True
+        self._event("answer", text=piece)
+        if not self._out.as_json:
+            self._out.write_text(view.printable(piece))
+
+    def answer_broke_off(self) -> None:
+        """End the line of an answer that will not go on."""
+        if self._answering and not self._out.as_json:
+            self._out.write_text("\n")
+
+    def answered(self, answer: Answer) -> None:
+        """Say how fast the answer came, by the engine's own count."""
+        self._event(
+            "answered",
+            generated_tokens=answer.generated_tokens,
+            generation_tok_s=answer.generation_tok_s,
+            prompt_tokens=answer.prompt_tokens,
+            prompt_tok_s=answer.prompt_tok_s,
+            finish_reason=answer.finish_reason,
+        )
+        if not self._out.as_json:
+            self._out.write_text("\n")
+            self._step("answer", view.answer_line(answer))
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[Callable[[Sample | None, Rates | None], None]]:
+        """Show the status; yields what to call with each sample (None when the engine did not answer)."""
+        history: deque[float] = deque(maxlen=_HISTORY)
+        terminal = not self._out.as_json and self._out.console().is_terminal
+        with self._live(error=False) as draw:
+
+            def show(sample: Sample | None, rates: Rates | None) -> None:
+                history.append((rates.generation_tok_s if rates else None) or 0.0)
+                up_s = time.monotonic() - self._ready_at
+                self._event("status", **view.status_data(sample, rates, up_s))
+                assert self._candidate
+                cards = view.cards_line(self._candidate, self._buffers)
+                if terminal:
+                    draw(lambda width: view.status_lines(sample, rates, up_s, tuple(history), cards, width))
+                elif not self._out.as_json:
+                    self._out.lines(view.status_line(sample, rates, up_s))
+
+            yield show
+
+    def stopping(self, name: str) -> None:
+        """Say that the engine is being asked to end."""
+        self._event("stopping", name=name)
+
+    def stopped(self, name: str, took_s: float) -> None:
+        """Say that it has ended and what it gave back."""
+        held = sum(buffers.total_bytes for device, buffers in self._buffers.items() if device != "host")
+        self._event("stopped", name=name, seconds=round(took_s, 3), freed_bytes=held)
+        freed = f", {gib(held)} given back" if held else ""
+        self._step("stop", f"{name} stopped in {seconds(took_s)}{freed}")
+
+    def _step(self, label: str, text: str) -> None:
+        self._out.note(f"{label:<8} {text}")
+
+    def _event(self, event: str, **data: Any) -> None:
+        if self._out.as_json:
+            self._out.json_line(envelope(Result(command="run", data={"event": event, **data})))
+
+    @contextlib.contextmanager
+    def _live(self, *, error: bool) -> Iterator[Callable[[Callable[[int], RenderableType]], None]]:
+        """A part of the terminal that is redrawn; yields what to call with a function from width to lines.
+
+        Where there is no terminal nothing is drawn. What was drawn is cleared at the end.
+        """
+        if self._out.as_json or not self._out.console(error=error).is_terminal:
+            yield lambda _: None
+            return
+        from rich.live import Live
+
+        console = self._out.console(error=error)
+        drawn_at = 0.0
+        with Live(
+            console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+        ) as live:
+
+            def draw(lines: Callable[[int], RenderableType]) -> None:
+                nonlocal drawn_at
+                if time.monotonic() - drawn_at >= _REDRAW_EVERY_S:
+                    live.update(lines(console.width), refresh=True)
+                    drawn_at = time.monotonic()
+
+            yield draw

@@ -1,0 +1,1 @@
+"""What people see: values turned into lines and tables. Nothing here prints."""

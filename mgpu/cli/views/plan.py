@@ -1,0 +1,161 @@
+"""The plan's screen: the answer, the ledger card by card, the speed, the other ways."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mgpu.cli.views.words import NARROW_COLUMNS, card_name, cell_gib, plain_table
+from mgpu.planning.candidates import Candidate, PlannedDevice
+from mgpu.planning.plan import Plan
+from mgpu.units import gib
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+VERDICT_WORDS = {
+    "fits": ("FITS", "bold green"),
+    "fits-with-offload": ("FITS WITH OFFLOAD", "bold yellow"),
+    "does-not-fit": ("DOES NOT FIT", "bold red"),
+    "illegal": ("ILLEGAL", "bold red"),
+    "unavailable": ("UNAVAILABLE", "bold red"),
+}
+
+
+def plan_screen(name: str, plan: Plan, width: int, *, explain: bool = False) -> Iterator[RenderableType]:
+    """Yield the whole screen of `mgpu plan`."""
+    from rich.text import Text
+
+    chosen = plan.chosen
+    word, style = VERDICT_WORDS[chosen.verdict]
+    simulated = "   SIMULATED" if plan.machine.source == "simulated" else ""
+    yield Text.assemble((word, style), f"   {headline(name, chosen)}", (simulated, "bold"))
+    yield ""
+    yield ledger(chosen, width)
+    yield ""
+    for label, text in _facts(plan, chosen):
+        yield f"  {label:<9} {text}"
+    if explain:
+        yield ""
+        yield from (f"  {line}" for line in explanation(plan, chosen))
+    if len(plan.candidates) > 1:
+        yield ""
+        yield from _other_ways(plan)
+    if plan.fixes:
+        yield ""
+        yield from _fixes(plan)
+
+
+def headline(name: str, candidate: Candidate) -> str:
+    """Return the plan in one line: model, quantisation, context, users, engine and split."""
+    users = "1 user" if candidate.parallel == 1 else f"{candidate.parallel} users"
+    each = "" if candidate.parallel == 1 else " each"
+    parts = (name, candidate.quant or "?", f"{candidate.ctx_tokens} tokens{each}", users, candidate.backend)
+    return " · ".join((*parts, _split_words(candidate)))
+
+
+def _split_words(candidate: Candidate) -> str:
+    used = [device for device in candidate.devices if device.layers or device.head]
+    if not used:
+        return "CPU"
+    if len(used) == 1:
+        return f"gpu{used[0].gpu} alone"
+    return f"{candidate.split_mode} split over {len(used)} cards"
+
+
+def ledger(candidate: Candidate, width: int) -> RenderableType:
+    """Return the table of memory by card, in GiB."""
+    narrow = width < NARROW_COLUMNS
+    headings = (
+        ["total", "free", "spare"] if narrow else ["weights", "KV", "compute", "runtime", "total", "free", "spare"]
+    )
+    table = plain_table([("GiB", "left"), *((heading, "right") for heading in headings), ("layers", "left")])
+
+    for device in candidate.devices:
+        parts = (device.weights_bytes, device.kv_bytes, device.compute_bytes, device.runtime_bytes)
+        sums = (device.total_bytes, device.free_bytes, device.spare_bytes)
+        cells = [cell_gib(size) for size in (sums if narrow else (*parts, *sums))]
+        table.add_row(f"gpu{device.gpu} {card_name(device.name)}", *cells, _layers(device))
+    host = candidate.host
+    parts = (host.weights_bytes, host.kv_bytes, host.compute_bytes, 0)
+    cells = [] if narrow else [cell_gib(size) for size in parts]
+    cells += [cell_gib(host.total_bytes), cell_gib(host.free_bytes), cell_gib(host.spare_bytes)]
+    held = f"0-{host.layers - 1}" if host.layers else ("embeddings" if candidate.devices else "all")
+    table.add_row("host", *cells, held if candidate.devices else "all")
+    return table
+
+
+def _layers(device: PlannedDevice) -> str:
+    if not device.layers:
+        return "head" if device.head else "nothing"
+    last = device.first_layer + device.layers - 1
+    span = f"{device.first_layer}-{last}" if device.layers > 1 else f"{last}"
+    return f"{span} + head" if device.head else span
+
+
+def _facts(plan: Plan, candidate: Candidate) -> Iterator[tuple[str, str]]:
+    bound = candidate.speed.bound_tok_s
+    if bound is not None:
+        # Rounded down: what is printed as a bound must not be above it.
+        shown = math.floor(bound * 10) / 10 if bound < 100 else math.floor(bound)
+        yield "speed", f"at most {shown:g} tokens/s for one user: {candidate.speed.basis}"
+    elif candidate.devices and candidate.host.layers:
+        yield "speed", "not predicted: it depends on the host's memory bandwidth, which is unknown"
+    elif candidate.devices:
+        yield "speed", "not predicted: a card's memory bandwidth is unknown"
+    if candidate.max_ctx_tokens:
+        where = "these cards" if len(candidate.devices) > 1 else "this card" if candidate.devices else "the CPU"
+        trained = " (all the model was trained for)" if candidate.max_ctx_tokens == plan.model.context_length else ""
+        yield "context", f"up to {candidate.max_ctx_tokens} tokens each on {where}{trained}"
+    for reason in candidate.reasons:
+        yield "note", reason
+
+
+def explanation(plan: Plan, candidate: Candidate) -> Iterator[str]:
+    """Yield the sums behind the ledger, to be checked by hand."""
+    facts, wants = plan.model, candidate.wants
+    total = sum(layer.weights_bytes for layer in facts.layers)
+    yield f"weights   {len(facts.layers)} layers {gib(total)} + head {gib(facts.head_bytes)} on the cards;"
+    yield f"          embeddings {gib(facts.embedding_bytes)} stay on the host (from {facts.source})"
+    layer = facts.layers[0]
+    yield (
+        f"KV        per layer and token {layer.kv_heads} heads × ({layer.key_length} K {wants.kv_type_k}"
+        f" + {layer.value_length} V {wants.kv_type_v}) × {candidate.ctx_tokens} tokens × {candidate.parallel} users"
+    )
+    windows = sum(layer.sliding_window is not None for layer in facts.layers)
+    if windows:
+        yield f"          {windows} of {len(facts.layers)} layers keep only a window of {facts.sliding_window} tokens"
+    yield f"compute   activations of a micro-batch of {wants.ubatch} tokens in the widest stage of a layer"
+    yield "runtime   the driver's context, from a table; spare is what is left of the free memory"
+    yield f"headroom  {gib(wants.headroom_bytes)} of the spare memory is kept on each card"
+
+
+def _other_ways(plan: Plan) -> Iterator[RenderableType]:
+    table = plain_table([("other ways", "left"), ("", "left"), ("tokens/s at most", "right"), ("", "left")])
+    for candidate in plan.candidates:
+        if candidate is plan.chosen:
+            continue
+        bound = candidate.speed.bound_tok_s
+        used = ",".join(f"gpu{device.gpu}" for device in candidate.devices) or "none"
+        table.add_row(
+            f"{candidate.backend}, {_split_words(candidate)}",
+            VERDICT_WORDS[candidate.verdict][0].lower(),
+            f"{math.floor(bound)}" if bound else "?",
+            f"--gpus {used}",
+        )
+    yield table
+
+
+def _fixes(plan: Plan) -> Iterator[RenderableType]:
+    table = plain_table([("change", "left"), ("then", "left")])
+    for fix in plan.fixes:
+        candidate = fix.candidate
+        spare = min((device.spare_bytes for device in candidate.devices), default=candidate.host.spare_bytes or 0)
+        words = f"{VERDICT_WORDS[candidate.verdict][0].lower()}, {gib(spare)} spare on the fullest card"
+        if candidate.verdict == "fits-with-offload":
+            words = f"{candidate.host.layers} of {len(plan.model.layers)} layers in host memory: slow"
+        elif candidate.speed.bound_tok_s:
+            words += f", at most {math.floor(candidate.speed.bound_tok_s)} tokens/s"
+        table.add_row(fix.change, words)
+    yield table

@@ -1,0 +1,234 @@
+"""Lines of a run: plan, fetch, load, check, status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgpu.cli.views.words import card_name, cell_gib
+from mgpu.units import GIB, gib, seconds
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mgpu.backends.llama_cpp_log import DeviceBuffers
+    from mgpu.backends.llama_cpp_metrics import Rates, Sample
+    from mgpu.models.fetch import Progress
+    from mgpu.planning.candidates import Candidate, PlannedDevice
+    from mgpu.running.client import Answer, Canary
+    from mgpu.running.start import Loading
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+_MB = 1_000_000
+# The engine may place a buffer a little differently; more than this is worth a word.
+_TOLERATED_EXCESS = 0.03
+
+
+def home_path(path: Path) -> str:
+    """Return a path with the home folder as `~`."""
+    try:
+        return f"~/{path.relative_to(Path.home())}"
+    except ValueError:
+        return str(path)
+
+
+def printable(text: str) -> str:
+    """Return a model's text without the control characters that would command the terminal."""
+    return "".join(c for c in text if c in "\n\t" or (c.isprintable() or ord(c) > 0xA0))
+
+
+def plan_line(candidate: Candidate) -> str:
+    """Return the plan in one line: engine, quantisation, split, memory by card."""
+    used = _used(candidate)
+    if not used:
+        where = f"CPU · {gib(candidate.host.total_bytes)} of RAM"
+    else:
+        split = f"{candidate.split_mode} split over " if len(used) > 1 else ""
+        cards = ", ".join(f"gpu{device.gpu}" for device in used)
+        where = f"{split}{cards} · " + " + ".join(f"{device.total_bytes / GIB:.2f}" for device in used) + " GiB"
+        if candidate.host.layers:
+            where += f", {candidate.host.layers} layers in RAM ({gib(candidate.host.total_bytes)})"
+    users = "" if candidate.parallel == 1 else f" × {candidate.parallel} users"
+    bound = candidate.speed.bound_tok_s
+    speed = f" · at most {int(bound)} tokens/s" if bound else ""
+    return f"{candidate.backend} · {candidate.quant or '?'} · {candidate.ctx_tokens} tokens{users} · {where}{speed}"
+
+
+def fetch_line(progress: Progress, elapsed_s: float, width: int) -> RenderableType:
+    """Return one line of a download: bar, per cent, bytes, rate, time left."""
+    done, total = progress.done_bytes, progress.total_bytes
+    rate = done / elapsed_s if elapsed_s > 0.5 else None
+    words = f"{done / _MB:.1f} MB" if not total else f"{done / total:.0%}  {done / _MB:.1f}/{total / _MB:.1f} MB"
+    if rate and progress.stage == "downloading":
+        words += f"  {rate / _MB:.1f} MB/s"
+        if total and done < total:
+            words += f"  {_clock((total - done) / rate)} left"
+    label = "fetch" if progress.stage == "downloading" else progress.stage
+    return _bar_line(f"{label:<8} {progress.name}", done / total if total else None, words, width)
+
+
+def load_line(loading: Loading, file_bytes: int, width: int) -> RenderableType:
+    """Return one line of loading: the phase, and how much of the file is in memory."""
+    mapped = min(loading.mapped_bytes, file_bytes)
+    words = f"{mapped / _MB:.0f} of {file_bytes / _MB:.0f} MB in memory  {seconds(loading.seconds)}"
+    return _bar_line(f"{'load':<8} {loading.phase}", mapped / file_bytes if file_bytes else None, words, width)
+
+
+def check_line(candidate: Candidate, buffers: Mapping[str, DeviceBuffers], canary: Canary) -> str:
+    """Return what the cards really hold, and how the engine answered."""
+    held = [
+        f"gpu{device.gpu} {actual.total_bytes / GIB:.2f}" for device, actual in _actual(candidate, buffers) if actual
+    ]
+    cards = f"{', '.join(held)} GiB allocated · " if held else ""
+    rate = f" · {canary.generation_tok_s:.1f} tokens/s" if canary.generation_tok_s else ""
+    return f"{cards}answered in {seconds(canary.seconds)}{rate}"
+
+
+def complaints(candidate: Candidate, buffers: Mapping[str, DeviceBuffers], canary: Canary) -> list[str]:
+    """Return what is not as planned: a card that holds nothing, one that holds more, an answer like garbage."""
+    found = []
+    for device, actual in _actual(candidate, buffers):
+        name = f"gpu{device.gpu} ({device.device})"
+        if actual is None or not actual.weights_bytes:
+            found.append(f"{name} was planned to hold layers and holds none: the model runs elsewhere")
+            continue
+        planned = device.total_bytes - device.runtime_bytes
+        if actual.total_bytes > planned * (1 + _TOLERATED_EXCESS):
+            found.append(f"{name} holds {gib(actual.total_bytes)}, planned were {gib(planned)}")
+    if not canary.text.strip():
+        found.append("the first answer was empty")
+    elif canary.one_token_repeated:
+        found.append(
+            f"the first answer repeats one token ({printable(canary.text)[:24]!r}): the results may be garbage"
+        )
+    return found
+
+
+def actual_data(candidate: Candidate, buffers: Mapping[str, DeviceBuffers]) -> list[dict[str, Any]]:
+    """Return planned and actual bytes by card, for JSON."""
+    return [
+        {
+            "gpu": device.gpu,
+            "uuid": device.uuid,
+            "device": device.device,
+            "planned_bytes": device.total_bytes - device.runtime_bytes,
+            "weights_bytes": actual.weights_bytes if actual else None,
+            "kv_bytes": actual.kv_bytes if actual else None,
+            "compute_bytes": actual.compute_bytes if actual else None,
+            "actual_bytes": actual.total_bytes if actual else None,
+        }
+        for device, actual in _actual(candidate, buffers)
+    ]
+
+
+def answer_line(answer: Answer) -> str:
+    """Return how fast an answer came."""
+    parts = []
+    if answer.generated_tokens is not None and answer.generation_tok_s:
+        parts.append(f"{answer.generated_tokens} tokens at {answer.generation_tok_s:.1f} tokens/s")
+    if answer.prompt_tokens and answer.prompt_tok_s:
+        parts.append(f"prompt {answer.prompt_tokens} tokens at {answer.prompt_tok_s:.0f} tokens/s")
+    if answer.finish_reason == "length":
+        parts.append("cut off: the context is full")
+    return " · ".join(parts) or "the engine counted no tokens"
+
+
+def status_line(sample: Sample | None, rates: Rates | None, up_s: float) -> str:
+    """Return the status in one line of plain words."""
+    if sample is None:
+        return f"degraded {_clock(up_s)}   the engine does not answer"
+    parts = [f"ready {_clock(up_s)}", f"{_count(sample.running)} running, {_count(sample.waiting)} waiting"]
+    if rates:
+        parts.append(f"{_rate(rates.generation_tok_s)} tok/s")
+        parts.append(f"prompt {_rate(rates.prompt_tok_s)} tok/s")
+    if sample.kv_used is not None:
+        parts.append(f"KV {sample.kv_used:.0%}")
+    return "   ".join(parts)
+
+
+def status_lines(
+    sample: Sample | None, rates: Rates | None, up_s: float, history: Sequence[float], cards: str, width: int
+) -> RenderableType:
+    """Return the status as it is redrawn on a terminal: the line with its sparkline, and the cards below."""
+    from rich.console import Group
+    from rich.text import Text
+
+    style = "green" if sample else "bold red"
+    words = status_line(sample, rates, up_s)
+    spark = f"   {sparkline(history)}" if sample and width >= len(words) + len(history) + 6 else ""
+    lines = [Text.assemble(("● ", style), words, (spark, "cyan"), no_wrap=True, overflow="ellipsis")]
+    if cards:
+        lines.append(Text(f"  {cards}", style="dim", no_wrap=True, overflow="ellipsis"))
+    return Group(*lines)
+
+
+def status_data(sample: Sample | None, rates: Rates | None, up_s: float) -> dict[str, Any]:
+    """Return the status as JSON, with the names of the contract's `rate`."""
+    return {
+        "state": "ready" if sample else "degraded",
+        "up_seconds": round(up_s, 1),
+        "rate": {
+            "generation_tok_s": rates.generation_tok_s if rates else None,
+            "prompt_tok_s": rates.prompt_tok_s if rates else None,
+            "running": sample.running if sample else None,
+            "waiting": sample.waiting if sample else None,
+            "kv_used": sample.kv_used if sample else None,
+        },
+    }
+
+
+def cards_line(candidate: Candidate, buffers: Mapping[str, DeviceBuffers]) -> str:
+    """Return what each card holds of this engine, in one line; empty on the CPU."""
+    return "      ".join(
+        f"gpu{device.gpu} {card_name(device.name)}  {cell_gib(actual.total_bytes)}/{cell_gib(device.card_bytes, 1)} GiB"
+        for device, actual in _actual(candidate, buffers)
+        if actual
+    )
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Return one block character for each value, scaled to the largest."""
+    top = max(values, default=0.0)
+    if top <= 0:
+        return _SPARKS[0] * len(values)
+    return "".join(_SPARKS[min(int(value / top * len(_SPARKS)), len(_SPARKS) - 1)] for value in values)
+
+
+def _bar_line(label: str, fraction: float | None, words: str, width: int) -> RenderableType:
+    from rich.text import Text
+
+    room = min(30, width - len(label) - len(words) - 6)
+    parts: list[Any] = [label, "  "]
+    if fraction is not None and room >= 5:
+        filled = round(max(0.0, min(fraction, 1.0)) * room)
+        parts += [("━" * filled, "cyan"), ("━" * (room - filled), "dim"), "  "]
+    return Text.assemble(*parts, words, no_wrap=True, overflow="ellipsis")
+
+
+def _used(candidate: Candidate) -> list[PlannedDevice]:
+    return [device for device in candidate.devices if device.layers or device.head]
+
+
+def _actual(
+    candidate: Candidate, buffers: Mapping[str, DeviceBuffers]
+) -> Iterator[tuple[PlannedDevice, DeviceBuffers | None]]:
+    """Each used card with what the engine allocated there. Pinned NVIDIA cards are renumbered from CUDA0 on."""
+    used = _used(candidate)
+    pinned = bool(used) and all(device.uuid and device.device.startswith("CUDA") for device in used)
+    for i, device in enumerate(used):
+        yield device, buffers.get(f"CUDA{i}" if pinned else device.device)
+
+
+def _clock(duration_s: float) -> str:
+    minutes, rest = divmod(int(duration_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _count(value: int | None) -> str:
+    return "?" if value is None else str(value)
+
+
+def _rate(value: float | None) -> str:
+    return "?" if value is None else f"{value:.1f}"

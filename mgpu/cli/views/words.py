@@ -1,0 +1,46 @@
+"""Words and numbers as every screen writes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mgpu.units import GIB
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NARROW_COLUMNS = 84
+
+_MAKERS = re.compile(r"^(NVIDIA|AMD|Intel\(R\)|GeForce|Radeon|Graphics)\s+")
+
+
+def card_name(name: str) -> str:
+    """Return a card's name without its maker: `RTX 4090`, `RX 7900 XTX`; software devices lose their versions."""
+    while (shorter := _MAKERS.sub("", name)) != name:
+        name = shorter
+    return name.split(" (")[0]
+
+
+def cell_gib(size_bytes: int | None, digits: int = 2) -> str:
+    """Return bytes as a bare number of GiB for a table: `19.57`, `-` for nothing, `?` for unknown."""
+    if size_bytes is None:
+        return "?"
+    return f"{size_bytes / GIB:.{digits}f}" if abs(size_bytes) >= GIB / 200 else "-"
+
+
+def unknown(value: object, unit: str = "") -> str:
+    """Return a value with its unit, or `?`."""
+    return "?" if value is None else f"{value}{unit}"
+
+
+def plain_table(columns: Sequence[tuple[str, str]]) -> Table:
+    """Return a borderless table with (heading, justification) columns that never wraps its cells."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="dim")
+    for heading, justify in columns:
+        table.add_column(heading, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+    return table
