@@ -109,6 +109,12 @@ class DeviceQuery:
             )
         return devices
 
+    def close(self) -> None:
+        """End the query if its answer was never waited for."""
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.communicate()
+
 
 def version(engine: Engine) -> str | None:
     """Return what the engine says of its version in one line, None when it says nothing."""

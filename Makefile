@@ -1,0 +1,42 @@
+# make demo   set up, then ask a small real model a question
+# make run    set up, then serve that model until Ctrl-C
+# make test   set up, then run every test
+# make check  lint, format and types
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer).
+
+BIN := .venv/bin
+QUESTION ?= Why is the sky blue? Answer in one sentence.
+
+.PHONY: demo run test check format bench clean
+
+demo: .venv/.demo
+	@$(BIN)/mgpu run smollm2-135m --ask "$(QUESTION)"
+
+run: .venv/.demo
+	@$(BIN)/mgpu run smollm2-135m
+
+test: .venv/.test
+	$(BIN)/python -m pytest $(TESTS)
+
+check: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.test
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv
+
+.venv/.demo: pyproject.toml scripts/setup
+	@scripts/setup llamacpp
+	@touch $@
+
+.venv/.test: pyproject.toml scripts/setup
+	@scripts/setup llamacpp,dev
+	@touch .venv/.demo $@
