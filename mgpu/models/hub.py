@@ -1,0 +1,240 @@
+"""Hugging Face: what its cache on this machine holds, and files from it into that cache.
+
+The cache is the one that every program using huggingface_hub shares (HF_HOME, HF_HUB_CACHE); its layout is documented
+at https://huggingface.co/docs/huggingface_hub/guides/manage-cache. The bytes are fetched here and not by
+`hf_hub_download`, which since version 2 starts anew after an interruption: too dear for files of 40 GB.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urljoin, urlsplit
+
+import mgpu
+from mgpu.models.transfer import Unavailable, client
+
+if TYPE_CHECKING:
+    import httpx
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFile:
+    """A file in a repository at a commit. `etag` is its SHA-256 if it is a large one."""
+
+    repository: str
+    revision: str
+    path: str
+    url: str
+    size: int
+    etag: str
+    commit: str
+
+    @property
+    def sha256(self) -> str | None:
+        """The file's SHA-256, None if the hub does not tell it."""
+        return self.etag if re.fullmatch("[0-9a-f]{64}", self.etag) else None
+
+    @property
+    def blob(self) -> Path:
+        """Where the cache keeps the file's content."""
+        return _repository_folder(self.repository) / "blobs" / self.etag
+
+    @property
+    def partial(self) -> Path:
+        """Where the content is while it is not complete."""
+        return self.blob.with_name(f"{self.etag}.mgpu.incomplete")
+
+
+def cache_folder() -> Path:
+    """The folder of the cache that every program using huggingface_hub shares."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def cached_file(repository: str, revision: str, path: str) -> Path | None:
+    """The file in this machine's cache, None if it is not there. Asks no network."""
+    found = _snapshot(repository, revision) / path
+    return found if found.is_file() else None
+
+
+def cached_paths(repository: str, revision: str) -> tuple[str, ...]:
+    """The paths of a repository's GGUF files that are in this machine's cache."""
+    snapshot = _snapshot(repository, revision)
+    return tuple(sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*.gguf") if path.is_file()))
+
+
+class Hub:
+    """Hugging Face as far as it can be reached, to be closed with `with`; methods raise Unavailable."""
+
+    def __init__(self) -> None:
+        """Raises Unavailable if the hub cannot be reached within 3 seconds, or is not to be (HF_HUB_OFFLINE)."""
+        from huggingface_hub import constants, get_token
+
+        if constants.HF_HUB_OFFLINE:
+            raise Unavailable("HF_HUB_OFFLINE is set", code="offline", hint="unset HF_HUB_OFFLINE")
+        self.endpoint = constants.ENDPOINT
+        self.http = client()
+        token = get_token()
+        self.headers = {"User-Agent": f"mgpu/{mgpu.__version__}"}
+        if token:
+            self.headers["Authorization"] = f"Bearer {token}"
+        try:
+            self._reach()
+        except BaseException:
+            self.http.close()
+            raise
+
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.http.close()
+
+    def paths(self, repository: str, revision: str) -> tuple[str, ...]:
+        """The paths of the GGUF files in a repository."""
+        answer = self._request("GET", f"{self.endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}")
+        self._require(answer, repository, revision, "")
+        try:
+            names = [entry["rfilename"] for entry in answer.json()["siblings"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Unavailable(f"{self.endpoint} does not answer as Hugging Face does", code="bad-server") from error
+        return tuple(sorted(name for name in names if isinstance(name, str) and _GGUF_PATH.fullmatch(name)))
+
+    def describe(self, repository: str, revision: str, path: str) -> RemoteFile:
+        """What the hub says of one file."""
+        url = f"{self.endpoint}/{repository}/resolve/{quote(revision, safe='')}/{quote(path)}"
+        answer = self._request("HEAD", url)
+        self._require(answer, repository, revision, path)
+        tag = answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag") or ""
+        size = answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length") or ""
+        commit = answer.headers.get("X-Repo-Commit", "")
+        etag = tag.removeprefix("W/").strip('"')
+        if not (_TAG.fullmatch(etag) and _TAG.fullmatch(commit) and re.fullmatch("[0-9]{1,18}", size)):
+            raise Unavailable(
+                f"{self.endpoint} does not answer as Hugging Face does (is there a proxy in between?)",
+                code="bad-server",
+            )
+        return RemoteFile(
+            repository=repository, revision=revision, path=path, url=url, size=int(size), etag=etag, commit=commit
+        )
+
+    def _reach(self) -> None:
+        """A connection within 3 seconds, names looked up included, which no timeout of a client covers."""
+        failures = ["it does not answer"]
+
+        def knock() -> None:
+            try:
+                self.http.head(self.endpoint, timeout=_REACH_SECONDS)
+                failures.clear()
+            except Exception as error:  # whatever it is, there is no hub
+                failures[0] = str(error) or type(error).__name__
+
+        thread = threading.Thread(target=knock, daemon=True)
+        thread.start()
+        thread.join(_REACH_SECONDS + 0.5)
+        if failures:
+            raise Unavailable(
+                f"{self.endpoint} cannot be reached ({failures[0]})",
+                code="hub-unreachable",
+                hint="check the network, or give the path of a .gguf file",
+            )
+
+    def _request(self, method: str, url: str) -> httpx.Response:
+        """The answer of the hub itself: its redirects are followed, those to its stores of files are not."""
+        import httpx
+
+        for _ in range(_MOST_REDIRECTS):
+            try:
+                answer = self.http.request(method, url, headers={**self.headers, "Accept-Encoding": "identity"})
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise Unavailable(
+                    f"{self.endpoint} broke off ({error or type(error).__name__})", code="hub-unreachable"
+                ) from error
+            target = urljoin(url, answer.headers.get("Location", ""))
+            if not answer.is_redirect or urlsplit(target).netloc != urlsplit(url).netloc:
+                return answer
+            url = target
+        raise Unavailable(f"{self.endpoint} redirects without end", code="bad-server")
+
+    def _require(self, answer: httpx.Response, repository: str, revision: str, path: str) -> None:
+        status, word = answer.status_code, answer.headers.get("X-Error-Code", "")
+        page = f"{self.endpoint}/{repository}"
+        if status < 400:
+            return
+        if word == "GatedRepo":
+            raise Unavailable(
+                f"{repository} is gated: its licence must be accepted first",
+                code="gated",
+                hint=f"accept the licence at {page}, then set HF_TOKEN to a token of yours (or run `hf auth login`)",
+            )
+        if word == "RevisionNotFound":
+            raise Unavailable(f"{repository} has no revision {revision!r}", code="not-found", hint=f"see {page}")
+        if word == "EntryNotFound" or (status == 404 and path and word != "RepoNotFound"):
+            raise Unavailable(
+                f"{repository} has no file {path!r}", code="not-found", hint=f"see {page}/tree/{revision}"
+            )
+        if status == 401 and "Authorization" in self.headers and not word:
+            raise Unavailable(
+                f"{self.endpoint} does not accept the access token",
+                code="token-rejected",
+                hint="set HF_TOKEN to a valid token, or unset it (or run `hf auth login`)",
+            )
+        if word == "RepoNotFound" or status in (401, 404):
+            raise Unavailable(
+                f"there is no repository {repository}, or it is private and HF_TOKEN does not open it",
+                code="not-found",
+                hint=f"see {page}",
+            )
+        if status == 429:
+            raise Unavailable(
+                f"{self.endpoint} takes no more requests for now",
+                code="rate-limited",
+                hint="wait some minutes, or set HF_TOKEN",
+            )
+        raise Unavailable(f"{self.endpoint} answered {status}", code="bad-server", hint="try again later")
+
+
+def link(remote: RemoteFile) -> Path:
+    """Enter a file whose blob is complete into the cache, as every user of the cache expects it, and return it."""
+    folder = _repository_folder(remote.repository)
+    pointer = folder / "snapshots" / remote.commit / remote.path
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    if not pointer.exists():
+        pointer.unlink(missing_ok=True)
+        try:
+            pointer.symlink_to(os.path.relpath(remote.blob, pointer.parent))
+        except FileExistsError:  # another process was faster
+            pass
+        except OSError:  # a file system without symbolic links
+            remote.blob.replace(pointer)
+    if remote.revision != remote.commit:
+        reference = folder / "refs" / remote.revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(remote.commit)
+    return pointer
+
+
+_REACH_SECONDS = 3.0
+_MOST_REDIRECTS = 5
+_TAG = re.compile("[A-Za-z0-9_-]{1,128}")
+_GGUF_PATH = re.compile(r"(?:[\w+ -][\w.+ -]*/)*[\w+ -][\w.+ -]*\.gguf")
+
+
+def _repository_folder(repository: str) -> Path:
+    return cache_folder() / ("models--" + repository.replace("/", "--"))
+
+
+def _snapshot(repository: str, revision: str) -> Path:
+    """The folder of the commit that `revision` was when it was last fetched, or is."""
+    folder = _repository_folder(repository)
+    reference = folder / "refs" / revision
+    return folder / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)

