@@ -15,6 +15,7 @@ from mgpu.cli.result import Result, failure
 from mgpu.errors import Interrupted, MgpuError, UsageError
 
 _ENGINE_ARGUMENT_COMMANDS = ("run", "plan")
+_COMMANDS = ("run", "plan", "gpus", "backends", "profiles")
 
 app = typer.Typer(
     name="mgpu",
@@ -49,7 +50,7 @@ def run_command(arguments: list[str]) -> int:
     """Run one command line and return its exit code; everything expected has been printed."""
     own, engine = _split_at_dashes(arguments)
     out = Output(as_json="--json" in own)
-    name = next((word for word in own if not word.startswith("-")), "mgpu")
+    name = next((word for word in own if word in _COMMANDS), "mgpu")
     try:
         result = _call(own, engine, out)
     except MgpuError as error:

@@ -11,7 +11,7 @@ import sys
 from typing import IO, TYPE_CHECKING, Any
 
 from mgpu.cli.result import Result, envelope
-from mgpu.errors import MgpuError
+from mgpu.errors import Interrupted, MgpuError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -73,6 +73,8 @@ class Output:
 
     def error(self, error: MgpuError) -> None:
         """Print what happened and the next command to type, to stderr."""
+        if isinstance(error, Interrupted):
+            return  # the user knows, and has seen what was stopped
         first, *rest = error.message.splitlines() or [""]
         self._labelled("error", first, "bold red")
         for line in rest:

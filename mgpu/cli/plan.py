@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mgpu.cli.options import JsonOption, MachineOption, ModelArgument, PlannerOptions, with_planner_options
-from mgpu.cli.prepare import Prepared, prepare
 from mgpu.cli.result import Result
+
+if TYPE_CHECKING:
+    from mgpu.cli.prepare import Prepared
+    from mgpu.planning.candidates import Candidate
 
 
 @with_planner_options
@@ -22,6 +25,7 @@ def plan(
     json: JsonOption = False,
 ) -> Result:
     """Plan MODEL on this machine or another: memory per card, the split, what fits. Engine arguments follow --."""
+    from mgpu.cli.prepare import prepare
     from mgpu.cli.views.plan import plan_screen
 
     prepared = prepare(model, options, machine=machine, engine_arguments=context.obj or ())
@@ -90,7 +94,7 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def candidate_data(prepared: Prepared, candidate: Any) -> dict[str, Any]:
+def candidate_data(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
     """Return one candidate of the contract, with the command that would run it."""
     from mgpu.backends.llama_cpp import build_launch
     from mgpu.machine.snapshot import to_json

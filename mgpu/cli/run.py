@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgpu.backends.engine import Engine, engine_environment, require_llama_server
-from mgpu.backends.llama_cpp import API_KEY_VARIABLE, Launch, build_launch
 from mgpu.cli.options import JsonOption, ModelArgument, PlannerOptions, with_planner_options
 from mgpu.cli.output import Output
-from mgpu.cli.prepare import Prepared, prepare
 from mgpu.cli.result import Result
 from mgpu.errors import EngineFailed, Interrupted, NoAnswer, UsageError
-from mgpu.running.ports import check_host, choose_port, client_host
-from mgpu.running.state import check_name, instance_folder, name_from, rotate
 
 if TYPE_CHECKING:
+    from mgpu.backends.engine import Engine
+    from mgpu.backends.llama_cpp import Launch
+    from mgpu.cli.prepare import Prepared
     from mgpu.cli.screens import RunScreen
     from mgpu.running.client import EngineClient
     from mgpu.running.process import EngineProcess
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 # Set by the main program before the command is called: `run` speaks while it works.
 output = Output(as_json=False)
 
-_KEY_VARIABLES = ("MGPU_API_KEY", API_KEY_VARIABLE)
+_KEY_VARIABLES = ("MGPU_API_KEY", "LLAMA_API_KEY")
 _PORT_ATTEMPTS = 5
 
 
@@ -67,8 +65,11 @@ def run(
     json: JsonOption = False,
 ) -> Result | None:
     """Run MODEL: plan, fetch, start, prove that it answers, then follow it until Ctrl-C. Engine arguments follow --."""
+    from mgpu.cli.prepare import prepare
     from mgpu.cli.process_title import hide_argument
     from mgpu.cli.screens import RunScreen
+    from mgpu.running.ports import check_host, choose_port
+    from mgpu.running.state import check_name, instance_folder, name_from
 
     if api_key:
         hide_argument(api_key)
@@ -90,9 +91,9 @@ def run(
     engine = _engine(prepared, needed=True)
     assert engine
     _require_fit(prepared)
-    screen.planned(prepared)
     # An unusable port is said before gigabytes are fetched for it.
     choose_port(serving.host, serving.port)
+    screen.planned(prepared)
     prepared = _with_file(prepared, screen)
     with instance_folder(serving.name, chosen=serving.name_chosen) as (instance, folder):
         serving = replace(serving, name=instance)
@@ -105,6 +106,8 @@ def run(
 
 
 def _engine(prepared: Prepared, *, needed: bool) -> Engine | None:
+    from mgpu.backends.engine import require_llama_server
+
     return prepared.engine or (require_llama_server() if needed else None)
 
 
@@ -124,6 +127,8 @@ def _require_fit(prepared: Prepared) -> None:
 
 def _dry_run(prepared: Prepared, serving: Serving, engine: Engine | None) -> Result:
     """Return the command that would be started, quoted for a shell."""
+    from mgpu.running.ports import choose_port
+
     _require_fit(prepared)
     port = choose_port(serving.host, serving.port)
     model = prepared.path or _file_name(prepared)
@@ -142,6 +147,8 @@ def _file_name(prepared: Prepared) -> str:
 
 
 def _launch(prepared: Prepared, serving: Serving, *, program: Path | str, model: Path | str, port: int) -> Launch:
+    from mgpu.backends.llama_cpp import build_launch
+
     return build_launch(
         prepared.plan.chosen,
         program=program,
@@ -173,9 +180,12 @@ def _started(
     prepared: Prepared, serving: Serving, engine: Engine, folder: Path, screen: RunScreen
 ) -> Iterator[tuple[EngineProcess, EngineClient]]:
     """The engine, started, ready and proven; stopped on the way out. A port lost to a race is replaced."""
+    from mgpu.backends.engine import engine_environment
     from mgpu.running.client import EngineClient
+    from mgpu.running.ports import choose_port, client_host
     from mgpu.running.process import EngineProcess
     from mgpu.running.start import EngineDied
+    from mgpu.running.state import rotate
 
     assert prepared.path
     log_path = folder / "engine.log"

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from mgpu.cli.output import Output
@@ -189,7 +190,8 @@ class RunScreen:
 
     def _event(self, event: str, **data: Any) -> None:
         if self._out.as_json:
-            self._out.json_line(envelope(Result(command="run", data={"event": event, **data})))
+            at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            self._out.json_line(envelope(Result(command="run", data={"event": event, "at": at, **data})))
 
     @contextlib.contextmanager
     def _live(self, *, error: bool) -> Iterator[Callable[[Callable[[int], RenderableType]], None]]:

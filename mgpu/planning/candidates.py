@@ -236,6 +236,8 @@ def _judged(
         verdict = "fits"
     if host.layers and host.free_bytes is None:
         reasons.append("the host's memory is unknown, so it was not checked")
+    if facts.context_length and ctx_tokens > facts.context_length:
+        reasons.append(f"{ctx_tokens} tokens are more than the {facts.context_length} the model was trained for")
     idle = [f"gpu{device.gpu}" for device in devices if not device.layers and not device.head]
     if idle:
         reasons.append(f"{', '.join(idle)} would hold nothing")

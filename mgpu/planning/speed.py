@@ -6,6 +6,7 @@ With a layer split the cards work one after the other: the times add up.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -53,8 +54,7 @@ def layer_split_bound(reads: Iterable[tuple[int, float | None]]) -> Speed:
     if not seconds:
         return Speed()
     total_gb = sum(read_bytes for read_bytes, _ in reads) / 1e9
-    rates = " + ".join(f"{bandwidth_gb_s:.0f}" for _, bandwidth_gb_s in reads)
-    return Speed(
-        bound_tok_s=1 / seconds,
-        basis=f"each token reads {total_gb:.2f} GB once, in turn on cards of {rates} GB/s",
-    )
+    groups = [(len(list(group)), rate) for rate, group in itertools.groupby(rate for _, rate in reads)]
+    rates = " + ".join(f"{count} × {rate:.0f}" if count > 1 else f"{rate:.0f}" for count, rate in groups)
+    in_turn = " in turn" if len(reads) > 1 else ""
+    return Speed(bound_tok_s=1 / seconds, basis=f"{total_gb:.2f} GB read per token at {rates} GB/s{in_turn}")

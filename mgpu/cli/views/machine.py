@@ -49,7 +49,7 @@ def host_words(host: Host) -> str:
 def _summary(machine: Machine) -> str:
     driver = f"driver {machine.driver.version}" if machine.driver and machine.driver.version else None
     cuda = f"CUDA {machine.driver.cuda}" if machine.driver and machine.driver.cuda else None
-    place = machine.host.container or machine.host.virtualisation
+    place = next((p for p in (machine.host.container, machine.host.virtualisation) if p and p != "none"), None)
     count = f"{len(machine.gpus)} card" + ("s" if len(machine.gpus) > 1 else "")
     host = None if machine.source == "simulated" else host_words(machine.host)
     stamp = "SIMULATED" if machine.source == "simulated" else None

@@ -96,7 +96,9 @@ def _layers(device: PlannedDevice) -> str:
 
 def _facts(plan: Plan, candidate: Candidate) -> Iterator[tuple[str, str]]:
     bound = candidate.speed.bound_tok_s
-    if bound is not None:
+    if candidate.verdict == "does-not-fit":
+        pass  # the speed of what cannot run would only raise hopes
+    elif bound is not None:
         # Rounded down: what is printed as a bound must not be above it.
         shown = math.floor(bound * 10) / 10 if bound < 100 else math.floor(bound)
         yield "speed", f"at most {shown:g} tokens/s for one user: {candidate.speed.basis}"

@@ -78,9 +78,11 @@ def load_line(loading: Loading, file_bytes: int, width: int) -> RenderableType:
 def check_line(candidate: Candidate, buffers: Mapping[str, DeviceBuffers], canary: Canary) -> str:
     """Return what the cards really hold, and how the engine answered."""
     held = [
-        f"gpu{device.gpu} {actual.total_bytes / GIB:.2f}" for device, actual in _actual(candidate, buffers) if actual
+        f"gpu{device.gpu} {actual.total_bytes / GIB:.2f} of {(device.total_bytes - device.runtime_bytes) / GIB:.2f}"
+        for device, actual in _actual(candidate, buffers)
+        if actual
     ]
-    cards = f"{', '.join(held)} GiB allocated · " if held else ""
+    cards = f"{', '.join(held)} GiB planned · " if held else ""
     rate = f" · {canary.generation_tok_s:.1f} tokens/s" if canary.generation_tok_s else ""
     return f"{cards}answered in {seconds(canary.seconds)}{rate}"
 
