@@ -1,6 +1,6 @@
 """Reading the header of a GGUF file: its metadata and its tensor table, never its data.
 
-The vocabulary and other long arrays are skipped, so a header with 128 000 tokens takes some 30 ms. A file is
+The vocabulary and other long arrays are skipped, so a header with 128 000 tokens takes some 15 ms. A file is
 never trusted: whatever it holds, the answer is a header or a `BadModel` that says what is wrong, in bounded
 time and memory. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

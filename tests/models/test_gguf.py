@@ -112,7 +112,7 @@ def test_a_large_vocabulary_is_skipped_quickly_and_in_little_memory(tmp_path: Pa
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert header.metadata["tokenizer.ggml.tokens"] == LongValue(128256)
-    assert min(seconds) < 0.06
+    assert min(seconds) < 0.1  # some 15 ms on a quiet machine
     assert peak_bytes < 8 << 20
 
 
