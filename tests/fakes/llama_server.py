@@ -134,9 +134,10 @@ def _stop_when_told(engine: Engine, server: Server, log: Log) -> NoReturn:
     while "ignore-term" in engine.faults:
         time.sleep(60)
     signal.sigwait(_STOP_SIGNALS)
-    log.write("srv    operator(): operator(): cleaning up before exit...", verbosity=3)
-    server.socket.close()
-    engine.stopping.set()
+    if "hang-request" not in engine.faults or not engine.in_flight:  # else nothing happens at all
+        log.write("srv    operator(): operator(): cleaning up before exit...", verbosity=3)
+        server.socket.close()
+        engine.stopping.set()
 
     def leave() -> None:
         engine.wait_until_idle()
