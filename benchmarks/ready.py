@@ -93,12 +93,13 @@ def _engine_alone(command: list[str]) -> float:
     """Seconds from exec until /health answers 200."""
     port = command[command.index("--port") + 1]
     begun = time.perf_counter()
-    with _process(command, stdout=subprocess.DEVNULL):
-        while True:
+    with _process(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 return time.perf_counter() - begun
             time.sleep(0.005)
+    raise SystemExit(f"the engine did not start: {shlex.join(command)}")
 
 
 @contextlib.contextmanager

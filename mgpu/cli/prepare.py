@@ -136,6 +136,8 @@ def _from_file(path: Path, quant: str | None) -> tuple[str, ModelFacts, None, Pa
 
 
 def _profiled(name: str, quant: str | None) -> tuple[str, ModelFacts, Profile, Path | None]:
+    from mgpu.models.fetch import find_local
+    from mgpu.models.gguf_facts import facts_from_gguf
     from mgpu.models.shape import facts_from_shape
     from mgpu.profile import load_profile
 
@@ -148,7 +150,10 @@ def _profiled(name: str, quant: str | None) -> tuple[str, ModelFacts, Profile, P
             f"profile {name} has no quantisation {quant}; it has {', '.join(there)}",
             hint=f"--quant {near[0] if near else profile.default_quantisation}",
         )
-    return name, facts_from_shape(name, profile.model, wanted), profile, None
+    source = next(source for quantisation, source in profile.quantisations.items() if quantisation == wanted)
+    path = find_local(source, quantisation=wanted)
+    facts = replace(facts_from_gguf(path), name=name) if path else facts_from_shape(name, profile.model, wanted)
+    return name, facts, profile, path
 
 
 def _source(profile: Profile, facts: ModelFacts) -> GgufSource | None:
