@@ -178,13 +178,11 @@ def device_of(buffer_name: str, devices: Mapping[str, str]) -> str:
 _LONGEST_LINE = 4096
 
 _BUFFER = re.compile(
-    r"(?P<device>\S+) +(?P<kind>model|KV|RS|compute|output) buffer size *= *(?P<mib>\d+(?:\.\d+)?) MiB"
+    r"(?<!\S)(?P<device>\S+) +(?P<kind>model|KV|RS|compute|output) buffer size *= *(?P<mib>\d+(?:\.\d+)?) MiB"
 )
 _KINDS: dict[str, Part] = {"model": "weights", "KV": "kv", "RS": "kv", "compute": "compute", "output": "compute"}
-_DEVICE = re.compile(
-    r"(?:^ +|- )(?P<id>[A-Za-z]\w*) *: (?P<description>.*) "
-    r"\((?P<total>\d+) MiB, (?P<free>\d+) MiB free\)$"
-)
+_DEVICE = re.compile(r"(?:^ +|- )(?P<id>[A-Za-z]\w*) *: (?P<description>.*)")
+_DEVICE_MEMORY = re.compile(r" \((?P<total>\d+) MiB, (?P<free>\d+) MiB free\)$")
 _SLOTS = re.compile(r"\bn_slots = (?P<slots>\d+), n_ctx_slot = (?P<tokens>\d+)")
 _MEMBER = re.compile(r"\bllama_prepare_model_devices: - device \d+: (?P<id>\w+) \(")
 _RPC_BUFFER = re.compile(r"RPC\d+\[(?P<endpoint>[^\]]+)\]")
@@ -212,12 +210,13 @@ def _buffer(line: str) -> BufferAllocated | None:
 
 
 def _device(line: str) -> DeviceListed | None:
-    match = _DEVICE.search(line)
-    if match is None:
+    memory = _DEVICE_MEMORY.search(line)
+    match = memory and _DEVICE.search(line[: memory.start()])
+    if not memory or not match:
         return None
     return DeviceListed(
         id=match["id"],
         description=match["description"],
-        total_bytes=int(match["total"]) * _MIB,
-        free_bytes=int(match["free"]) * _MIB,
+        total_bytes=int(memory["total"]) * _MIB,
+        free_bytes=int(memory["free"]) * _MIB,
     )

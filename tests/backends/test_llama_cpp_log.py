@@ -174,3 +174,8 @@ def test_buffers_are_named_for_the_device_that_holds_them(buffer: str, device: s
 
 def test_an_endpoint_alone_names_a_device_too() -> None:
     assert device_of("RPC0[127.0.0.1:8291]", {"127.0.0.1:8291": "RPC1"}) == "RPC1"
+
+
+def test_a_line_made_to_be_slow_is_not() -> None:
+    slow = ["a" * 4000 + " model buffer size =", "- a :  " * 500 + "MiB free)"]
+    assert buffers_by_device(slow * 5000) == {}

@@ -43,6 +43,7 @@ pytestmark = pytest.mark.real_device
 
 MIB = 1 << 20
 LIMIT_S = 60
+GONE = (OSError, http.client.HTTPException)
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +85,7 @@ class Server:
 
     def ready(self) -> bool:
         assert self.process.poll() is None, diagnose(self.lines(), self.process.returncode)
-        with suppress(OSError):
+        with suppress(*GONE):
             return self.ask("GET", "/health")[0] == 200
         return False
 
@@ -192,7 +193,7 @@ def test_a_device_that_dies_in_a_request_is_named(serve: Serve) -> None:
     with fake_rpc_devices([24], "--die-after-computes", "12") as endpoints:
         server = serve(endpoints, "-c", "512", "-np", "1")
         until(server.ready)
-        with pytest.raises((OSError, http.client.HTTPException)):
+        with pytest.raises(GONE):
             server.ask("POST", "/completion", {"prompt": "a", "n_predict": 100, "ignore_eos": True})
         assert server.process.wait(LIMIT_S) == -signal.SIGABRT
         assert diagnose(server.lines(), -6).code == "device-lost"
