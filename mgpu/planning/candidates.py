@@ -36,6 +36,11 @@ class PlannedDevice:
     basis: str
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing of the model is on this card: the engine is then started without it."""
+        return not self.layers and not self.head
+
+    @property
     def total_bytes(self) -> int:
         """Everything the engine will hold on this card."""
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.runtime_bytes
@@ -128,7 +133,8 @@ def _with_offload(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Ho
 
 
 def _cards_hold(candidate: Candidate) -> bool:
-    return all(device.spare_bytes >= candidate.wants.headroom_bytes for device in candidate.devices)
+    headroom_bytes = candidate.wants.headroom_bytes
+    return all(device.idle or device.spare_bytes >= headroom_bytes for device in candidate.devices)
 
 
 def place_layers(
@@ -160,16 +166,17 @@ def place_layers(
             for i, (gpu, name) in enumerate(zip(gpus, names, strict=True))
         ]
         counts = balanced_split(unit_bytes, capacities)
+    if 0 in counts:
+        used = tuple(name for name, count in zip(names, counts, strict=True) if count)
+        buffers = compute_buffers(facts, wants, ctx_tokens, devices=used, host_layers=host_layers)
 
     devices, start = [], host_units
-    for i, (gpu, name, count) in enumerate(zip(gpus, names, counts, strict=False)):
+    for gpu, name, count in zip(gpus, names, counts, strict=False):
         end = start + count
         head = start < total_units <= end
         own = slice(start, min(end, len(weights)))
-        compute = buffers.first if i == 0 else buffers.other
-        if count == 0:
-            compute = 0
-        elif head and count == 1:
+        compute = buffers.first if start == host_units else buffers.other
+        if head and count == 1:
             compute = buffers.head_only
         devices.append(
             PlannedDevice(
@@ -182,8 +189,8 @@ def place_layers(
                 head=head,
                 weights_bytes=sum(weights[own]) + (facts.head_bytes if head else 0),
                 kv_bytes=sum(caches[own]),
-                compute_bytes=compute,
-                runtime_bytes=device_kind(name).runtime_bytes,
+                compute_bytes=compute if count else 0,
+                runtime_bytes=device_kind(name).runtime_bytes if count else 0,
                 card_bytes=gpu.total_bytes,
                 free_bytes=gpu.free_bytes or 0,
                 basis="weights and KV by formula from the tensor table, runtime from a table",
@@ -214,12 +221,13 @@ def _judged(
     devices: tuple[PlannedDevice, ...],
     host: PlannedHost,
 ) -> Candidate:
-    short = sum(max(wants.headroom_bytes - device.spare_bytes, 0) for device in devices if device.total_bytes)
+    used = [device for device in devices if not device.idle]
+    short = sum(max(wants.headroom_bytes - device.spare_bytes, 0) for device in used)
     reasons = []
     if short:
-        fullest = min(devices, key=lambda device: device.spare_bytes)
-        needed = sum(device.total_bytes + wants.headroom_bytes for device in devices)
-        free = sum(device.free_bytes for device in devices)
+        fullest = min(used, key=lambda device: device.spare_bytes)
+        needed = sum(device.total_bytes + wants.headroom_bytes for device in used)
+        free = sum(device.free_bytes for device in used)
         reasons.append(
             f"{gib(needed)} needed on the cards, {gib(free)} free; "
             f"gpu{fullest.gpu} is short by {gib(wants.headroom_bytes - fullest.spare_bytes)}"
@@ -238,12 +246,12 @@ def _judged(
         reasons.append("the host's memory is unknown, so it was not checked")
     if facts.context_length and ctx_tokens > facts.context_length:
         reasons.append(f"{ctx_tokens} tokens are more than the {facts.context_length} the model was trained for")
-    idle = [f"gpu{device.gpu}" for device in devices if not device.layers and not device.head]
+    idle = [f"gpu{device.gpu}" for device in devices if device.idle]
     if idle:
         reasons.append(f"{', '.join(idle)} would hold nothing")
     return Candidate(
         backend="llama.cpp",
-        split_mode="layer" if len(devices) > 1 else "none",
+        split_mode="layer" if len(used) > 1 else "none",
         tensor_parallel=1,
         pipeline_parallel=1,
         replicas=1,
@@ -257,14 +265,16 @@ def _judged(
         host=host,
         short_bytes=short,
         max_ctx_tokens=None,
-        speed=_bound(facts, gpus, devices, host),
+        speed=_bound(facts, wants, gpus, devices, host),
         wants=wants,
     )
 
 
-def _bound(facts: ModelFacts, gpus: Sequence[Gpu], devices: tuple[PlannedDevice, ...], host: PlannedHost) -> Speed:
+def _bound(
+    facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], devices: tuple[PlannedDevice, ...], host: PlannedHost
+) -> Speed:
     """The physical bound at an empty context; none with layers in host memory, whose bandwidth is unknown."""
-    if host.layers or not devices:
+    if host.layers or wants.cpu_moe_layers or not devices:
         return Speed()
     reads = []
     for gpu, device in zip(gpus, devices, strict=True):

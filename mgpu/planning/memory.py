@@ -131,6 +131,8 @@ def compute_buffers(
         host_kv = _computing_host_kv(facts, wants, ctx_tokens, embedding, mask, host_layers)
         first = max(stage + mask + widest_matrix, host_kv)
     head_only = row // wants.ubatch * wants.parallel * (facts.vocabulary + 2 * facts.embedding_length)
+    if host_layers == len(facts.layers) and kinds and kinds[0].computes_host_layers:
+        head_only = first  # the device with the head is the first one, and computes the layers of the host
     return ComputeBuffers(first=first, other=other, head_only=head_only, host=host)
 
 

@@ -43,12 +43,12 @@ def active_bytes(layer: Layer, facts: ModelFacts) -> int:
 def layer_split_bound(reads: Iterable[tuple[int, float | None]]) -> Speed:
     """Return the bound for cards that work in turn, given (bytes read per token, bandwidth in GB/s) of each.
 
-    Unknown where one bandwidth is unknown, or where nothing is read.
+    Unknown where one bandwidth is unknown (or given as zero), or where nothing is read.
     """
     reads = tuple(reads)
     seconds = 0.0
     for read_bytes, bandwidth_gb_s in reads:
-        if bandwidth_gb_s is None:
+        if not bandwidth_gb_s:
             return Speed()
         seconds += read_bytes / (bandwidth_gb_s * 1e9)
     if not seconds:
