@@ -54,14 +54,14 @@ def make_plan(
 ) -> Plan:
     """Plan `facts` on `gpus` of `machine` (none: the CPU).
 
-    The first candidate uses all of `gpus`; single cards that would do as well follow. `other_quantisations` are
-    smaller files of the same model to propose when this one does not fit.
+    The first candidate uses all of `gpus`, or with the split mode "none" the best one of them; a single card that
+    would do as well follows. `other_quantisations` are smaller files of the same model to propose when this one
+    does not fit.
     """
-    asked = _asked(facts, wants, gpus, machine)
-    candidates = [asked]
-    if len(gpus) > 1 and not wants.tensor_split and wants.split_mode != "layer":
-        single = _best_single(facts, wants, gpus, machine)
-        candidates += [single] if single else []
+    candidates = [_asked(facts, wants, gpus, machine)]
+    if len(gpus) > 1 and not wants.tensor_split and wants.split_mode is None:
+        single = _best_single(facts, replace(wants, offload=False), gpus, machine)
+        candidates += [single] if single.verdict == "fits" else []
     runnable = ("fits", "fits-with-offload") if wants.offload else ("fits",)
     best = next((i for i, candidate in enumerate(candidates) if candidate.verdict in runnable), None)
     fixes = () if best is not None else _fixes(facts, wants, gpus, machine, other_quantisations)
@@ -69,7 +69,10 @@ def make_plan(
 
 
 def _asked(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate:
-    """All of `gpus` with the context asked for, or the default one, lowered if only that makes it fit."""
+    """All of `gpus` (or the best one) with the context asked for, or the default one, lowered if only that makes it
+    fit."""
+    if wants.split_mode == "none" and len(gpus) > 1:
+        return _best_single(facts, wants, gpus, machine)
     ctx_tokens = wants.ctx_tokens or min(DEFAULT_CTX_TOKENS, facts.context_length or DEFAULT_CTX_TOKENS)
     candidate = with_max_ctx(layer_split(facts, wants, gpus, machine.host, ctx_tokens), facts, gpus, machine.host)
     largest = candidate.max_ctx_tokens or 0
@@ -80,11 +83,14 @@ def _asked(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machin
     return replace(lowered, max_ctx_tokens=largest, reasons=(note, *lowered.reasons))
 
 
-def _best_single(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate | None:
-    """The fastest single card on which the model fits as asked, None when there is none."""
-    singles = [_asked(facts, replace(wants, offload=False), [gpu], machine) for gpu in gpus]
-    fitting = [single for single in singles if single.verdict == "fits"]
-    return max(fitting, key=lambda single: single.speed.bound_tok_s or 0, default=None)
+def _best_single(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate:
+    """The fastest of the cards on which the model fits, or the one on which it misses that by least."""
+    singles = [_asked(facts, replace(wants, tensor_split=None), [gpu], machine) for gpu in gpus]
+
+    def rank(single: Candidate) -> tuple[bool, int, int, float]:
+        return single.verdict == "fits", -single.short_bytes, -single.host.layers, single.speed.bound_tok_s or 0
+
+    return max(singles, key=rank)
 
 
 def _fixes(
