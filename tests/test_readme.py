@@ -1,0 +1,46 @@
+"""What the README shows is what the commands print."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+CONSOLE = re.findall(r"```console\n\$ (mgpu plan [^\n]+)\n(.+?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize(("command", "shown"), [pytest.param(*block, id=block[0]) for block in CONSOLE])
+def test_a_plan_prints_what_the_readme_shows(command: str, shown: str) -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
+
+
+def test_the_readme_shows_plans_that_fit_and_that_do_not() -> None:
+    assert [shown.split("   ")[0] for _, shown in CONSOLE] == ["FITS", "DOES NOT FIT"]
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z-]+)", README)) - {"--help"}))
+def test_every_option_of_the_readme_exists(option: str) -> None:
+    helps = [
+        subprocess.run([sys.executable, "-m", "mgpu", command, "--help"], capture_output=True, text=True, check=True).stdout
+        for command in ("run", "plan")
+    ]
+    assert any(option in text for text in helps)
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"make ([a-z]+)", README)) - {"it"}
+    defined = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert targets <= defined
