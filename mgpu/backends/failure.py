@@ -76,7 +76,7 @@ def from_exit_status(
     else:
         ended = f"ended with status {exit_status}"
     message = f"{engine} {ended}{when}{words or ' and left no message'}"
-    hint = "mgpu logs shows what it wrote, mgpu doctor checks the machine"
+    hint = "read the end of the log"
     return Failure(code="exited", message=shorten(message), hint=hint, deterministic=False)
 
 
@@ -104,7 +104,7 @@ _ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _ASKED_TO_END = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 _CRASHES: dict[int, tuple[str | None, str]] = {
-    signal.SIGABRT: ("it gave up on an internal error", "mgpu logs shows the lines before the end"),
+    signal.SIGABRT: ("it gave up on an internal error", "read the end of the log"),
     signal.SIGSEGV: ("a bug in the engine or its driver", "another version of the engine may help"),
     signal.SIGBUS: (
         "a file or memory it had mapped went away",
@@ -135,7 +135,7 @@ def _from_signal(engine: str, number: int, when: str, words: str) -> Failure:
     if known in _ASKED_TO_END:
         message = f"{engine} was stopped by {name} from outside{when}"
         return Failure(code="stopped", message=shorten(message), deterministic=False)
-    meaning, hint = _CRASHES.get(number, (None, "mgpu logs shows what it wrote"))
+    meaning, hint = _CRASHES.get(number, (None, "read the end of the log"))
     message = f"{engine} crashed ({name}){when}{words or (f': {meaning}' if meaning else '')}"
     broken = known == signal.SIGILL
     return Failure(

@@ -30,9 +30,9 @@ def _cause(code: str, pattern: str, message: str, hint: str, *, deterministic: b
 
 
 _CHANGE_THE_OPTION = "see the engine's options: llama-server --help"
-_FETCH_AGAIN = "fetch the file again: mgpu pull MODEL"
+_FETCH_AGAIN = "delete the file and fetch it again"
 _NEWER_ENGINE = "a newer llama.cpp may know it: mgpu backends"
-_DOCTOR = "mgpu doctor looks for what the driver and the kernel reported"
+_DOCTOR = "look for what the kernel reported: sudo dmesg | grep -i -E 'xid|amdgpu|nvrm'"
 
 INVALID_DEVICE = _cause(
     "bad-device",
@@ -54,7 +54,7 @@ WHY_INVALID_DEVICE = (
         "bad-device",
         r"failed to initialize (?P<what>CUDA|ROCm|HIP): (?P<why>.*)",
         "{what} does not work here: {why}",
-        "mgpu doctor checks driver and permissions",
+        "mgpu gpus shows the driver and the cards it sees",
     ),
 )
 
@@ -108,7 +108,7 @@ CAUSES = (
         "model-missing",
         r"failed to open GGUF file '(?P<file>.*)' \(No such file or directory\)",
         "the model file {file} does not exist",
-        "mgpu ls shows the models on disk; mgpu pull MODEL fetches one",
+        "check the path",
     ),
     _cause(
         "model-missing",
@@ -227,14 +227,14 @@ CAUSES = (
         "crashed",
         r"^ *what\(\): *(?P<why>.*)",
         "llama-server gave up: {why}",
-        "mgpu logs shows the lines before the end",
+        "read the end of the log",
         deterministic=False,
     ),
     _cause(
         "stopped",
         r"^Received second interrupt",
         "llama-server was stopped by two signals from outside",
-        "mgpu logs shows when",
+        "read the end of the log",
         deterministic=False,
     ),
 )

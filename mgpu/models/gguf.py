@@ -338,7 +338,7 @@ def _nearest(path: Path) -> str:
     except (OSError, ValueError):
         return f"there is no folder {str(path.parent)!r} either, or it cannot be read"
     near = difflib.get_close_matches(path.name, names, n=2) or names[:2]
-    return f"did you mean {' or '.join(near)}?" if near else "check the path, or `mgpu ls`"
+    return f"did you mean {' or '.join(near)}?" if near else "check the path"
 
 
 def _aligned(position: int, alignment: int) -> int:

@@ -63,7 +63,7 @@ def wait_until_ready(
             raise EngineFailed(
                 f"the engine stopped making progress while {log.phase}: {why}",
                 code="stalled",
-                hint="mgpu doctor; a card or RPC server that hangs looks like this",
+                hint="a card or RPC server that hangs looks like this; mgpu backends shows whether each still answers",
             )
         log.read()
         on_loading(Loading(phase=log.phase, mapped_bytes=signs.resident_bytes, seconds=now - begun))
