@@ -19,6 +19,13 @@ API_KEY_VARIABLE = "LLAMA_API_KEY"
 _OWNED_FLAGS = {
     "-m": "MODEL",
     "--model": "MODEL",
+    "-mu": "MODEL",
+    "--model-url": "MODEL",
+    "-hf": "MODEL",
+    "-hfr": "MODEL",
+    "--hf-repo": "MODEL",
+    "-hff": "MODEL",
+    "--hf-file": "MODEL",
     "-a": "--name",
     "--alias": "--name",
     "--host": "--host",
@@ -45,9 +52,14 @@ _OWNED_FLAGS = {
     "-fa": "--flash-attn",
     "--flash-attn": "--flash-attn",
     "--api-key": f"--api-key (or the variable {API_KEY_VARIABLE})",
+    "--api-key-file": f"--api-key (or the variable {API_KEY_VARIABLE})",
     "-fit": "--offload",
     "--fit": "--offload",
 }
+# Flags with which mgpu would wait for ever: it asks the engine over plain HTTP at its root.
+_HIDING_FLAGS = ("--api-prefix", "--ssl-key-file", "--ssl-cert-file")
+# More layers than any model has.
+_ALL_LAYERS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +107,11 @@ def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[Engin
             raise UsageError(
                 f"{flag} after -- would contradict the plan: mgpu sets it", hint=f"use mgpu's own {_OWNED_FLAGS[flag]}"
             )
+        if flag in _HIDING_FLAGS:
+            raise UsageError(
+                f"{flag} after -- would hide the engine from mgpu, which watches it over plain HTTP",
+                hint="put a proxy in front of it for TLS or another path",
+            )
         if flag == "--rpc":
             rpc = joined or (queue.pop(0) if queue else None)
             if not rpc:
@@ -107,6 +124,8 @@ def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[Engin
             wants = replace(wants, kv_unified=True)
         elif flag == "--swa-full":
             wants = replace(wants, swa_full=True)
+        elif flag in ("-cmoe", "--cpu-moe"):
+            wants = replace(wants, cpu_moe_layers=_ALL_LAYERS)
         elif flag in ("-ncmoe", "--n-cpu-moe") and queue and queue[0].isdecimal():
             wants = replace(wants, cpu_moe_layers=int(queue[0][:6]))
     return EngineArguments(rest=tuple(rest), rpc=rpc), wants
@@ -126,9 +145,12 @@ def build_launch(
     """Return the llama-server command that runs `candidate` exactly as planned.
 
     Nothing is left for llama-server to adjust (`--fit off`): devices are named, since it drops a missing one in
-    silence, and layers are dealt by `-ts` in whole units. NVIDIA cards are pinned by UUID, which renumbers them.
+    silence, and layers are dealt by `-ts` in whole units, which llama.cpp's own arithmetic gives back exactly.
+    NVIDIA cards are pinned by UUID, which renumbers them. Raises UsageError for a key that HTTP cannot carry.
     """
-    used = [device for device in candidate.devices if device.layers or device.head]
+    if api_key and (not api_key.isprintable() or api_key != api_key.strip()):
+        raise UsageError("the API key begins or ends with a blank, or holds a line break: no client could send it")
+    used = [device for device in candidate.devices if not device.idle]
     pinned = bool(used) and all(device.uuid and device.device.startswith("CUDA") for device in used)
     env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if any(d.device.startswith("CUDA") for d in used) else {}
     if pinned:
@@ -143,8 +165,7 @@ def build_launch(
     if used:
         argv += ["-dev", ",".join(names), "-ngl", str(sum(units)), "-sm", candidate.split_mode]
         if len(used) > 1:
-            split = wants.tensor_split if wants.tensor_split and len(used) == len(wants.tensor_split) else units
-            argv += ["-ts", ",".join(f"{share:g}" for share in split)]
+            argv += ["-ts", ",".join(map(str, units))]
     else:
         argv += ["-dev", "none", "-ngl", "0"]
     ctx_tokens = padded_ctx_tokens(candidate.ctx_tokens) * candidate.parallel
