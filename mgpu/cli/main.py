@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated, Any
@@ -53,9 +54,11 @@ def run_command(arguments: list[str]) -> int:
     name = next((word for word in own if word in _COMMANDS), "mgpu")
     try:
         result = _call(own, engine, out)
+    except typer.Exit as leave:  # after --help
+        return leave.exit_code
     except MgpuError as error:
         result = failure(name, error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         result = failure(name, Interrupted("interrupted"))
     except BrokenPipeError:
         # The reader of a pipe has left (`| head`): nobody is there to be told.
@@ -85,13 +88,15 @@ def _split_at_dashes(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) -> Result | None:
     command = typer.main.get_command(app)
+    if "_MGPU_COMPLETE" in os.environ:
+        command()  # a shell asks what can be completed
     run.output = out
     try:
-        result = command.main(args=arguments, prog_name="mgpu", standalone_mode=False, obj=engine_arguments)
-    except typer.Exit as leave:
-        return Result(command="mgpu", exit_code=leave.exit_code)
-    except typer.Abort:
-        raise Interrupted("interrupted") from None
+        # Not `command.main()`: it would turn interrupts and broken pipes into exits of its own.
+        with command.make_context("mgpu", arguments, obj=engine_arguments) as context:
+            result = command.invoke(context)
+    except (typer.Exit, typer.Abort):
+        raise
     except Exception as error:
         # Click's usage errors, which Typer carries a copy of under a name that may change.
         message = getattr(error, "format_message", None)
