@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
     from mgpu.profile import ProfileEntry
 
-app = typer.Typer(help="The models mgpu knows by name.", no_args_is_help=True)
+app = typer.Typer(help="The models mgpu knows by name.")
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A profile's name.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def profiles(context: typer.Context, json: JsonOption = False) -> Result | None:
+    """The models mgpu knows by name; alone, lists them."""
+    return None if context.invoked_subcommand else list_()
 
 
 @app.command("list")
