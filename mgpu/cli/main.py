@@ -17,6 +17,7 @@ from mgpu.errors import Interrupted, MgpuError, UsageError
 
 _ENGINE_ARGUMENT_COMMANDS = ("run", "plan")
 _COMMANDS = ("run", "plan", "gpus", "backends", "profiles")
+_PROFILES_COMMANDS = ("list", "show", "check", "new", "schema")
 
 app = typer.Typer(
     name="mgpu",
@@ -51,7 +52,7 @@ def run_command(arguments: list[str]) -> int:
     """Run one command line and return its exit code; everything expected has been printed."""
     own, engine = _split_at_dashes(arguments)
     out = Output(as_json="--json" in own)
-    name = next((word for word in own if word in _COMMANDS), "mgpu")
+    name = _command_name(own)
     try:
         result = _call(own, engine, out)
     except typer.Exit as leave:  # after --help
@@ -84,6 +85,14 @@ def _split_at_dashes(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
         return arguments, ()
     at = arguments.index("--")
     return arguments[:at], tuple(arguments[at + 1 :])
+
+
+def _command_name(words: list[str]) -> str:
+    """The command as its results name it, known before anything is parsed: a wrong option has it too."""
+    name = next((word for word in words if word in _COMMANDS), "mgpu")
+    if name != "profiles":
+        return name
+    return next((f"profiles.{word}" for word in words if word in _PROFILES_COMMANDS), name)
 
 
 def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) -> Result | None:
