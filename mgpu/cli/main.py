@@ -58,6 +58,8 @@ def run_command(arguments: list[str]) -> int:
     except typer.Exit as leave:  # after --help
         return leave.exit_code
     except MgpuError as error:
+        if isinstance(error, UsageError) and not error.hint:
+            error.hint = f"mgpu {name.replace('.', ' ')} --help"
         result = failure(name, error)
     except (KeyboardInterrupt, typer.Abort):
         result = failure(name, Interrupted("interrupted"))

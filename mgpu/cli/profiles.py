@@ -125,7 +125,7 @@ def schema(json: JsonOption = False) -> Result:
     )
 
 
-def _problem(text: str) -> ProfileError | None:
+def _problem(text: str) -> UsageError | None:
     """The problem of a profile by name, or of a file when `text` looks like a path."""
     from mgpu.profile import load_profile, read_profile
 
@@ -134,12 +134,12 @@ def _problem(text: str) -> ProfileError | None:
             read_profile(Path(text).expanduser())
         else:
             load_profile(text)
-    except ProfileError as error:
+    except UsageError as error:
         return error
     return None
 
 
-def _all_problems() -> list[tuple[str, ProfileError | None]]:
+def _all_problems() -> list[tuple[str, UsageError | None]]:
     from mgpu.profile import list_profiles
 
     return [
