@@ -113,7 +113,7 @@ def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) 
         message = getattr(error, "format_message", None)
         if message is None or not hasattr(error, "ctx"):
             raise
-        raise _usage(str(message()), getattr(error, "ctx", None)) from None
+        raise _usage(str(message()).replace("Value error, ", ""), getattr(error, "ctx", None)) from None
     return result if isinstance(result, Result) else None
 
 
