@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> NoReturn:
         sys.stderr.write(str(refusal))
         _exit(1)
     if asked:
-        _tell(asked, devices["local"])
+        _tell(asked, [*devices["local"], *devices["rpc"]])
     log.verbosity = settings.verbosity
     _serve(settings, (*devices["local"], *devices["rpc"]), faults, log)
 
