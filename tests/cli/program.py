@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,11 +195,6 @@ class Mgpu:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-
-
-def words_in(text: str, *words: str) -> Iterator[str]:
-    """Those of `words` that a text lacks, whatever their case."""
-    yield from (word for word in words if word.lower() not in text.lower())
 
 
 def _can_be_locked(path: Path) -> bool:
