@@ -131,6 +131,14 @@ def test_what_a_dead_engine_left_behind_goes_when_its_death_is_seen(log: Path) -
         until(lambda: not alive(child))
 
 
+def test_an_engine_whose_death_was_seen_is_never_signalled_again(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start("", log, ready=False) as engine:
+        engine.wait(LIMIT_S)
+        # By now its number may be another's.
+        monkeypatch.setattr(os, "killpg", lambda *_: pytest.fail("it was signalled"))
+        engine.stop()
+
+
 def test_an_interrupt_while_stopping_goes_on_to_the_next_stage(log: Path) -> None:
     engine = start(DEAF, log)
 

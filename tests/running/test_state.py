@@ -71,6 +71,7 @@ def test_what_cannot_be_a_name_is_refused(name: str) -> None:
         ("模型", "model"),
         ("", "model"),
         ("x" * 100, "x" * 56),
+        ("x" * 55 + "-y", "x" * 55),
     ],
 )
 def test_a_name_is_made_of_any_models_name(text: str, name: str) -> None:
