@@ -221,12 +221,14 @@ def _stop(process: EngineProcess, name: str, screen: RunScreen) -> None:
 def _prove(process: EngineProcess, client: EngineClient, prepared: Prepared, screen: RunScreen, stall_s: float) -> None:
     """Wait until the model is loaded, see that every planned card holds its part, and get one real answer."""
     from mgpu.backends.llama_cpp_log import buffers_by_device
+    from mgpu.running.readiness import BUSY_STALL_FACTOR
     from mgpu.running.start import death, wait_until_ready
 
     with screen.loading(prepared.plan.model.file_bytes) as on_loading:
         wait_until_ready(process, client, on_loading, stall_s=stall_s)
     try:
-        canary = client.canary()
+        # A device that hangs in its first computation looks busy and says nothing.
+        canary = client.canary(patience_s=stall_s * BUSY_STALL_FACTOR)
     except EngineFailed:
         # The connection breaks a moment before the process is gone.
         if process.wait(5.0) is not None:

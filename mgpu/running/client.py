@@ -79,15 +79,15 @@ class EngineClient:
         except httpx.HTTPError:
             return False
 
-    def canary(self) -> Canary:
-        """Ask for a few tokens and return the answer.
+    def canary(self, *, patience_s: float | None = None) -> Canary:
+        """Ask for a few tokens and return the answer; wait `patience_s` for it at most.
 
         Raises EngineFailed (code "wrong-answer" for anything but a completion, "engine-died" when the connection
         breaks, "no-answer" when none comes).
         """
         body = {"prompt": _CANARY_PROMPT, "n_predict": _CANARY_TOKENS, "temperature": 0, "cache_prompt": False}
         begun = time.monotonic()
-        reply = self._post("/completion", body)
+        reply = self._post("/completion", body, patience_s or _ANSWER_TIMEOUT_S)
         text = reply.get("content")
         if not isinstance(text, str):
             raise EngineFailed("the engine answered with something that is not a completion", code="wrong-answer")
@@ -148,9 +148,9 @@ class EngineClient:
             finish_reason=finish_reason,
         )
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         with _engine_errors():
-            reply = self._http.post(path, json=body, timeout=_ANSWER_TIMEOUT_S)
+            reply = self._http.post(path, json=body, timeout=timeout_s)
             if reply.status_code != 200:
                 raise _refused(reply)
         return _parsed(reply.text)
@@ -164,7 +164,11 @@ def _engine_errors() -> Iterator[None]:
     try:
         yield
     except httpx.TimeoutException:
-        raise EngineFailed("the engine took a request and never answered", code="no-answer") from None
+        raise EngineFailed(
+            "the engine took a request and never answered",
+            code="no-answer",
+            hint="a card or RPC server that hangs looks like this; mgpu backends shows whether each still answers",
+        ) from None
     except httpx.HTTPError:
         raise EngineFailed("the engine closed the connection without an answer", code="engine-died") from None
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 # Nothing moved at all: no log line, no byte read, no page mapped, no CPU time.
 DEFAULT_STALL_S = 120.0
 # Only CPU time moved: compiling kernels looks like this, and so does spinning on a dead card.
-_BUSY_STALL_FACTOR = 5
+BUSY_STALL_FACTOR = 5
 # CPU time that idle threads with timers use up; less than this is no work.
 _IDLE_CPU_SHARE = 0.05
 
@@ -57,6 +57,6 @@ def stalled(watch: Watch, now: float, limit_s: float = DEFAULT_STALL_S) -> str |
     """Return why waiting is hopeless, None while there is hope."""
     if now - watch.worked_at >= limit_s:
         return f"no sign of work for {now - watch.worked_at:.0f} s"
-    if now - watch.moved_at >= limit_s * _BUSY_STALL_FACTOR:
+    if now - watch.moved_at >= limit_s * BUSY_STALL_FACTOR:
         return f"busy, but nothing read or logged for {now - watch.moved_at:.0f} s"
     return None
