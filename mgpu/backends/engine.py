@@ -72,14 +72,22 @@ def require_llama_server() -> Engine:
 
 
 def engine_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment engines are asked and started in: cards in bus order, as the driver lists them, and
-    none of the secrets that an engine serving a local file has no use for."""
+    """Return the environment engines are asked and started in: cards in bus order, as the driver lists them; none of
+    the secrets that an engine serving a local file has no use for; and none of llama.cpp's own LLAMA_ARG_* variables,
+    which would change what was planned (`stray_variables` names them)."""
     secrets = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MGPU_API_KEY", "LLAMA_API_KEY"}
     base = os.environ if base is None else base
-    environment = {key: value for key, value in base.items() if key not in secrets}
+    left_out = secrets.union(stray_variables(base))
+    environment = {key: value for key, value in base.items() if key not in left_out}
     # mgpu names cards by their place among all cards; a mask is honoured when cards are chosen instead.
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     return environment | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def stray_variables(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Return the names of llama.cpp's variables that are set and not passed on; LLAMA_ARG_RPC is read by mgpu."""
+    names = os.environ if environment is None else environment
+    return tuple(sorted(name for name in names if name.startswith("LLAMA_ARG_")))
 
 
 class DeviceQuery:

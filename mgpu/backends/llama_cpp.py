@@ -56,8 +56,14 @@ _OWNED_FLAGS = {
     "-fit": "--offload",
     "--fit": "--offload",
 }
-# Flags with which mgpu would wait for ever: it asks the engine over plain HTTP at its root.
-_HIDING_FLAGS = ("--api-prefix", "--ssl-key-file", "--ssl-cert-file")
+# Flags that would hide the engine from mgpu, which asks it over plain HTTP at its root and reads its log.
+_HIDING_FLAGS = {
+    **dict.fromkeys(("--api-prefix", "--ssl-key-file", "--ssl-cert-file"), "put a proxy in front of it instead"),
+    **dict.fromkeys(
+        ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-disable", "--log-file"),
+        "the whole log is in the file that mgpu names",
+    ),
+}
 # More layers than any model has.
 _ALL_LAYERS = 1_000_000
 
@@ -108,10 +114,7 @@ def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[Engin
                 f"{flag} after -- would contradict the plan: mgpu sets it", hint=f"use mgpu's own {_OWNED_FLAGS[flag]}"
             )
         if flag in _HIDING_FLAGS:
-            raise UsageError(
-                f"{flag} after -- would hide the engine from mgpu, which watches it over plain HTTP",
-                hint="put a proxy in front of it for TLS or another path",
-            )
+            raise UsageError(f"{flag} after -- would hide the engine from mgpu", hint=_HIDING_FLAGS[flag])
         if flag == "--rpc":
             rpc = joined or (queue.pop(0) if queue else None)
             if not rpc:

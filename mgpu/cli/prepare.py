@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgpu.backends.engine import INSTALL_LLAMA_CPP, DeviceQuery, Engine, find_llama_server
+from mgpu.backends.engine import INSTALL_LLAMA_CPP, DeviceQuery, Engine, find_llama_server, stray_variables
 from mgpu.backends.llama_cpp import EngineArguments, read_engine_arguments
 from mgpu.cli.options import PlannerOptions
 from mgpu.errors import BadModel, MgpuError, Missing, UsageError
@@ -74,6 +74,8 @@ def prepare(
                 warnings.append(f"llama.cpp is not installed (planned as if it saw every card): {INSTALL_LLAMA_CPP}")
         if found.driver and found.driver.problem:
             warnings.append(found.driver.problem)
+        if stray := [name for name in stray_variables() if name != "LLAMA_ARG_RPC"]:
+            warnings.append(f"not passed to the engine: {', '.join(stray)}; give its own flags after --")
         gpus, remarks = _cards(found, options.gpus, simulated=simulated)
         warnings += remarks
     finally:

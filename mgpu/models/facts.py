@@ -34,7 +34,6 @@ class ModelFacts:
     its norm (on the last card). With tied embeddings the head is the embedding loaded a second time:
     `tied` is True and `head_bytes` includes that copy. `other_bytes` is what belongs to no layer and stays
     on the host with the embedding. `head_dim` is a query head's length. `file_bytes` is the size of the file(s).
-    `largest_layer_tensor_bytes` bounds what a device copies when it computes a layer kept in host memory.
     """
 
     name: str
