@@ -30,6 +30,8 @@ output = Output(as_json=False)
 
 _KEY_VARIABLES = ("MGPU_API_KEY", "LLAMA_API_KEY")
 _PORT_ATTEMPTS = 5
+# Between a broken connection and the end of a process that first writes a backtrace.
+_BREAKING_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,24 +224,20 @@ def _prove(process: EngineProcess, client: EngineClient, prepared: Prepared, scr
     """Wait until the model is loaded, see that every planned card holds its part, and get one real answer."""
     from mgpu.backends.llama_cpp_log import buffers_by_device
     from mgpu.running.readiness import BUSY_STALL_FACTOR
-    from mgpu.running.start import death, wait_until_ready
+    from mgpu.running.start import wait_until_ready
 
     with screen.loading(prepared.plan.model.file_bytes) as on_loading:
         wait_until_ready(process, client, on_loading, stall_s=stall_s)
     try:
         # A device that hangs in its first computation looks busy and says nothing.
         canary = client.canary(patience_s=stall_s * BUSY_STALL_FACTOR)
-    except EngineFailed:
-        # The connection breaks a moment before the process is gone.
-        if process.wait(5.0) is not None:
-            raise death(process) from None
-        raise
+    except EngineFailed as error:
+        raise _cause(process, error) from None
     screen.checked(prepared.plan.chosen, buffers_by_device(process.log_lines()), canary)
 
 
 def _ask(process: EngineProcess, client: EngineClient, text: str, screen: RunScreen) -> None:
     from mgpu.running.client import Answer
-    from mgpu.running.start import death
 
     try:
         for piece in client.ask(text):
@@ -247,14 +245,21 @@ def _ask(process: EngineProcess, client: EngineClient, text: str, screen: RunScr
                 screen.answered(piece)
             else:
                 screen.answer_text(piece)
-    except EngineFailed:
+    except EngineFailed as error:
         screen.answer_broke_off()
-        if process.wait(5.0) is not None:
-            raise death(process) from None
-        raise
+        raise _cause(process, error) from None
     except KeyboardInterrupt:
         screen.answer_broke_off()
         raise
+
+
+def _cause(process: EngineProcess, error: EngineFailed) -> EngineFailed:
+    """What ended the engine, where a request failed because of that."""
+    from mgpu.running.start import death
+
+    # The connection breaks a moment before the process is gone.
+    gone = error.code == "engine-died" and process.wait(_BREAKING_S) is not None
+    return death(process) if gone else error
 
 
 def _follow(process: EngineProcess, client: EngineClient, screen: RunScreen) -> None:
