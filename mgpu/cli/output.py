@@ -32,9 +32,13 @@ class Output:
         if error not in self._consoles:
             from rich.console import Console
 
+            class PipeConsole(Console):
+                def on_broken_pipe(self) -> None:
+                    raise BrokenPipeError  # not an exit with status 1, as if the answer were no
+
             stream = sys.stderr if error else sys.stdout
             width = None if stream.isatty() or os.environ.get("COLUMNS") else _PIPE_COLUMNS
-            self._consoles[error] = Console(file=stream, highlight=False, width=width, emoji=False, markup=False)
+            self._consoles[error] = PipeConsole(file=stream, highlight=False, width=width, emoji=False, markup=False)
         return self._consoles[error]
 
     def show(self, result: Result) -> None:
