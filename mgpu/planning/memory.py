@@ -55,6 +55,11 @@ def padded_ctx_tokens(ctx_tokens: int) -> int:
     return -(-ctx_tokens // CTX_GRANULARITY) * CTX_GRANULARITY
 
 
+def ubatch_tokens(wants: Wants, ctx_tokens: int) -> int:
+    """Return the tokens computed at once: no more than all users' context together (llama-context.cpp)."""
+    return min(wants.ubatch, padded_ctx_tokens(ctx_tokens) * wants.parallel)
+
+
 def kv_cells(layer: Layer, wants: Wants, ctx_tokens: int) -> int:
     """Return the cells of one KV cache of a layer: each user has one, or all share one with `kv_unified`.
 
@@ -63,7 +68,7 @@ def kv_cells(layer: Layer, wants: Wants, ctx_tokens: int) -> int:
     users = wants.parallel if wants.kv_unified else 1
     cells = padded_ctx_tokens(ctx_tokens) * users
     if layer.sliding_window and not wants.swa_full:
-        cells = min(cells, padded_ctx_tokens(layer.sliding_window * users + wants.ubatch))
+        cells = min(cells, padded_ctx_tokens(layer.sliding_window * users + ubatch_tokens(wants, ctx_tokens)))
     return cells
 
 
@@ -96,7 +101,8 @@ def compute_buffers(
     network (gate, up and their product, the residual stream, attention's output) and, without flash attention, the
     full `heads x ubatch x context` matrix of attention scores. Sizes as projected by llama-server b10434.
     """
-    row = _F32 * wants.ubatch
+    ubatch = ubatch_tokens(wants, ctx_tokens)
+    row = _F32 * ubatch
     embedding = row * facts.embedding_length
     attention_output = row * facts.heads * facts.head_dim
     mask = _attention_mask_bytes(facts, wants, ctx_tokens)
@@ -130,7 +136,7 @@ def compute_buffers(
         widest_matrix = max(layer.weights_bytes - layer.expert_bytes for layer in facts.layers[:host_layers]) // 4
         host_kv = _computing_host_kv(facts, wants, ctx_tokens, embedding, mask, host_layers)
         first = max(stage + mask + widest_matrix, host_kv)
-    head_only = row // wants.ubatch * wants.parallel * (facts.vocabulary + 2 * facts.embedding_length)
+    head_only = row // ubatch * wants.parallel * (facts.vocabulary + 2 * facts.embedding_length)
     if host_layers == len(facts.layers) and kinds and kinds[0].computes_host_layers:
         head_only = first  # the device with the head is the first one, and computes the layers of the host
     return ComputeBuffers(first=first, other=other, head_only=head_only, host=host)
@@ -139,7 +145,7 @@ def compute_buffers(
 def _attention_mask_bytes(facts: ModelFacts, wants: Wants, ctx_tokens: int) -> int:
     """A 16-bit mask of ubatch x cells for full attention and, where some layers have windows, one for those."""
     kinds = {layer.sliding_window: layer for layer in facts.layers}.values()
-    return _F16 * wants.ubatch * sum(kv_cells(layer, wants, ctx_tokens) for layer in kinds)
+    return _F16 * ubatch_tokens(wants, ctx_tokens) * sum(kv_cells(layer, wants, ctx_tokens) for layer in kinds)
 
 
 def _feed_forward_activations(facts: ModelFacts, row: int) -> int:
