@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -102,12 +104,9 @@ def test_ctrl_c_ends_within_seconds_with_a_request_in_flight(mgpu: Mgpu, smollm2
 
 
 def _broken_off(url: str, body: dict[str, Any]) -> None:
-    try:
+    """Ask what is not going to be answered whole."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
         request(url, "/v1/chat/completions", body)
-    except OSError:
-        return
-    except Exception as error:  # the standard library has a zoo of names for a connection that broke
-        assert "IncompleteRead" in repr(error), error
 
 
 @pytest.mark.real_device
