@@ -13,7 +13,7 @@ demo: .venv/.demo
 	@$(BIN)/mgpu run smollm2-135m --ask "$(QUESTION)"
 
 run: .venv/.demo
-	@$(BIN)/mgpu run smollm2-135m
+	@$(BIN)/mgpu run smollm2-135m || [ $$? -eq 130 ] # Ctrl-C is how it ends
 
 test: .venv/.test
 	$(BIN)/python -m pytest $(TESTS)
@@ -32,6 +32,11 @@ bench: .venv/.test
 
 clean:
 	rm -rf .venv
+
+# An environment that does not work any more (the checkout was moved), or that another PYTHON is to replace.
+ifneq ($(shell .venv/bin/python -c 'import mgpu' 2>/dev/null && echo works)$(PYTHON),works)
+.PHONY: .venv/.demo .venv/.test
+endif
 
 .venv/.demo: pyproject.toml scripts/setup
 	@scripts/setup llamacpp
