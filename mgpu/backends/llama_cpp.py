@@ -79,7 +79,8 @@ class Launch:
     def shell_command(self) -> str:
         """Return the command quoted for a POSIX shell; secret values are taken from variables of the same name."""
         settings = [
-            f'{name}="${name}"' if name in self.secrets else f"{name}={shlex.quote(value)}"
+            # `:?` makes the shell refuse an empty one: a server without a key is not what was asked for.
+            f'{name}="${{{name}:?}}"' if name in self.secrets else f"{name}={shlex.quote(value)}"
             for name, value in self.env.items()
         ]
         return " ".join([*settings, shlex.join(self.argv)])

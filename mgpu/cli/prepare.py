@@ -76,6 +76,8 @@ def prepare(
             warnings.append(found.driver.problem)
         if stray := [name for name in stray_variables() if name != "LLAMA_ARG_RPC"]:
             warnings.append(f"not passed to the engine: {', '.join(stray)}; give its own flags after --")
+        if profile and _shadows_shipped(profile.name):
+            warnings.append(f"your own profile {profile.name} is used instead of the one that ships with mgpu")
         gpus, remarks = _cards(found, options.gpus, simulated=simulated)
         warnings += remarks
     finally:
@@ -161,6 +163,12 @@ def _profiled(name: str, quant: str | None) -> tuple[str, ModelFacts, Profile, P
 
 def _source(profile: Profile, facts: ModelFacts) -> GgufSource | None:
     return next((source for name, source in profile.quantisations.items() if name == facts.quantisation), None)
+
+
+def _shadows_shipped(name: str) -> bool:
+    from mgpu.profile import load_profile, shipped_profile_folder
+
+    return not load_profile(name).shipped and (shipped_profile_folder() / f"{name}.yaml").is_file()
 
 
 def _others(profile: Profile, facts: ModelFacts) -> Iterator[ModelFacts]:

@@ -89,13 +89,17 @@ def check(
 @app.command()
 def new(
     name: NameArgument,
-    based_on: Annotated[str, typer.Option("--from", help="The profile to begin with.")] = "llama-8b",
+    based_on: Annotated[
+        str | None, typer.Option("--from", help="The profile to begin with (default: of that name, else llama-8b).")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a profile of yours with that name.")] = False,
     json: JsonOption = False,
 ) -> Result:
     """Write a new profile of yours to edit; it overrides a shipped one of the same name."""
-    from mgpu.profile import new_profile_text, user_profile_folder
+    from mgpu.profile import list_profiles, new_profile_text, user_profile_folder
 
+    if based_on is None:
+        based_on = name if name in {entry.name for entry in list_profiles() if entry.shipped} else "llama-8b"
     text = new_profile_text(name, based_on=based_on)
     path = user_profile_folder() / f"{name}.yaml"
     try:

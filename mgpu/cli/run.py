@@ -52,6 +52,7 @@ def run(
     model: ModelArgument,
     options: PlannerOptions,
     ask: Annotated[str | None, typer.Option("--ask", help="Ask this, stream the answer, stop.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Length of the answer to --ask.", min=1)] = 1024,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the engine's command and start nothing.")] = False,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", help="Port (default: a free one from 8080 on).")] = None,
@@ -70,7 +71,7 @@ def run(
     from mgpu.cli.prepare import prepare
     from mgpu.cli.process_title import hide_argument
     from mgpu.cli.screens import RunScreen
-    from mgpu.running.ports import check_host, choose_port
+    from mgpu.running.ports import check_host, choose_port, client_host
     from mgpu.running.state import check_name, instance_folder, name_from
 
     if api_key:
@@ -83,13 +84,15 @@ def run(
         port=port,
         name=check_name(name) if name is not None else name_from(prepared.name),
         name_chosen=name is not None,
-        api_key=api_key or next((os.environ[v] for v in _KEY_VARIABLES if os.environ.get(v)), None),
+        api_key=_api_key(api_key),
         stall_s=stall_timeout,
     )
     screen = RunScreen(output, asked=ask is not None, interval_s=interval)
     if dry_run:
         return _dry_run(prepared, serving, _engine(prepared, needed=False))
     screen.warn(prepared.warnings)
+    if not serving.api_key and client_host(serving.host) != serving.host:
+        screen.warn([f"--host {serving.host} lets everybody in the network use this server: set MGPU_API_KEY"])
     engine = _engine(prepared, needed=True)
     assert engine
     _require_fit(prepared)
@@ -101,9 +104,19 @@ def run(
         serving = replace(serving, name=instance)
         with _started(prepared, serving, engine, folder, screen) as (process, client):
             if ask is not None:
-                _ask(process, client, ask, screen)
+                _ask(process, client, ask, max_tokens, screen)
             else:
                 _follow(process, client, screen)
+    return None
+
+
+def _api_key(option: str | None) -> str | None:
+    """The key of `--api-key` or of the environment. An empty one is a slip, not the wish for an open server."""
+    for name, value in (("--api-key", option), *((variable, os.environ.get(variable)) for variable in _KEY_VARIABLES)):
+        if value is not None:
+            if not value.strip():
+                raise UsageError(f"{name} is empty", hint="give a key, or leave it out (unset the variable)")
+            return value
     return None
 
 
@@ -236,11 +249,11 @@ def _prove(process: EngineProcess, client: EngineClient, prepared: Prepared, scr
     screen.checked(prepared.plan.chosen, buffers_by_device(process.log_lines()), canary)
 
 
-def _ask(process: EngineProcess, client: EngineClient, text: str, screen: RunScreen) -> None:
+def _ask(process: EngineProcess, client: EngineClient, text: str, max_tokens: int, screen: RunScreen) -> None:
     from mgpu.running.client import Answer
 
     try:
-        for piece in client.ask(text):
+        for piece in client.ask(text, max_tokens=max_tokens):
             if isinstance(piece, Answer):
                 screen.answered(piece)
             else:

@@ -24,6 +24,10 @@ def select_gpus(machine: Machine, selection: str | None) -> tuple[Gpu, ...]:
     usable = tuple(gpu for gpu in machine.gpus if gpu.problem is None)
     words = (selection if selection is not None else "all").strip()
     if words.lower() == "all":
+        if selection is not None and not usable:
+            raise Missing(
+                "--gpus all: this machine has no usable card", code="gpu-missing", hint="--gpus none runs on the CPU"
+            )
         return usable
     if words.lower() == "none":
         return ()

@@ -64,7 +64,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         raise Missing(
             f"the disk of {folder} is too full: {needed_bytes:,} bytes are needed, {free:,} are free",
             code="disk-full",
-            hint="free some space; HF_HOME moves the cache of models to another disk",
+            hint="free some space, or move the caches to another disk: HF_HOME, XDG_CACHE_HOME",
         )
 
 
@@ -205,7 +205,7 @@ def as_missing(error: OSError, folder: Path) -> Missing:
     return Missing(
         f"{error.filename or folder} cannot be written: {error.strerror or error}",
         code="folder-unwritable",
-        hint="choose a folder that you may write to; HF_HOME moves the cache of models",
+        hint="choose a folder that you may write to: HF_HOME and XDG_CACHE_HOME move the caches",
     )
 
 

@@ -12,6 +12,8 @@ from mgpu.planning.wants import DEFAULT_CTX_TOKENS, Wants
 
 # A context this short serves one question and a short answer; below it a plan is no help.
 _SMALLEST_USEFUL_CTX = 2048
+# Still offered as a way out, for the user to judge.
+_SMALLEST_OFFERED_CTX = 512
 
 NOT_MODELLED = (
     "speed below the physical bound (no prediction yet)",
@@ -102,8 +104,12 @@ def _fixes(
 ) -> tuple[Fix, ...]:
     """The cheapest changes that make the model fit, mildest first."""
     tries: list[tuple[str, ModelFacts, Wants]] = []
+    if wants.tensor_split:
+        tries.append(("without --tensor-split", facts, replace(wants, tensor_split=None)))
+    if wants.split_mode == "none":
+        tries.append(("without --split-mode none", facts, replace(wants, split_mode=None)))
     largest = _asked(facts, replace(wants, offload=False), gpus, machine).max_ctx_tokens or 0
-    if largest >= _SMALLEST_USEFUL_CTX:
+    if largest >= _SMALLEST_OFFERED_CTX:
         tries.append((f"--ctx {largest}", facts, replace(wants, ctx_tokens=largest)))
     if wants.kv_type_k == wants.kv_type_v == "f16" and wants.uses_flash_attention:
         tries.append(("--kv-type q8_0", facts, replace(wants, kv_type_k="q8_0", kv_type_v="q8_0")))

@@ -110,8 +110,8 @@ class EngineClient:
             return None
         return sample(time.monotonic(), metrics.text, slots.text if slots.status_code == 200 else None)
 
-    def ask(self, text: str) -> Iterator[str | Answer]:
-        """Stream one chat answer: its text piece by piece, and at the end an Answer.
+    def ask(self, text: str, *, max_tokens: int | None = None) -> Iterator[str | Answer]:
+        """Stream one chat answer, of `max_tokens` at most: its text piece by piece, and at the end an Answer.
 
         Raises EngineFailed as `canary` does.
         """
@@ -119,6 +119,7 @@ class EngineClient:
             "messages": [{"role": "user", "content": text}],
             "stream": True,
             "stream_options": {"include_usage": True},
+            **({"max_tokens": max_tokens} if max_tokens else {}),
         }
         timings: dict[str, Any] = {}
         finish_reason = None

@@ -146,7 +146,11 @@ def test_an_engine_without_devices_is_no_failure(tmp_path: Path) -> None:
 
 def test_rpc_servers_are_told_to_the_engine(tmp_path: Path) -> None:
     asked = program(
-        tmp_path / "server", 'printf "%s\\n" "$@" "$CUDA_DEVICE_ORDER" >"$0.asked"; echo "Available devices:"'
+        tmp_path / "server",
+        """printf "%s\\n" "$@" "$CUDA_DEVICE_ORDER" >"$0.asked"
+        echo "Available devices:"
+        echo "  RPC0: a:1 (8192 MiB, 8192 MiB free)"
+        echo "  RPC1: b:2 (8192 MiB, 8192 MiB free)" """,
     )
     DeviceQuery(engine(asked), rpc="a:1,b:2").devices()
     DeviceQuery(engine(asked), rpc="a:1,b:2").close()

@@ -62,9 +62,14 @@ def test_a_selection_is_cards(selection: str | None, indices: list[int]) -> None
     assert [card.index for card in select_gpus(MACHINE, selection)] == indices
 
 
-@pytest.mark.parametrize("selection", [None, "all", "none"])
+@pytest.mark.parametrize("selection", [None, "none"])
 def test_a_machine_without_cards_has_none_to_select(selection: str | None) -> None:
     assert select_gpus(EMPTY, selection) == ()
+
+
+def test_all_cards_of_a_machine_without_any_are_missing() -> None:
+    with pytest.raises(Missing, match="no usable card"):
+        select_gpus(EMPTY, "all")
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def answer_line(answer: Answer) -> str:
     if answer.prompt_tokens and answer.prompt_tok_s:
         parts.append(f"prompt {answer.prompt_tokens} tokens at {answer.prompt_tok_s:.0f} tokens/s")
     if answer.finish_reason == "length":
-        parts.append("cut off: the context is full")
+        parts.append("cut off there: --max-tokens, or the context, was reached")
     return " · ".join(parts) or "the engine counted no tokens"
 
 
