@@ -34,7 +34,7 @@ clean:
 	rm -rf .venv
 
 # An environment that does not work any more (the checkout was moved), or that another PYTHON is to replace.
-ifneq ($(shell .venv/bin/python -I -c 'import mgpu' 2>/dev/null && echo works)$(PYTHON),works)
+ifneq ($(shell .venv/bin/python -I -c 'import mgpu.errors' 2>/dev/null && echo works)$(PYTHON),works)
 .PHONY: .venv/.demo .venv/.test
 endif
 
