@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import errno
 import os
 import signal
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -13,11 +16,16 @@ from mgpu import __version__
 from mgpu.cli import machine, plan, profiles, run
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result, failure
-from mgpu.errors import Interrupted, MgpuError, UsageError
+from mgpu.errors import Interrupted, MgpuError, Missing, UsageError
 
+# A pipe's reader has left, or the terminal was closed.
+_NOBODY_READS = (errno.EPIPE, errno.EIO)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ENGINE_ARGUMENT_COMMANDS = ("run", "plan")
 _COMMANDS = ("run", "plan", "gpus", "backends", "profiles")
 _PROFILES_COMMANDS = ("list", "show", "check", "new", "schema")
+# Shorter than it takes to think twice, longer than it takes to begin to stop.
+_TOGETHER_S = 0.5
 
 app = typer.Typer(
     name="mgpu",
@@ -63,22 +71,32 @@ def run_command(arguments: list[str]) -> int:
         result = failure(name, error)
     except (KeyboardInterrupt, typer.Abort):
         result = failure(name, Interrupted("interrupted"))
-    except BrokenPipeError:
-        # The reader of a pipe has left (`| head`): nobody is there to be told.
-        sys.stdout = None  # or Python complains at exit when it flushes
-        return 0
     except Exception as bug:
-        from mgpu.cli.bug import report_bug
+        if isinstance(bug, OSError) and bug.errno in _NOBODY_READS:
+            return _unheard()
+        if isinstance(bug, OSError) and bug.errno in _DISK_FULL:
+            result = failure(name, Missing(f"nothing more can be written: {bug.strerror}", code="disk-full"))
+        else:
+            from mgpu.cli.bug import report_bug
 
-        result = failure(name, report_bug(bug, arguments))
+            result = failure(name, report_bug(bug, arguments))
     if result is None:
         return 0
     try:
         out.show(result)
         sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = None
+    except OSError as error:
+        _unheard()
+        if error.errno not in _NOBODY_READS:
+            out.error(Missing(f"the answer cannot be written: {error.strerror}", code="output-unwritable"))
+            return Missing.exit_code
     return result.exit_code
+
+
+def _unheard() -> int:
+    """Nobody reads any more (`| head`, a closed terminal): Python must not complain when it flushes at exit."""
+    sys.stdout = Output.nowhere()
+    return 0
 
 
 def _split_at_dashes(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -125,7 +143,29 @@ def _usage(message: str, context: Any) -> UsageError:
 def run_main() -> None:
     """Entry point of the `mgpu` program."""
     # A service manager's SIGTERM and a closed terminal end mgpu the way Ctrl-C does: the engine is stopped.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
-    sys.exit(run_command(sys.argv[1:]))
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    interrupt = _Interrupt()
+    for number, handler in usual.items():
+        if signal.getsignal(number) == handler:
+            signal.signal(number, interrupt)
+    try:
+        exit_code = run_command(sys.argv[1:])
+    except KeyboardInterrupt:
+        exit_code = Interrupted.exit_code
+    interrupt.deaf_until = math.inf
+    for number in usual:
+        signal.signal(number, signal.SIG_IGN)  # all is done: a signal now could only spoil the exit code
+    sys.exit(exit_code)
+
+
+class _Interrupt:
+    """Raises KeyboardInterrupt for a signal, but once for those that come together: a second one, milliseconds later,
+    could only break off the tidying up after the first."""
+
+    def __init__(self) -> None:
+        self.deaf_until = -math.inf
+
+    def __call__(self, *_: object) -> None:
+        if time.monotonic() > self.deaf_until:
+            self.deaf_until = time.monotonic() + _TOGETHER_S
+            raise KeyboardInterrupt
