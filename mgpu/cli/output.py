@@ -5,10 +5,13 @@ Results go to stdout; progress, warnings and errors to stderr. JSON never passes
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
 import json
 import os
 import sys
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from mgpu.cli.result import Result, envelope
 from mgpu.errors import Interrupted, MgpuError
@@ -18,6 +21,17 @@ if TYPE_CHECKING:
 
 # Wide enough for every table; used where there is no terminal to ask.
 _PIPE_COLUMNS = 100
+# What is written where a terminal's encoding lacks a character.
+_PLAIN = "mgpu-plain"
+_PLAIN_WORDS = {"·": "-", "×": "x", "÷": "/", "−": "-", "●": "*", "…": "...", "━": "=", "─": "-", "°": " "}
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN_WORDS.get(character, "?") for character in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_PLAIN, _plainly)
 
 
 class Output:
@@ -25,7 +39,23 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
+        # A closed stream is no stream at all, and what a terminal's encoding lacks is shown as `?`.
+        sys.stdout = self._usable(sys.stdout)
+        sys.stderr = self._usable(sys.stderr)
         self._consoles: dict[bool, Console] = {}
+
+    @staticmethod
+    def nowhere() -> TextIO:
+        """Return a stream that swallows everything."""
+        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 - open until the program ends
+
+    @classmethod
+    def _usable(cls, stream: TextIO | None) -> TextIO:
+        if stream is None:
+            return cls.nowhere()
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors=_PLAIN)
+        return stream
 
     def console(self, *, error: bool = False) -> Console:
         """Return the Rich console of stdout or stderr; colours follow the terminal and NO_COLOR."""
@@ -34,7 +64,7 @@ class Output:
 
             class PipeConsole(Console):
                 def on_broken_pipe(self) -> None:
-                    raise BrokenPipeError  # not an exit with status 1, as if the answer were no
+                    raise BrokenPipeError(errno.EPIPE, "nobody reads")
 
             stream = sys.stderr if error else sys.stdout
             width = None if stream.isatty() or os.environ.get("COLUMNS") else _PIPE_COLUMNS

@@ -33,9 +33,12 @@ def plan(
 
     def screen(width: int) -> Any:
         yield from plan_screen(prepared.name, prepared.plan, width, explain=explain)
-        if fits:
+        hints = [] if explain else ["--explain shows the sums"]
+        if fits and prepared.plan.machine.source != "simulated":
+            hints = [run_command(model), *hints, "run --dry-run shows the command"]
+        if hints:
             yield ""
-            yield f"  {run_command(model)}          --explain shows the sums · run --dry-run the command"
+            yield "  " + " · ".join(hints)
 
     return Result(
         command="plan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,13 +178,15 @@ class RunScreen:
     def stopping(self, name: str) -> None:
         """Say that the engine is being asked to end."""
         self._event("stopping", name=name)
+        if not self._out.as_json:
+            self._out.write_text(f"{'stop':<8} {name} … ", stream=sys.stderr)
 
     def stopped(self, name: str, took_s: float) -> None:
         """Say that it has ended and what it gave back."""
         held = sum(buffers.total_bytes for device, buffers in self._buffers.items() if device != "host")
         self._event("stopped", name=name, seconds=round(took_s, 3), freed_bytes=held)
         freed = f", {gib(held)} given back" if held else ""
-        self._step("stop", f"{name} stopped in {seconds(took_s)}{freed}")
+        self._out.note(f"stopped in {seconds(took_s)}{freed}")
 
     def _step(self, label: str, text: str) -> None:
         self._out.note(f"{label:<8} {text}")

@@ -143,6 +143,11 @@ def _matches(text: str) -> list[Card]:
         return []
     asked = _words(text)
     fitting = [card for card in catalogue() if _fits(asked, card)]
+    if asked.sizes:
+        # "3060-8GB" is no 3060 Ti, though that has 8 GB and the 3060 in the catalogue has not.
+        any_size = _Words(model=asked.model, optional=asked.optional, sizes=frozenset())
+        named = [card for card in catalogue() if _fits(any_size, card) and _card_words(card).model <= _all_words(asked)]
+        fitting = [card for card in fitting if not named or card in named]
     exact = [card for card in fitting if _card_words(card).model <= _all_words(asked)]
     fitting = exact or fitting
     if len({card.total_bytes for card in fitting}) == 1:

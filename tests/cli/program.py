@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,6 +42,18 @@ def parse(line: str) -> dict[str, Any]:
     value = json.loads(line, parse_constant=refuse)
     assert isinstance(value, dict)
     return value
+
+
+def request(url: str, path: str, body: object = None, *, key: str | None = None) -> tuple[int, str]:
+    """Status and text of an engine's answer."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=LIMIT_S) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +127,10 @@ class Running:
         return self.line(r'(?:ready: .* on |.*"event": "ready".*"url": ")(http://[^ "/]+)')[1]
 
     def engine_pid(self) -> int:
-        """Wait until an engine is started."""
-        return int(self.line(r'(?:start .*, pid |.*"event": "started".*"pid": )(\d+)')[1])
+        """Wait until the engine is ready, and return its process."""
+        return int(self.line(r'(?:ready: .*, pid |.*"event": "ready".*"pid": )(\d+)')[1])
 
-    def end(self, *signals: signal.Signals) -> Ended:
+    def end(self, *signals: int) -> Ended:
         """Send the signals, wait for the end, and see that it was none with a traceback."""
         for number in signals:
             self.process.send_signal(number)
@@ -157,6 +171,17 @@ class Mgpu:
             )
         return Running(process, out, err)
 
+    def piped(self, *words: object, **variables: str | None) -> subprocess.Popen[bytes]:
+        """Start with pipes to read from."""
+        return subprocess.Popen(
+            self.command(*words),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self.here,
+            env=self.with_variables(**variables),
+        )
+
     def command(self, *words: object) -> list[str]:
         return [sys.executable, "-m", "mgpu", *map(str, words)]
 
@@ -187,6 +212,11 @@ class Mgpu:
         until(lambda: not self.processes(), "all that mgpu started is gone")
         assert self.locks_held() == []
         assert list(self.here.iterdir()) == []
+
+    def kill(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to a process that was started here, and to no other."""
+        assert pid in self.processes()
+        os.kill(pid, number)
 
     def end_all(self) -> None:
         """Kill what a failed test left behind."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mgpu.cli.views.words import NARROW_COLUMNS, card_name, cell_gib, plain_table, unknown
+from mgpu.cli.views.words import card_name, cell_gib, fitting, plain_table, unknown
 from mgpu.machine.snapshot import Gpu, Host, Machine
 from mgpu.units import GIB
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 
 def machine_screen(machine: Machine, width: int) -> Iterator[RenderableType]:
@@ -57,7 +58,10 @@ def _summary(machine: Machine) -> str:
 
 
 def _cards_table(machine: Machine, width: int) -> RenderableType:
-    narrow = width < NARROW_COLUMNS
+    return fitting(width, lambda: _cards(machine, narrow=False), lambda: _cards(machine, narrow=True))
+
+
+def _cards(machine: Machine, *, narrow: bool) -> Table:
     headings = [("card", "left"), ("name", "left"), ("GiB", "right"), ("free", "right")]
     if not narrow:
         headings += [("GB/s", "right"), ("PCIe", "left"), ("load", "right"), ("W", "right"), ("°C", "right")]

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mgpu.cli.views.words import NARROW_COLUMNS, card_name, cell_gib, plain_table
+from mgpu.cli.views.words import card_name, cell_gib, fitting, plain_table
 from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.planning.plan import Plan
 from mgpu.units import gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 VERDICT_WORDS = {
     "fits": ("FITS", "bold green"),
@@ -65,8 +66,11 @@ def _split_words(candidate: Candidate) -> str:
 
 
 def ledger(candidate: Candidate, width: int) -> RenderableType:
-    """Return the table of memory by card, in GiB."""
-    narrow = width < NARROW_COLUMNS
+    """Return the table of memory by card, in GiB; on a narrow terminal without the parts of each sum."""
+    return fitting(width, lambda: _ledger(candidate, narrow=False), lambda: _ledger(candidate, narrow=True))
+
+
+def _ledger(candidate: Candidate, *, narrow: bool) -> Table:
     headings = (
         ["total", "free", "spare"] if narrow else ["weights", "KV", "compute", "runtime", "total", "free", "spare"]
     )
@@ -91,7 +95,7 @@ def _layers(device: PlannedDevice) -> str:
         return "head" if device.head else "nothing"
     last = device.first_layer + device.layers - 1
     span = f"{device.first_layer}-{last}" if device.layers > 1 else f"{last}"
-    return f"{span} + head" if device.head else span
+    return f"{span} +head" if device.head else span
 
 
 def _facts(plan: Plan, candidate: Candidate) -> Iterator[tuple[str, str]]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mgpu.units import GIB
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-NARROW_COLUMNS = 84
 
 _MAKERS = re.compile(r"^(NVIDIA|AMD|Intel\(R\)|GeForce|Radeon|Graphics)\s+")
 
@@ -36,11 +34,32 @@ def unknown(value: object, unit: str = "") -> str:
 
 
 def plain_table(columns: Sequence[tuple[str, str]]) -> Table:
-    """Return a borderless table with (heading, justification) columns that never wraps its cells."""
+    """Return a borderless table with (heading, justification) columns; where it is too wide, the last one wraps."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="dim")
-    for heading, justify in columns:
-        table.add_column(heading, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="dim",
+        collapse_padding=True,
+    )
+    for heading, justify in columns[:-1]:
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    heading, justify = columns[-1]
+    table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     return table
+
+
+def fitting(width: int, *tables: Callable[[], Table]) -> Table:
+    """Return the first of the tables that is no wider than `width`, else the last."""
+    from rich.console import Console
+
+    console = Console(width=1000)
+    for make in tables[:-1]:
+        table = make()
+        if console.measure(table).maximum <= width:
+            return table
+    return tables[-1]()
