@@ -56,10 +56,13 @@ def test_typer_is_used_without_click(path: Path) -> None:
 
 def prints(path: Path) -> Iterator[int]:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-            yield node.lineno
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
-            yield node.lineno
+        called = node.func if isinstance(node, ast.Call) else node
+        if isinstance(called, (ast.Name, ast.Attribute)) and ast.unparse(called) in (
+            "print",
+            "sys.stdout",
+            "sys.stderr",
+        ):
+            yield called.lineno
 
 
 def test_only_one_module_prints() -> None:

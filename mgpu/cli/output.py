@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from typing import IO, TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mgpu.cli.result import Result, envelope
 from mgpu.errors import Interrupted, MgpuError
@@ -119,9 +119,9 @@ class Output:
         if reference:
             self._labelled("log", reference, "dim")
 
-    def write_text(self, text: str, *, stream: IO[str] | None = None) -> None:
+    def write_text(self, text: str, *, error: bool = False) -> None:
         """Write a piece of text as it is, without a line end: an answer that is being streamed."""
-        stream = stream or sys.stdout
+        stream = sys.stderr if error else sys.stdout
         stream.write(text)
         stream.flush()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,7 +178,7 @@ class RunScreen:
         """Say that the engine is being asked to end."""
         self._event("stopping", name=name)
         if not self._out.as_json:
-            self._out.write_text(f"{'stop':<8} {name} … ", stream=sys.stderr)
+            self._out.write_text(f"{'stop':<8} {name} … ", error=True)
 
     def stopped(self, name: str, took_s: float) -> None:
         """Say that it has ended and what it gave back."""

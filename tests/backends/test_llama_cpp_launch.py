@@ -268,7 +268,7 @@ def test_the_api_key_is_in_the_environment_alone_and_shown_nowhere() -> None:
     }
     assert "s3cret" not in " ".join(built.argv)
     assert "s3cret" not in built.shell_command()
-    assert f'{API_KEY_VARIABLE}="${API_KEY_VARIABLE}" llama-server -m' in built.shell_command()
+    assert f'{API_KEY_VARIABLE}="${{{API_KEY_VARIABLE}:?}}" llama-server -m' in built.shell_command()
     assert launch(candidate(PINNED)).secrets == frozenset()
 
 
