@@ -69,18 +69,15 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def client() -> httpx.Client:
-    """An HTTP client that trusts the system's certificates beside its own and uses the proxies of the environment.
+    """An HTTP client that trusts the system's certificates and uses the proxies of the environment.
 
     Raises Unavailable if the environment names certificates or proxies that cannot be used.
     """
-    import certifi
     import httpx
 
     timeout = httpx.Timeout(_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS)
     try:
-        context = ssl.create_default_context()
-        context.load_verify_locations(certifi.where())
-        return httpx.Client(verify=context, timeout=timeout)
+        return httpx.Client(verify=ssl.create_default_context(), timeout=timeout)
     except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
         raise Unavailable(
             f"the environment's settings of proxies or certificates cannot be used ({error})",
