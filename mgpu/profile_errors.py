@@ -43,7 +43,7 @@ def profile_error(file: str, problems: list[Problem]) -> ProfileError:
     if len(ordered) > MOST_PROBLEMS:
         lines.append(f"{file}: and {len(ordered) - MOST_PROBLEMS} more problems")
     readable = any(problem.place for problem in problems)
-    hint = f"mgpu profiles check {shlex.quote(file)}" if readable else "mgpu profiles list"
+    hint = f"mend the file, then: mgpu profiles check {shlex.quote(file)}" if readable else "mgpu profiles list"
     return ProfileError("\n".join(lines), hint=hint)
 
 
