@@ -150,7 +150,7 @@ class Mgpu:
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment, _MARK: uuid.uuid4().hex}
         self._outputs = folder / "outputs"
         self._outputs.mkdir()
-        self._started = 0
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, *words: object, **variables: str | None) -> Ended:
         """Run to the end."""
@@ -158,8 +158,7 @@ class Mgpu:
 
     def start(self, *words: object, **variables: str | None) -> Running:
         """Start with more environment variables, or without those that are None."""
-        self._started += 1
-        out, err = (self._outputs / f"{self._started}.{name}" for name in ("out", "err"))
+        out, err = (self._outputs / f"{len(self._started)}.{name}" for name in ("out", "err"))
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
                 self.command(*words),
@@ -169,6 +168,7 @@ class Mgpu:
                 cwd=self.here,
                 env=self.with_variables(**variables),
             )
+        self._started.append(process)
         return Running(process, out, err)
 
     def piped(self, *words: object, **variables: str | None) -> subprocess.Popen[bytes]:
@@ -225,6 +225,8 @@ class Mgpu:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        for process in self._started:
+            process.wait()
 
 
 def _can_be_locked(path: Path) -> bool:
