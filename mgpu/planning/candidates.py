@@ -159,7 +159,7 @@ def place_layers(
         counts = split_by_proportions(len(unit_bytes), wants.tensor_split)
     else:
         capacities = [
-            (gpu.free_bytes or 0)
+            _planned_on_bytes(gpu)
             - device_kind(name).runtime_bytes
             - wants.headroom_bytes
             - (buffers.first if i == 0 else buffers.other)
@@ -192,7 +192,7 @@ def place_layers(
                 compute_bytes=compute if count else 0,
                 runtime_bytes=device_kind(name).runtime_bytes if count else 0,
                 card_bytes=gpu.total_bytes,
-                free_bytes=gpu.free_bytes or 0,
+                free_bytes=_planned_on_bytes(gpu),
                 basis="weights and KV by formula from the tensor table, runtime from a table",
             )
         )
@@ -213,6 +213,11 @@ def place_layers(
     return _judged(facts, wants, gpus, ctx_tokens, tuple(devices), planned_host)
 
 
+def _planned_on_bytes(gpu: Gpu) -> int:
+    """The card's free memory; the whole of it where the driver does not say what is free, 0 where it says nothing."""
+    return next((known for known in (gpu.free_bytes, gpu.total_bytes) if known is not None), 0)
+
+
 def _judged(
     facts: ModelFacts,
     wants: Wants,
@@ -223,8 +228,12 @@ def _judged(
 ) -> Candidate:
     used = [device for device in devices if not device.idle]
     short = sum(max(wants.headroom_bytes - device.spare_bytes, 0) for device in used)
-    reasons = []
-    if short:
+    unread = {gpu.index: gpu.total_bytes for gpu in gpus if gpu.free_bytes is None}
+    unknown = [device.gpu for device in devices if device.gpu in unread and unread[device.gpu] is None]
+    assumed = [device.gpu for device in used if device.gpu in unread and unread[device.gpu] is not None]
+    reasons = [f"memory of gpu{index} is unknown" for index in unknown]
+    reasons += [f"free memory of gpu{index} is unknown: planned on its whole memory" for index in assumed]
+    if short and not any(device.gpu in unknown for device in used):
         fullest = min(used, key=lambda device: device.spare_bytes)
         needed = sum(device.total_bytes + wants.headroom_bytes for device in used)
         free = sum(device.free_bytes for device in used)

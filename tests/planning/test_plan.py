@@ -93,6 +93,22 @@ def test_what_does_not_fit_says_by_how_much_and_where() -> None:
     assert plan.chosen.reasons == ("73.6 GiB needed on the cards, 47.0 GiB free; gpu0 is short by 13.6 GiB",)
 
 
+@pytest.mark.parametrize(
+    ("total_gib", "verdict", "reasons"),
+    [
+        pytest.param(24, "fits", ("free memory of gpu0 is unknown: planned on its whole memory",), id="free unknown"),
+        pytest.param(None, "does-not-fit", ("memory of gpu0 is unknown",), id="all unknown"),
+    ],
+)
+def test_unknown_memory_is_said_and_not_planned_as_none(
+    total_gib: int | None, verdict: str, reasons: tuple[str, ...]
+) -> None:
+    total_bytes = None if total_gib is None else total_gib * GIB
+    card = replace(cards(20)[0], total_bytes=total_bytes, free_bytes=None)
+    chosen = planned("llama-3.1-8b", machine_of([card]), Wants(ctx_tokens=8192)).chosen
+    assert (chosen.verdict, chosen.reasons) == (verdict, reasons)
+
+
 def test_405b_never_fits_four_4090_whatever_the_context() -> None:
     wants = Wants(ctx_tokens=GRANULE, kv_type_k="q4_0", kv_type_v="q4_0", headroom_bytes=0)
     plan = planned("llama-3.1-405b", "4x4090", wants)
