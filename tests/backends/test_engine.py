@@ -261,7 +261,8 @@ def test_version(text: str, expected: str | None, tmp_path: Path) -> None:
 
 def test_secrets_and_masks_stay_out_of_the_engines_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MGPU_API_KEY", "LLAMA_API_KEY")
-    given = {**dict.fromkeys(secrets, "secret"), "CUDA_VISIBLE_DEVICES": "1", "LD_LIBRARY_PATH": "/cuda"}
+    masks = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+    given = {**dict.fromkeys(secrets, "secret"), **dict.fromkeys(masks, "1"), "LD_LIBRARY_PATH": "/cuda"}
     assert engine_environment(given) == {"LD_LIBRARY_PATH": "/cuda", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert engine_environment({}) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     for name, value in given.items():
