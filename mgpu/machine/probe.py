@@ -13,6 +13,7 @@ from pathlib import Path
 from mgpu.machine.amd import read_amd
 from mgpu.machine.cards import card_for_name
 from mgpu.machine.host import read_host
+from mgpu.machine.integrated import is_integrated
 from mgpu.machine.nvidia import read_nvidia
 from mgpu.machine.selection import select_gpus
 from mgpu.machine.snapshot import EngineDevice, Gpu, Machine
@@ -34,7 +35,10 @@ def probe(root: Path | None = None) -> Machine:
         source="probed",
         host=read_host(root),
         driver=driver,
-        gpus=tuple(dataclasses.replace(gpu, index=index) for index, gpu in enumerate(gpus)),
+        gpus=tuple(
+            dataclasses.replace(gpu, index=index, integrated=is_integrated(gpu.name, gfx=gpu.gfx))
+            for index, gpu in enumerate(gpus)
+        ),
         links=links,
     )
 
@@ -44,10 +48,12 @@ def with_engine_devices(machine: Machine, devices: Sequence[EngineDevice], *, ba
 
     An engine numbers the devices of each kind. CUDA devices are the usable NVIDIA cards in bus order and ROCm
     devices the AMD ones, unless the descriptions say that cards are hidden from the engine; other kinds
-    (Vulkan, SYCL) are joined by description, equal cards in order. A card has one name of each kind.
+    (Vulkan, SYCL) are joined by description, equal cards in order unless their free memory clearly tells them apart.
+    A card has one name of each kind.
     What is no known card (RPC devices, software renderers, cards without a reader here) is added after the
     others with the memory that the engine reports and vendor "other", "intel" for Intel's. A card that was
-    probed keeps the driver's reading of its memory. Joining the same list again changes nothing.
+    probed keeps the driver's reading of its memory, unless it is an AMD GPU that shares the host's: its driver
+    tells the part that was set aside, its engine all that it can use. Joining the same list again changes nothing.
     """
     gpus = list(machine.gpus)
     taken: set[tuple[str, int]] = set()
@@ -77,7 +83,23 @@ def _card_of(device: EngineDevice, kind: str, free: list[Gpu]) -> Gpu | None:
         in_order = [gpu for gpu in free if gpu.vendor == vendor]
         in_order.sort(key=lambda gpu: (gpu.bus_id or "", gpu.index))
         same = [gpu for gpu in in_order if gpu in same] or in_order or same
+    elif same:
+        return _nearest_in_free_memory(device, same)
     return next(iter(same or _nearest_unidentified(device, free)), None)
+
+
+# Readings of the same card, taken a moment apart, differ by less than this.
+_FREE_TOLERANCE_BYTES = 512 * 1024**2
+
+
+def _nearest_in_free_memory(device: EngineDevice, same: list[Gpu]) -> Gpu:
+    """The first of equal cards, or another whose free memory is clearly nearer to what the engine sees."""
+    if device.free_bytes == device.total_bytes:  # what an engine says that cannot tell
+        return same[0]
+    distances = [abs(gpu.free_bytes - device.free_bytes) for gpu in same if gpu.free_bytes is not None]
+    if len(distances) < len(same) or distances[0] - min(distances) <= _FREE_TOLERANCE_BYTES:
+        return same[0]
+    return same[distances.index(min(distances))]
 
 
 def _was_added_for(gpu: Gpu, device: EngineDevice) -> bool:
@@ -124,11 +146,21 @@ def _new_card(device: EngineDevice, index: int) -> Gpu:
         total_bytes=device.total_bytes,
         free_bytes=device.free_bytes,
         bandwidth_gb_s=card.bandwidth_gb_s if card and intel else None,
+        integrated=None if device.id.startswith("RPC") else is_integrated(device.description),
     )
 
 
 def _joined(gpu: Gpu, device: EngineDevice) -> Gpu:
     names = gpu.engine_devices if device.id in gpu.engine_devices else (*gpu.engine_devices, device.id)
+    gpu = dataclasses.replace(gpu, engine_devices=names)
+    integrated = gpu.integrated
+    if gpu.vendor == "amd" and integrated is None:
+        told = (is_integrated(name, gfx=gpu.gfx) for name in (gpu.name, device.description))
+        integrated = next((known for known in told if known is not None), None)
+        gpu = dataclasses.replace(gpu, integrated=integrated or None)
+    # The driver tells what the BIOS set aside for a GPU that shares the host's memory, often 512 MiB.
+    if gpu.vendor == "amd" and integrated is not False and 2 * device.total_bytes > 3 * (gpu.total_bytes or 0):
+        return dataclasses.replace(gpu, total_bytes=device.total_bytes, free_bytes=device.free_bytes)
     if gpu.vendor in {"nvidia", "amd"} and gpu.free_bytes is not None:
-        return dataclasses.replace(gpu, engine_devices=names)
-    return dataclasses.replace(gpu, engine_devices=names, total_bytes=device.total_bytes, free_bytes=device.free_bytes)
+        return gpu
+    return dataclasses.replace(gpu, total_bytes=device.total_bytes, free_bytes=device.free_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from mgpu.errors import Missing, UsageError
+from mgpu.machine.integrated import is_discrete
 from mgpu.machine.snapshot import Gpu, Machine
 
 # More cards than any machine has: a larger number is a slip of the finger, not a card that is missing.
@@ -14,8 +15,10 @@ _MOST_CARDS = 64
 def select_gpus(machine: Machine, selection: str | None) -> tuple[Gpu, ...]:
     """Return the cards that `selection` means, as `--gpus` takes it.
 
-    None and "all" are every usable card, "none" is no card. A number is a count: that many usable cards with
-    the most free memory (unknown counts as none; the lower index first among equals), in order of index.
+    None and "all" are every usable card, but None leaves out integrated GPUs beside a discrete card: a split gives
+    them layers that they run at the speed of the host's memory. "none" is no card. A number is a count: that many
+    usable cards, integrated ones last, with the most free memory (unknown counts as none; the lower index first
+    among equals), in order of index.
     Otherwise a comma list, kept in its order, of indices ("0,1"), names ("gpu1"), UUIDs or their beginnings
     ("GPU-3f"), or names that an engine gives ("Vulkan1").
     Raises Missing (code "gpu-missing") where the machine lacks a card that is well asked for, and UsageError
@@ -28,6 +31,8 @@ def select_gpus(machine: Machine, selection: str | None) -> tuple[Gpu, ...]:
             raise Missing(
                 "--gpus all: this machine has no usable card", code="gpu-missing", hint="--gpus none runs on the CPU"
             )
+        if selection is None and any(map(is_discrete, usable)):
+            return tuple(gpu for gpu in usable if not gpu.integrated)
         return usable
     if words.lower() == "none":
         return ()
@@ -56,7 +61,7 @@ def _most_free(machine: Machine, usable: tuple[Gpu, ...], words: str) -> tuple[G
             code="gpu-missing",
             hint=_inventory(machine),
         )
-    by_free = sorted(usable, key=lambda gpu: (-(gpu.free_bytes or 0), gpu.index))
+    by_free = sorted(usable, key=lambda gpu: (bool(gpu.integrated), -(gpu.free_bytes or 0), gpu.index))
     return tuple(sorted(by_free[:count], key=lambda gpu: gpu.index))
 
 

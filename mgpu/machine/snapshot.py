@@ -48,7 +48,8 @@ class NvLinkPort:
 class Gpu:
     """One card. `vendor` is "nvidia", "amd", "intel", or "other" for what only an engine lists
     (RPC devices, software renderers). `engine_devices` are the names engines give this card, such as
-    ("CUDA0",). `problem` is set when the card is present but cannot be used (fallen off the bus)."""
+    ("CUDA0",). `integrated` says that the GPU is part of the processor and borrows the host's memory.
+    `problem` is set when the card is present but cannot be used (fallen off the bus)."""
 
     index: int
     vendor: str
@@ -70,6 +71,7 @@ class Gpu:
     nvlink: tuple[NvLinkPort, ...] = ()
     mig: bool | None = None
     display: bool | None = None
+    integrated: bool | None = None
     engine_devices: tuple[str, ...] = ()
     problem: str | None = None
 

@@ -189,3 +189,51 @@ def test_a_simulated_machine_already_has_its_names() -> None:
     before = simulate("4090+7900xtx")
     devices = [device("CUDA0", RTX_4090), device("ROCm0", XTX)]
     assert with_engine_devices(before, devices, backend="llama.cpp") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "engine_gib", "expected_gib"),
+    [
+        pytest.param("AMD Radeon 8060S", 96, (96, 90), id="shared memory is more than what was set aside"),
+        pytest.param("AMD Radeon 8060S", 0.7, (0.5, 0.25), id="about the same: the driver is right"),
+        pytest.param(XTX, 96, (0.5, 0.25), id="a card has its own memory alone"),
+    ],
+)
+def test_an_amd_gpu_that_shares_memory_has_what_the_engine_can_use(
+    name: str, engine_gib: float, expected_gib: tuple[float, float]
+) -> None:
+    before = machine(name)
+    set_aside = dataclasses.replace(before.gpus[0], total_bytes=GIB // 2, free_bytes=GIB // 4)
+    devices = [device("ROCm0", "AMD Radeon Graphics", engine_gib, 90)]
+    joined = with_engine_devices(dataclasses.replace(before, gpus=(set_aside,)), devices, backend="llama.cpp")
+    (gpu,) = joined.gpus
+    assert gpu.total_bytes is not None
+    assert gpu.free_bytes is not None
+    assert (gpu.total_bytes / GIB, gpu.free_bytes / GIB) == expected_gib
+    assert with_engine_devices(joined, devices, backend="llama.cpp") == joined
+
+
+def test_an_integrated_gpu_that_only_the_engine_knows_is_marked() -> None:
+    devices = [device("Vulkan0", "Intel(R) UHD Graphics 770 (ADL-S GT1)", 62), device("Vulkan1", RTX_4090)]
+    joined = with_engine_devices(machine(RTX_4090), devices, backend="llama.cpp")
+    assert [(gpu.engine_devices, gpu.integrated) for gpu in joined.gpus] == [(("Vulkan1",), None), (("Vulkan0",), True)]
+
+
+@pytest.mark.parametrize(
+    ("engine_free_gib", "expected"),
+    [
+        pytest.param((23, 5), [["Vulkan1"], ["Vulkan0"]], id="the busy card is the first"),
+        pytest.param((5, 23), [["Vulkan0"], ["Vulkan1"]], id="the busy card is the second"),
+        pytest.param((24, 24), [["Vulkan0"], ["Vulkan1"]], id="an engine that cannot tell: in order"),
+        pytest.param((14.2, 14.1), [["Vulkan0"], ["Vulkan1"]], id="not clearly nearer: in order"),
+    ],
+)
+def test_equal_cards_are_told_apart_by_their_free_memory(
+    engine_free_gib: tuple[float, float], expected: list[list[str]]
+) -> None:
+    before = machine(XTX, XTX)
+    gpus = [dataclasses.replace(gpu, free_bytes=free * GIB) for gpu, free in zip(before.gpus, (5, 23), strict=True)]
+    devices = [device(f"Vulkan{index}", XTX, 24, free) for index, free in enumerate(engine_free_gib)]
+    joined = with_engine_devices(dataclasses.replace(before, gpus=tuple(gpus)), devices, backend="llama.cpp")
+    assert [list(gpu.engine_devices) for gpu in joined.gpus] == expected
+    assert with_engine_devices(joined, devices, backend="llama.cpp") == joined

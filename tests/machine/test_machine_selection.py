@@ -62,6 +62,36 @@ def test_a_selection_is_cards(selection: str | None, indices: list[int]) -> None
     assert [card.index for card in select_gpus(MACHINE, selection)] == indices
 
 
+@pytest.mark.parametrize(
+    ("cards", "selection", "indices"),
+    [
+        pytest.param(("nvidia", "integrated"), None, [0], id="an integrated GPU beside a card is left out"),
+        pytest.param(("integrated", "nvidia"), None, [1], id="even when it comes first"),
+        pytest.param(("integrated", "nvidia"), "all", [0, 1], id="all means all"),
+        pytest.param(("integrated", "nvidia"), "gpu0", [0], id="a list names it"),
+        pytest.param(("integrated", "nvidia"), "1", [1], id="a count prefers the card, which has less free"),
+        pytest.param(("integrated", "nvidia"), "2", [0, 1], id="a count of both"),
+        pytest.param(("integrated",), None, [0], id="alone it is all there is"),
+        pytest.param(("integrated", "other"), None, [0, 1], id="a remote device is no card beside it"),
+        pytest.param(("integrated", "lost"), None, [0], id="nor is a lost card"),
+    ],
+)
+def test_integrated_gpus_come_after_cards(cards: tuple[str, ...], selection: str | None, indices: list[int]) -> None:
+    gpus = tuple(
+        Gpu(
+            index=index,
+            vendor="nvidia" if card == "lost" else card.replace("integrated", "other"),
+            name=card,
+            free_bytes=90 if card == "integrated" else 20,
+            integrated=True if card == "integrated" else None,
+            problem="fell off the bus" if card == "lost" else None,
+        )
+        for index, card in enumerate(cards)
+    )
+    chosen = select_gpus(Machine(captured_at="", source="probed", gpus=gpus), selection)
+    assert [card.index for card in chosen] == indices
+
+
 @pytest.mark.parametrize("selection", [None, "none"])
 def test_a_machine_without_cards_has_none_to_select(selection: str | None) -> None:
     assert select_gpus(EMPTY, selection) == ()
