@@ -33,8 +33,8 @@ bench: .venv/.test
 clean:
 	rm -rf .venv
 
-# An environment that does not work any more (the checkout was moved), or that another PYTHON is to replace.
-ifneq ($(shell .venv/bin/python -I -c 'import mgpu.errors' 2>/dev/null && echo works)$(PYTHON),works)
+# An environment of another place (the checkout was moved or copied), or that another PYTHON is to replace.
+ifneq ($(shell PYTHON='$(PYTHON)' scripts/setup --fits 2>/dev/null && echo fits),fits)
 .PHONY: .venv/.demo .venv/.test
 endif
 
