@@ -37,6 +37,8 @@ def machine_screen(machine: Machine, width: int) -> Iterator[RenderableType]:
 
 def no_gpu_line(machine: Machine) -> str:
     """Return the one line that says there is no card, which is a normal state."""
+    if machine.source == "simulated":
+        return "no GPU   SIMULATED"
     why = "no usable NVIDIA driver" if machine.driver else "no NVIDIA driver"
     return f"no GPU found: {why}, no AMD card, and llama.cpp lists no device. On the CPU: {host_words(machine.host)}"
 
@@ -65,7 +67,7 @@ def _cards(machine: Machine, *, narrow: bool) -> Table:
     headings = [("card", "left"), ("name", "left"), ("GiB", "right"), ("free", "right")]
     if not narrow:
         headings += [("GB/s", "right"), ("PCIe", "left"), ("load", "right"), ("W", "right"), ("°C", "right")]
-    table = plain_table([*headings, ("engine sees", "left")])
+    table = plain_table([*headings, ("engine sees", "left")], wrapping="name")
     for gpu in machine.gpus:
         cells = [f"gpu{gpu.index}", card_name(gpu.name), cell_gib(gpu.total_bytes, 1), cell_gib(gpu.free_bytes, 1)]
         if not narrow:

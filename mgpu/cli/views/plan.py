@@ -74,7 +74,8 @@ def _ledger(candidate: Candidate, *, narrow: bool) -> Table:
     headings = (
         ["total", "free", "spare"] if narrow else ["weights", "KV", "compute", "runtime", "total", "free", "spare"]
     )
-    table = plain_table([("GiB", "left"), *((heading, "right") for heading in headings), ("layers", "left")])
+    columns = [("GiB", "left"), *((heading, "right") for heading in headings), ("layers", "left")]
+    table = plain_table(columns, wrapping="GiB")
 
     for device in candidate.devices:
         parts = (device.weights_bytes, device.kv_bytes, device.compute_bytes, device.runtime_bytes)

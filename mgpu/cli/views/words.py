@@ -33,8 +33,9 @@ def unknown(value: object, unit: str = "") -> str:
     return "?" if value is None else f"{value}{unit}"
 
 
-def plain_table(columns: Sequence[tuple[str, str]]) -> Table:
-    """Return a borderless table with (heading, justification) columns; where it is too wide, the last one wraps."""
+def plain_table(columns: Sequence[tuple[str, str]], *, wrapping: str | None = None) -> Table:
+    """Return a borderless table with (heading, justification) columns; where it is too wide, the last one wraps, and
+    the one headed `wrapping`."""
     from rich import box
     from rich.table import Table
 
@@ -46,10 +47,10 @@ def plain_table(columns: Sequence[tuple[str, str]]) -> Table:
         header_style="dim",
         collapse_padding=True,
     )
-    for heading, justify in columns[:-1]:
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    heading, justify = columns[-1]
-    table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for place, (heading, justify) in enumerate(columns, start=1):
+        wraps = heading == wrapping or place == len(columns)
+        overflow = "fold" if wraps else "ellipsis"
+        table.add_column(heading, justify=justify, no_wrap=not wraps, overflow=overflow)  # type: ignore[arg-type]
     return table
 
 
@@ -57,7 +58,7 @@ def fitting(width: int, *tables: Callable[[], Table]) -> Table:
     """Return the first of the tables that is no wider than `width`, else the last."""
     from rich.console import Console
 
-    console = Console(width=1000)
+    console = Console(width=1000, markup=False, emoji=False)
     for make in tables[:-1]:
         table = make()
         if console.measure(table).maximum <= width:
