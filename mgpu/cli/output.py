@@ -71,6 +71,13 @@ class Output:
             self._consoles[error] = PipeConsole(file=stream, highlight=False, width=width, emoji=False, markup=False)
         return self._consoles[error]
 
+    def redraws(self, *, error: bool = False) -> bool:
+        """Whether lines can be drawn over: on a terminal that can move its cursor, and not under --json."""
+        if self.as_json:
+            return False
+        console = self.console(error=error)
+        return console.is_terminal and not console.is_dumb_terminal
+
     def show(self, result: Result) -> None:
         """Print a finished command's result."""
         if self.as_json:

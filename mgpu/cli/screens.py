@@ -51,7 +51,7 @@ class RunScreen:
     @property
     def sample_every_s(self) -> float:
         """Seconds between two readings of the engine's counters."""
-        terminal = not self._out.as_json and self._out.console().is_terminal
+        terminal = self._out.redraws()
         return min(_SAMPLE_EVERY_S, self._interval_s) if terminal else self._interval_s
 
     def warn(self, warnings: Sequence[str]) -> None:
@@ -158,7 +158,7 @@ class RunScreen:
     def following(self) -> Iterator[Callable[[Sample | None, Rates | None], None]]:
         """Show the status; yields what to call with each sample (None when the engine did not answer)."""
         history: deque[float] = deque(maxlen=_HISTORY)
-        terminal = not self._out.as_json and self._out.console().is_terminal
+        terminal = self._out.redraws()
         with self._live(error=False) as draw:
 
             def show(sample: Sample | None, rates: Rates | None) -> None:
@@ -201,7 +201,7 @@ class RunScreen:
 
         Where there is no terminal nothing is drawn. What was drawn is cleared at the end.
         """
-        if self._out.as_json or not self._out.console(error=error).is_terminal:
+        if not self._out.redraws(error=error):
             yield lambda _: None
             return
         from rich.live import Live
