@@ -10,7 +10,7 @@ QUESTION ?= Why is the sky blue? Answer in one sentence.
 .PHONY: demo run test check format bench clean
 
 demo: .venv/.demo
-	@$(BIN)/mgpu run smollm2-135m --ask "$(QUESTION)"
+	@$(BIN)/mgpu run smollm2-135m --max-tokens 300 --ask "$(QUESTION)"
 
 run: .venv/.demo
 	@$(BIN)/mgpu run smollm2-135m || [ $$? -eq 130 ] # Ctrl-C is how it ends

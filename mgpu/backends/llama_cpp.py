@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,8 @@ _OWNED_FLAGS = {
     "-fa": "--flash-attn",
     "--flash-attn": "--flash-attn",
     "--api-key": f"--api-key (or the variable {API_KEY_VARIABLE})",
+    "--hf-token": "HF_TOKEN in the environment: it must not be seen in a list of processes",
+    "-hft": "HF_TOKEN in the environment: it must not be seen in a list of processes",
     "--api-key-file": f"--api-key (or the variable {API_KEY_VARIABLE})",
     "-fit": "--offload",
     "--fit": "--offload",
@@ -64,6 +67,13 @@ _HIDING_FLAGS = {
         "the whole log is in the file that mgpu names",
     ),
 }
+# llama-server's own default for -b; a micro-batch is cut to it.
+_BATCH = 2048
+# Flags that take memory nobody has planned.
+_UNPLANNED_FLAGS = (
+    "-md", "--model-draft", "-mm", "--mmproj", "-mmu", "--mmproj-url", "--lora", "--lora-scaled", "--control-vector",
+    "-ot", "--override-tensor", "-b", "--batch-size", "--embedding", "--embeddings", "--rerank", "--reranking",
+)  # fmt: skip
 # More layers than any model has.
 _ALL_LAYERS = 1_000_000
 
@@ -96,6 +106,12 @@ class EngineArguments:
 
     rest: tuple[str, ...] = ()
     rpc: str | None = None
+
+    @property
+    def unplanned(self) -> tuple[str, ...]:
+        """The flags among `rest` that take memory which is not in the plan."""
+        flags = (word.partition("=")[0] for word in self.rest)
+        return tuple(flag for flag in flags if flag in _UNPLANNED_FLAGS)
 
 
 def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[EngineArguments, Wants]:
@@ -175,8 +191,11 @@ def build_launch(
     ctx_tokens = padded_ctx_tokens(candidate.ctx_tokens) * candidate.parallel
     argv += ["--fit", "off", "-c", str(ctx_tokens), "-np", str(candidate.parallel)]
     argv += ["-ctk", wants.kv_type_k, "-ctv", wants.kv_type_v, "-ub", str(wants.ubatch), "-fa", wants.flash_attention]
+    if wants.ubatch > _BATCH:
+        argv += ["-b", str(wants.ubatch)]
     # -lv 4 prints devices, buffers and memory; pings end a stream soon after SIGTERM.
     argv += ["-lv", "4", "--metrics", "--sse-ping-interval", "2", *arguments.rest]
     if api_key:
-        env[API_KEY_VARIABLE] = api_key
+        # Of a single key llama-server writes the last four characters to its log, of several only how many.
+        env[API_KEY_VARIABLE] = api_key if "," in api_key else f"{api_key},{secrets.token_hex(16)}"
     return Launch(argv=tuple(argv), env=env, secrets=frozenset({API_KEY_VARIABLE} if api_key else ()))

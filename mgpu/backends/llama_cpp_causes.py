@@ -138,7 +138,7 @@ CAUSES = (
         "model-not-gguf",
         r"invalid magic characters: (?P<what>.*), expected 'GGUF'",
         "the model file is not a GGUF (it begins with {what})",
-        "llama.cpp reads GGUF files only: choose another file, or --backend vllm for safetensors",
+        "llama.cpp reads GGUF files only: choose another file",
     ),
     _cause(
         "model-not-gguf",

@@ -37,7 +37,7 @@ def diagnose(lines: Sequence[str], exit_status: int | None) -> Failure:
         return Failure(
             code="crashed",
             message=f"{ENGINE} aborted while it fitted the model to memory by itself",
-            hint="add -- --fit off",
+            hint="this should not happen: mgpu turns that off; the log shows the command",
             deterministic=True,
         )
     if exit_status == 0 and any("cleaning up before exit" in line for _, line in window):

@@ -11,7 +11,7 @@ from pathlib import Path
 from mgpu import __version__
 from mgpu.errors import MgpuError
 
-_SECRET_OPTIONS = ("--api-key",)
+_SECRET_OPTIONS = ("--api-key", "--hf-token", "-hft")
 
 
 def report_bug(bug: BaseException, arguments: list[str]) -> MgpuError:
@@ -23,7 +23,7 @@ def report_bug(bug: BaseException, arguments: list[str]) -> MgpuError:
     )
     try:
         path = str(_write(report))
-    except OSError:
+    except (OSError, RuntimeError, MgpuError):
         path = "nowhere (the state folder cannot be written); run with python -X faulthandler -m mgpu"
     return MgpuError(
         f"this is a bug in mgpu ({type(bug).__name__}: {bug})"[:300],

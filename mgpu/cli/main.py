@@ -68,7 +68,7 @@ def run_command(arguments: list[str]) -> int:
     except MgpuError as error:
         if isinstance(error, UsageError) and not error.hint:
             error.hint = f"mgpu {name.replace('.', ' ')} --help"
-        result = failure(name, error)
+        result = failure(name, error, simulated=any(word.partition("=")[0] == "--machine" for word in own))
     except (KeyboardInterrupt, typer.Abort):
         result = failure(name, Interrupted("interrupted"))
     except Exception as bug:

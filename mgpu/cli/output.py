@@ -53,7 +53,7 @@ class Output:
     def _usable(cls, stream: TextIO | None) -> TextIO:
         if stream is None:
             return cls.nowhere()
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and (stream.encoding or "").lower() not in ("utf-8", "utf8"):
             stream.reconfigure(errors=_PLAIN)
         return stream
 
@@ -93,7 +93,9 @@ class Output:
 
     def json_line(self, data: dict[str, Any], *, indent: int | None = None) -> None:
         """Print one JSON object, on one line unless `indent` is given."""
-        sys.stdout.write(json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+        # Only UTF-8 carries every name and path as it is.
+        utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        sys.stdout.write(json.dumps(data, indent=indent, ensure_ascii=not utf8, allow_nan=False) + "\n")
         sys.stdout.flush()
 
     def lines(self, part: RenderableType, *, error: bool = False) -> None:

@@ -102,12 +102,13 @@ def candidate_data(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
     from mgpu.backends.llama_cpp import build_launch
     from mgpu.machine.snapshot import to_json
     from mgpu.running.ports import FIRST_PORT
+    from mgpu.running.state import name_from
 
     launch = build_launch(
         candidate,
         program=prepared.engine.path if prepared.engine else "llama-server",
-        model=prepared.path or f"{prepared.name}-{candidate.quant}.gguf",
-        name=prepared.name,
+        model=_model_file(prepared, candidate),
+        name=name_from(prepared.name),
         host="127.0.0.1",
         port=FIRST_PORT,
         arguments=prepared.arguments,
@@ -119,3 +120,11 @@ def candidate_data(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
         ledger |= {"total_bytes": device.total_bytes, "spare_bytes": device.spare_bytes}
     data["host"] |= {"total_bytes": candidate.host.total_bytes, "spare_bytes": candidate.host.spare_bytes}
     return {**data, "argv": list(launch.argv), "env": launch.public_env()}
+
+
+def _model_file(prepared: Prepared, candidate: Candidate) -> str:
+    """The file of the candidate's quantisation: on disk, or as `run` will fetch it."""
+    if prepared.path and candidate.quant == prepared.plan.model.quantisation:
+        return str(prepared.path)
+    files = prepared.source.files if prepared.source and candidate.quant == prepared.plan.model.quantisation else ()
+    return files[0] if files else f"{prepared.name}-{candidate.quant}.gguf"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mgpu.backends.engine import INSTALL_LLAMA_CPP, DeviceQuery, Engine, find_llama_server, stray_variables
 from mgpu.backends.llama_cpp import EngineArguments, read_engine_arguments
 from mgpu.cli.options import PlannerOptions
-from mgpu.errors import BadModel, MgpuError, Missing, UsageError
+from mgpu.errors import BadModel, EngineFailed, MgpuError, Missing, UsageError
 from mgpu.machine.probe import probe, select_gpus, with_engine_devices
 from mgpu.machine.simulate import simulate
 from mgpu.machine.snapshot import Gpu, Machine
@@ -49,11 +49,17 @@ class Prepared:
 
 
 def prepare(
-    model: str, options: PlannerOptions, *, machine: str | None = None, engine_arguments: Sequence[str] = ()
+    model: str,
+    options: PlannerOptions,
+    *,
+    machine: str | None = None,
+    engine_arguments: Sequence[str] = (),
+    must_run: bool = False,
 ) -> Prepared:
     """Return the plan for `model` on this machine, or on the simulated one that `machine` describes.
 
-    Raises MgpuError: UsageError for what was typed, Missing for what is not there.
+    With `must_run` an engine that cannot start is an error. Raises MgpuError: UsageError for what was typed, Missing
+    for what is not there.
     """
     source = parse_model(model)
     arguments, wants = read_engine_arguments(engine_arguments, options.wants())
@@ -67,7 +73,13 @@ def prepare(
         warnings = []
         if query:
             assert engine
-            found = with_engine_devices(found, query.devices(), backend=engine.backend)
+            try:
+                found = with_engine_devices(found, query.devices(), backend=engine.backend)
+            except EngineFailed as error:
+                if must_run:
+                    raise
+                found = _assumed_names(found)
+                warnings.append(f"planned as if llama.cpp saw every card: {error.message}")
         else:
             found = _assumed_names(found)
             if not simulated:
@@ -78,6 +90,8 @@ def prepare(
             warnings.append(f"not passed to the engine: {', '.join(stray)}; give its own flags after --")
         if profile and _shadows_shipped(profile.name):
             warnings.append(f"your own profile {profile.name} is used instead of the one that ships with mgpu")
+        if unplanned := arguments.unplanned:
+            warnings.append(f"the memory that {', '.join(unplanned)} takes is not in the plan")
         gpus, remarks = _cards(found, options.gpus, simulated=simulated)
         warnings += remarks
     finally:
@@ -166,9 +180,9 @@ def _source(profile: Profile, facts: ModelFacts) -> GgufSource | None:
 
 
 def _shadows_shipped(name: str) -> bool:
-    from mgpu.profile import load_profile, shipped_profile_folder
+    from mgpu.profile import shipped_profile_folder, user_profile_folder
 
-    return not load_profile(name).shipped and (shipped_profile_folder() / f"{name}.yaml").is_file()
+    return all((folder / f"{name}.yaml").is_file() for folder in (user_profile_folder(), shipped_profile_folder()))
 
 
 def _others(profile: Profile, facts: ModelFacts) -> Iterator[ModelFacts]:
@@ -197,7 +211,7 @@ def _cards(machine: Machine, selection: str | None, *, simulated: bool) -> tuple
     """The cards to plan on, and what to tell the user about those left out."""
     option, remarks = "--gpus", []
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if selection is None and mask is not None and not simulated:
+    if selection is None and mask is not None and not simulated and any(map(_takes_cuda, machine.gpus)):
         option, selection = "CUDA_VISIBLE_DEVICES", _unmasked(mask)
         remarks.append(f"{option}={mask}: planned on {'no card' if selection == 'none' else f'{selection} only'}")
     try:
@@ -205,6 +219,8 @@ def _cards(machine: Machine, selection: str | None, *, simulated: bool) -> tuple
     except MgpuError as error:
         error.message = error.message.replace("--gpus", option, 1)
         raise
+    if selection is None and (left := [gpu for gpu in machine.gpus if gpu.integrated and gpu not in chosen]):
+        remarks.append(f"gpu{left[0].index} ({left[0].name}) is integrated and left out; --gpus all includes it")
     unseen = [gpu for gpu in chosen if not gpu.engine_devices]
     if not unseen:
         return chosen, remarks
@@ -217,6 +233,10 @@ def _cards(machine: Machine, selection: str | None, *, simulated: bool) -> tuple
         )
     remarks.append(f"llama.cpp does not see {names}; mgpu backends shows what it sees")
     return tuple(gpu for gpu in chosen if gpu.engine_devices), remarks
+
+
+def _takes_cuda(gpu: Gpu) -> bool:
+    return gpu.vendor == "nvidia" or any(device.startswith("CUDA") for device in gpu.engine_devices)
 
 
 def _unmasked(mask: str) -> str:

@@ -45,6 +45,6 @@ def envelope(result: Result) -> dict[str, Any]:
     }
 
 
-def failure(command: str, error: MgpuError) -> Result:
+def failure(command: str, error: MgpuError, *, simulated: bool = False) -> Result:
     """Return the Result of a command that ended with `error`."""
-    return Result(command=command, exit_code=error.exit_code, errors=(error,))
+    return Result(command=command, exit_code=error.exit_code, errors=(error,), simulated=simulated)

@@ -52,7 +52,9 @@ def run(
     model: ModelArgument,
     options: PlannerOptions,
     ask: Annotated[str | None, typer.Option("--ask", help="Ask this, stream the answer, stop.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Length of the answer to --ask.", min=1)] = 1024,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Longest answer to --ask, thoughts included.", min=1)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the engine's command and start nothing.")] = False,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", help="Port (default: a free one from 8080 on).")] = None,
@@ -71,14 +73,14 @@ def run(
     from mgpu.cli.prepare import prepare
     from mgpu.cli.process_title import hide_argument
     from mgpu.cli.screens import RunScreen
-    from mgpu.running.ports import check_host, choose_port, client_host
+    from mgpu.running.ports import check_host, choose_port, is_loopback
     from mgpu.running.state import check_name, instance_folder, name_from
 
     if api_key:
         hide_argument(api_key)
     if ask is not None and not ask.strip():
         raise UsageError("--ask is empty", hint='for example --ask "Why is the sky blue?"')
-    prepared = prepare(model, options, engine_arguments=context.obj or ())
+    prepared = prepare(model, options, engine_arguments=context.obj or (), must_run=True)
     serving = Serving(
         host=check_host(host),
         port=port,
@@ -91,7 +93,7 @@ def run(
     if dry_run:
         return _dry_run(prepared, serving, _engine(prepared, needed=False))
     screen.warn(prepared.warnings)
-    if not serving.api_key and client_host(serving.host) != serving.host:
+    if not serving.api_key and not is_loopback(serving.host):
         screen.warn([f"--host {serving.host} lets everybody in the network use this server: set MGPU_API_KEY"])
     engine = _engine(prepared, needed=True)
     assert engine
@@ -99,8 +101,9 @@ def run(
     # An unusable port is said before gigabytes are fetched for it.
     choose_port(serving.host, serving.port)
     screen.planned(prepared)
-    prepared = _with_file(prepared, screen)
     with instance_folder(serving.name, chosen=serving.name_chosen) as (instance, folder):
+        # Held before gigabytes are fetched: a name in use is said at once.
+        prepared = _with_file(prepared, screen)
         serving = replace(serving, name=instance)
         with _started(prepared, serving, engine, folder, screen) as (process, client):
             if ask is not None:
@@ -132,7 +135,7 @@ def _require_fit(prepared: Prepared) -> None:
     if plan.best is not None:
         return
     reasons = "\n".join(plan.chosen.reasons)
-    fixes = "   or   ".join(fix.change for fix in plan.fixes[:3])
+    fixes = "   or   ".join(fix.change for fix in plan.fixes[:3] if fix.change.startswith("--"))
     raise NoAnswer(
         f"{prepared.name} does not fit\n{reasons}",
         code="does-not-fit",
@@ -199,6 +202,7 @@ def _started(
     from mgpu.running.client import EngineClient
     from mgpu.running.ports import choose_port, client_host
     from mgpu.running.process import EngineProcess
+    from mgpu.running.reaper import watch
     from mgpu.running.start import EngineDied
     from mgpu.running.state import rotate
 
@@ -211,7 +215,8 @@ def _started(
         begun = time.monotonic()
         url = f"http://{client_host(serving.host)}:{port}"
         process = EngineProcess.start(launch.argv, env=engine_environment() | dict(launch.env), log_path=log_path)
-        with process, EngineClient(url, api_key=serving.api_key) as client:
+        # A parent-death signal reaches the engine alone; what it starts, or what it is a script for, needs the reaper.
+        with process, watch(process.pid), EngineClient(url, api_key=serving.api_key) as client:
             try:
                 screen.started(process, engine)
                 _prove(process, client, prepared, screen, serving.stall_s)
@@ -249,13 +254,15 @@ def _prove(process: EngineProcess, client: EngineClient, prepared: Prepared, scr
     screen.checked(prepared.plan.chosen, buffers_by_device(process.log_lines()), canary)
 
 
-def _ask(process: EngineProcess, client: EngineClient, text: str, max_tokens: int, screen: RunScreen) -> None:
-    from mgpu.running.client import Answer
+def _ask(process: EngineProcess, client: EngineClient, text: str, max_tokens: int | None, screen: RunScreen) -> None:
+    from mgpu.running.client import Answer, Thought
 
     try:
         for piece in client.ask(text, max_tokens=max_tokens):
             if isinstance(piece, Answer):
                 screen.answered(piece)
+            elif isinstance(piece, Thought):
+                screen.thought(piece)
             else:
                 screen.answer_text(piece)
     except EngineFailed as error:

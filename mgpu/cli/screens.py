@@ -135,6 +135,12 @@ class RunScreen:
         if not self._out.as_json:
             self._out.write_text(view.printable(piece))
 
+    def thought(self, piece: str) -> None:
+        """Write a piece of what a reasoning model thinks: to stderr, since it is not the answer."""
+        self._event("thinking", text=piece)
+        if not self._out.as_json:
+            self._out.write_text(view.printable(piece), error=True)
+
     def answer_broke_off(self) -> None:
         """End the line of an answer that will not go on."""
         if self._answering and not self._out.as_json:
@@ -164,13 +170,13 @@ class RunScreen:
             def show(sample: Sample | None, rates: Rates | None) -> None:
                 history.append((rates.generation_tok_s if rates else None) or 0.0)
                 up_s = time.monotonic() - self._ready_at
-                self._event("status", **view.status_data(sample, rates, up_s))
                 assert self._candidate
+                self._event("status", **view.status_data(sample, rates, up_s, self._candidate, self._buffers))
                 cards = view.cards_line(self._candidate, self._buffers)
                 if terminal:
                     draw(lambda width: view.status_lines(sample, rates, up_s, tuple(history), cards, width))
                 elif not self._out.as_json:
-                    self._out.lines(view.status_line(sample, rates, up_s))
+                    self._out.lines("   ".join(filter(None, (view.status_line(sample, rates, up_s), cards))))
 
             yield show
 

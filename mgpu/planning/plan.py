@@ -18,6 +18,7 @@ _SMALLEST_OFFERED_CTX = 512
 NOT_MODELLED = (
     "speed below the physical bound (no prediction yet)",
     "memory other programs take between plan and start",
+    "llama-server's prompt cache in host memory, at most --cache-ram",
 )
 
 
@@ -31,7 +32,7 @@ class Fix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All candidates, best first; `best` indexes the one to run, None when none fits."""
+    """The candidate asked for and what would do as well; `best` indexes the one to run, None when none fits."""
 
     model: ModelFacts
     machine: Machine

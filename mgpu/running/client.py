@@ -39,6 +39,12 @@ class Canary:
         return (len(self.text) > 3 and len(set(self.text)) == 1) or (len(words) > 3 and len(set(words)) == 1)
 
 
+class Thought(str):
+    """A piece of what a model thinks before it answers."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """The end of a streamed answer: what the engine counted."""
@@ -111,7 +117,8 @@ class EngineClient:
         return sample(time.monotonic(), metrics.text, slots.text if slots.status_code == 200 else None)
 
     def ask(self, text: str, *, max_tokens: int | None = None) -> Iterator[str | Answer]:
-        """Stream one chat answer, of `max_tokens` at most: its text piece by piece, and at the end an Answer.
+        """Stream one chat answer, of `max_tokens` at most: its text piece by piece, what a reasoning model thinks
+        as Thoughts before it, and at the end an Answer.
 
         Raises EngineFailed as `canary` does.
         """
@@ -136,8 +143,9 @@ class EngineClient:
                 choice = _first(chunk.get("choices"))
                 finish_reason = choice.get("finish_reason") or finish_reason
                 delta = _object(choice.get("delta"))
-                # Models that reason stream their thoughts apart; both are what the user waits for.
-                if piece := delta.get("reasoning_content") or delta.get("content"):
+                if thought := delta.get("reasoning_content"):
+                    yield Thought(thought)
+                if piece := delta.get("content"):
                     yield str(piece)
                 if line == "data: [DONE]":
                     break

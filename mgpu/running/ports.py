@@ -23,6 +23,12 @@ def check_host(host: str) -> str:
     return host
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on `host`: every address it stands for is a loopback one."""
+    found = socket.getaddrinfo(host, None, flags=socket.AI_PASSIVE)
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
+
+
 def choose_port(host: str, wanted: int | None) -> int:
     """Return a port on `host` that is free now: `wanted`, or without one the first free one from 8080 on.
 

@@ -17,6 +17,7 @@ from mgpu.errors import EngineFailed, Missing
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_S = 0.02
+_LOG_PART_BYTES = 4 << 20
 # llama-server waits for a client that never hangs up on a first SIGTERM and leaves at once on a second one;
 # an engine stuck in its driver hears only SIGKILL.
 STOP_STAGES: tuple[tuple[signal.Signals, float], ...] = (
@@ -95,11 +96,16 @@ class EngineProcess:
         return self.poll()
 
     def log_lines(self) -> list[str]:
-        """Return everything the engine wrote so far, line by line."""
+        """Return what the engine wrote so far, line by line; of a log of months its beginning and its end."""
         try:
-            return self.log_path.read_text(errors="replace").splitlines()
+            with self.log_path.open("rb") as log:
+                text = log.read(_LOG_PART_BYTES)
+                end = max(log.seek(0, os.SEEK_END) - _LOG_PART_BYTES, len(text))
+                log.seek(end)
+                text += log.read()
         except OSError:
             return []
+        return text.decode(errors="replace").splitlines()
 
     def stop(self, stages: Sequence[tuple[signal.Signals, float]] = STOP_STAGES) -> int | None:
         """End the engine and everything in its process group; blocks at most the sum of the stages' seconds.

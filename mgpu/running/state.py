@@ -35,7 +35,12 @@ def state_folder() -> Path:
     """Return the folder of all instances (XDG state folder), created with mode 0700."""
     import platformdirs
 
-    folder = platformdirs.user_state_path("mgpu")
+    try:
+        folder = platformdirs.user_state_path("mgpu")
+    except RuntimeError:  # no HOME, and no entry for this user
+        raise Missing(
+            "this user has no home folder to keep state in", code="state-folder", hint="set HOME or XDG_STATE_HOME"
+        ) from None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -67,6 +67,7 @@ GPU = exactly(
     utilisation_percent=maybe(COUNT),
     nvlink=listed(NVLINK),
     mig=maybe(FLAG),
+    integrated=maybe(FLAG),
     display=maybe(FLAG),
     engine_devices=listed(TEXT),
     problem=maybe(TEXT),
@@ -228,6 +229,7 @@ EVENTS: dict[str, Json] = {
         event=TEXT,
         at=TIME,
         state={"enum": ["ready", "degraded"]},
+        gpus=listed(exactly(uuid=maybe(TEXT), index=COUNT, planned_bytes=COUNT, actual_bytes=maybe(COUNT))),
         up_seconds=NUMBER,
         rate=exactly(
             generation_tok_s=maybe(NUMBER),

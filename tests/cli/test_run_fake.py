@@ -40,7 +40,7 @@ def test_the_ready_line_and_the_status_are_on_stdout_and_the_steps_on_stderr(mgp
     assert re.fullmatch(
         r"ready: tiny on http://127\.0\.0\.1:\d+/v1  \(llama\.cpp, 2 GPUs, pid \d+, \d+(\.\d)? s\)", first
     )
-    pattern = r"ready \d+:\d\d   0 running, 0 waiting   0\.0 tok/s   prompt 0\.0 tok/s   KV 0%"
+    pattern = r"ready \d+:\d\d   0 running, 0 waiting   0\.0 tok/s   prompt 0\.0 tok/s   KV 0%(   gpu0 .* GiB)?"
     assert all(re.fullmatch(pattern, line) for line in status), status
     steps = dict.fromkeys(line.split()[0] for line in ended.err.splitlines())  # a port may be lost to another: twice
     assert list(steps) == ["plan", "start", "check", "stop"]

@@ -29,7 +29,7 @@ def home_path(path: Path) -> str:
     """Return a path with the home folder as `~`."""
     try:
         return f"~/{path.relative_to(Path.home())}"
-    except ValueError:
+    except (ValueError, RuntimeError):  # somewhere else, or a user without a home
         return str(path)
 
 
@@ -176,9 +176,19 @@ def status_lines(
     return Group(*lines)
 
 
-def status_data(sample: Sample | None, rates: Rates | None, up_s: float) -> dict[str, Any]:
-    """Return the status as JSON, with the names of the contract's `rate`."""
+def status_data(
+    sample: Sample | None,
+    rates: Rates | None,
+    up_s: float,
+    candidate: Candidate,
+    buffers: Mapping[str, DeviceBuffers],
+) -> dict[str, Any]:
+    """Return the status as JSON, with the names of the contract's instance."""
     return {
+        "gpus": [
+            {"uuid": held["uuid"], "index": held["gpu"], **{k: held[k] for k in ("planned_bytes", "actual_bytes")}}
+            for held in actual_data(candidate, buffers)
+        ],
         "state": "ready" if sample else "degraded",
         "up_seconds": round(up_s, 1),
         "rate": {
