@@ -97,6 +97,8 @@ def join_parts(headers: Sequence[GgufHeader]) -> GgufHeader:
         _part_names(first, count)
     tensors = tuple(tensor for part in headers for tensor in part.tensors)
     expected = first.metadata.get("split.tensors.count", len(tensors))
+    if max(count if isinstance(count, int) else 1, 1) != len(headers):
+        raise _bad(first.path, f"it is one of {count} parts, and {len(headers)} are there")
     if len({tensor.name for tensor in tensors}) != len(tensors) or expected != len(tensors):
         raise _bad(first.path, "its parts do not belong together: their tensors repeat or are not as many as it says")
     return replace(

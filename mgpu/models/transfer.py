@@ -71,7 +71,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 def client() -> httpx.Client:
     """An HTTP client that trusts the system's certificates beside its own and uses the proxies of the environment.
 
-    Raises Unavailable if the environment names certificates or proxies that cannot be used.
+    This machine's own addresses are never asked through a proxy, whatever the environment says. Raises Unavailable
+    if it names certificates or proxies that cannot be used.
     """
     import certifi
     import httpx
@@ -80,7 +81,7 @@ def client() -> httpx.Client:
     try:
         context = ssl.create_default_context()
         context.load_verify_locations(certifi.where())
-        return httpx.Client(verify=context, timeout=timeout)
+        return httpx.Client(verify=context, timeout=timeout, mounts=dict.fromkeys(_THIS_MACHINE))
     except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
         raise Unavailable(
             f"the environment's settings of proxies or certificates cannot be used ({error})",
@@ -168,6 +169,34 @@ def download(
         )
 
 
+def read_range(http: httpx.Client, url: str, start: int, end: int, *, headers: Mapping[str, str]) -> bytes:
+    """Return the bytes from `start` to before `end` of the file behind `url`, which must hold so many.
+
+    A server that knows no ranges is read from the beginning, and left when it has sent enough. Raises Unavailable.
+    """
+    import httpx
+
+    broken = ""
+    for attempt in range(_TRIES):
+        time.sleep(attempt)
+        data = bytearray()
+        begun = start
+        try:
+            for chunk, answer_began in _stream(http, url, headers, start, end):
+                begun = begun if data else answer_began
+                data += chunk
+                if len(data) >= end - begun:
+                    return bytes(data[start - begun : end - begun])
+            broken = "the connection ended early"
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            broken = str(error) or type(error).__name__
+    raise Unavailable(
+        f"the server broke off before it had sent bytes {start:,} to {end:,} ({broken})",
+        code="download-interrupted",
+        hint="try again",
+    )
+
+
 def copy_checked(source: IO[bytes], target: Path, sha256: str, on_bytes: Callable[[int], None]) -> None:
     """Write `source` to `target`; with another checksum than `sha256`, delete it and raise Unavailable."""
     digest = hashlib.sha256()
@@ -202,6 +231,12 @@ def as_missing(error: OSError, folder: Path) -> Missing:
     """What an error of the file system means to the user who fetches into `folder`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Missing(f"the disk of {folder} is full", code="disk-full", hint="free some space, then try again")
+    if error.errno == errno.EFBIG:
+        return Missing(
+            f"the file system of {folder} (or a limit) does not allow so large a file",
+            code="file-too-large",
+            hint="HF_HOME moves the cache of models to another disk; FAT32 ends at 4 GiB, `ulimit -f` shows a limit",
+        )
     return Missing(
         f"{error.filename or folder} cannot be written: {error.strerror or error}",
         code="folder-unwritable",
@@ -215,6 +250,7 @@ _CONNECT_SECONDS = 3.0
 _TIMEOUT_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 _TRIES = 3
+_THIS_MACHINE = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 def _digest_so_far(file: IO[bytes], size: int, digest: hashlib._Hash, on_bytes: Callable[[int], None]) -> int:
@@ -234,13 +270,15 @@ def _settle(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _stream(http: httpx.Client, url: str, headers: Mapping[str, str], offset: int) -> Iterator[tuple[bytes, int]]:
+def _stream(
+    http: httpx.Client, url: str, headers: Mapping[str, str], offset: int, end: int | None = None
+) -> Iterator[tuple[bytes, int]]:
     """The bytes behind `url` from `offset` on; each with where the answer began: 0 if the server knows no ranges."""
     import httpx
 
     wanted = {**headers, "Accept-Encoding": "identity"}
-    if offset:
-        wanted["Range"] = f"bytes={offset}-"
+    if offset or end is not None:
+        wanted["Range"] = f"bytes={offset}-{'' if end is None else end - 1}"
     with http.stream("GET", url, headers=wanted, follow_redirects=True) as response:
         start = offset if response.status_code == 206 else 0
         if response.status_code == 206 and f"bytes {offset}-" not in response.headers.get("Content-Range", ""):
