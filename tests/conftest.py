@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from mgpu.errors import Missing
+from mgpu.models.fetch import fetch
+from mgpu.profile import load_profile
 
 REQUIRE_REAL = "MGPU_TEST_REQUIRE_REAL"
 
@@ -26,7 +32,7 @@ _PERSONAL = (
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """State and configuration of a test's own; the cache is shared, so that models are fetched once."""
     home = tmp_path_factory.mktemp("home")
     for variable, folder in (("XDG_STATE_HOME", "state"), ("XDG_CONFIG_HOME", "config")):
@@ -34,7 +40,29 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     for variable in list(os.environ):
         if variable in _PERSONAL or variable.startswith("LLAMA_ARG_"):
             monkeypatch.delenv(variable)
-    yield home
+    return home
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A small real model, fetched once and kept in the user's cache; a test that needs it is skipped without it."""
+    profile = load_profile("smollm2-135m").profile
+    try:
+        return fetch(profile.quantisations[profile.default_quantisation])
+    except Missing as error:
+        pytest.skip(f"the model cannot be had here: {error.message}")
+
+
+@pytest.fixture(scope="session")
+def nvml(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of a fake libnvidia-ml.so.1: "new" knows every function, "old" lacks what older drivers lack."""
+    if shutil.which("gcc") is None:
+        pytest.skip("the fake NVML library needs gcc to be built")
+    build = [sys.executable, str(Path(__file__).parent / "fakes" / "nvml" / "build.py")]
+    directories = {"new": tmp_path_factory.mktemp("new-nvml"), "old": tmp_path_factory.mktemp("old-nvml")}
+    for age, directory in directories.items():
+        subprocess.run([*build, str(directory), f"--{age}"], check=True, capture_output=True)
+    return directories
 
 
 _skipped: list[str] = []

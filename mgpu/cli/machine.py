@@ -26,7 +26,7 @@ def gpus(machine: MachineOption = None, json: JsonOption = False) -> Result:
     from mgpu.machine.snapshot import to_json
 
     warnings: list[str] = []
-    if machine:
+    if machine is not None:
         found = simulate(machine)
     else:
         found = probe()

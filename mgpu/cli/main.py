@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from mgpu.errors import Interrupted, MgpuError, UsageError
 
 _ENGINE_ARGUMENT_COMMANDS = ("run", "plan")
 _COMMANDS = ("run", "plan", "gpus", "backends", "profiles")
+_PROFILES_COMMANDS = ("list", "show", "check", "new", "schema")
 
 app = typer.Typer(
     name="mgpu",
@@ -50,12 +52,16 @@ def run_command(arguments: list[str]) -> int:
     """Run one command line and return its exit code; everything expected has been printed."""
     own, engine = _split_at_dashes(arguments)
     out = Output(as_json="--json" in own)
-    name = next((word for word in own if word in _COMMANDS), "mgpu")
+    name = _command_name(own)
     try:
         result = _call(own, engine, out)
+    except typer.Exit as leave:  # after --help
+        return leave.exit_code
     except MgpuError as error:
+        if isinstance(error, UsageError) and not error.hint:
+            error.hint = f"mgpu {name.replace('.', ' ')} --help"
         result = failure(name, error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         result = failure(name, Interrupted("interrupted"))
     except BrokenPipeError:
         # The reader of a pipe has left (`| head`): nobody is there to be told.
@@ -83,21 +89,31 @@ def _split_at_dashes(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
     return arguments[:at], tuple(arguments[at + 1 :])
 
 
+def _command_name(words: list[str]) -> str:
+    """The command as its results name it, known before anything is parsed: a wrong option has it too."""
+    name = next((word for word in words if word in _COMMANDS), "mgpu")
+    if name != "profiles":
+        return name
+    return next((f"profiles.{word}" for word in words if word in _PROFILES_COMMANDS), name)
+
+
 def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) -> Result | None:
     command = typer.main.get_command(app)
+    if "_MGPU_COMPLETE" in os.environ:
+        command()  # a shell asks what can be completed
     run.output = out
     try:
-        result = command.main(args=arguments, prog_name="mgpu", standalone_mode=False, obj=engine_arguments)
-    except typer.Exit as leave:
-        return Result(command="mgpu", exit_code=leave.exit_code)
-    except typer.Abort:
-        raise Interrupted("interrupted") from None
+        # Not `command.main()`: it would turn interrupts and broken pipes into exits of its own.
+        with command.make_context("mgpu", arguments, obj=engine_arguments) as context:
+            result = command.invoke(context)
+    except (typer.Exit, typer.Abort):
+        raise
     except Exception as error:
         # Click's usage errors, which Typer carries a copy of under a name that may change.
         message = getattr(error, "format_message", None)
         if message is None or not hasattr(error, "ctx"):
             raise
-        raise _usage(str(message()), getattr(error, "ctx", None)) from None
+        raise _usage(str(message()).replace("Value error, ", ""), getattr(error, "ctx", None)) from None
     return result if isinstance(result, Result) else None
 
 

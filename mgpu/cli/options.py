@@ -108,14 +108,14 @@ class PlannerOptions:
                 hint="leave --flash-attn out, or --kv-type f16",
             )
         return Wants(
-            ctx_tokens=parse_tokens(self.ctx, option="--ctx") if self.ctx else None,
+            ctx_tokens=parse_tokens(self.ctx, option="--ctx") if self.ctx is not None else None,
             parallel=self.parallel or 1,
             kv_type_k=self.kv_type.value,
             kv_type_v=self.kv_type.value,
             ubatch=self.ubatch,
             flash_attention=self.flash_attn.value,
             split_mode=self.split_mode.value if self.split_mode else None,
-            tensor_split=_proportions(self.tensor_split) if self.tensor_split else None,
+            tensor_split=_proportions(self.tensor_split) if self.tensor_split is not None else None,
             headroom_bytes=parse_bytes(self.headroom, option="--headroom"),
             offload=self.offload == Offload.allow,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mgpu.backends.engine import INSTALL_LLAMA_CPP, DeviceQuery, Engine, find_llama_server
 from mgpu.backends.llama_cpp import EngineArguments, read_engine_arguments
 from mgpu.cli.options import PlannerOptions
-from mgpu.errors import BadModel, Missing, UsageError
+from mgpu.errors import BadModel, MgpuError, Missing, UsageError
 from mgpu.machine.probe import probe, select_gpus, with_engine_devices
 from mgpu.machine.simulate import simulate
 from mgpu.machine.snapshot import Gpu, Machine
@@ -58,10 +58,11 @@ def prepare(
     source = parse_model(model)
     arguments, wants = read_engine_arguments(engine_arguments, options.wants())
     # The engine takes as long to list its devices as all the rest: it is asked first and heard last.
-    engine = None if machine else find_llama_server()
+    simulated = machine is not None
+    engine = None if simulated else find_llama_server()
     query = DeviceQuery(engine, rpc=arguments.rpc) if engine else None
     try:
-        found = simulate(machine) if machine else probe()
+        found = probe() if machine is None else simulate(machine)
         name, facts, profile, path = _model(source, options.quant)
         warnings = []
         if query:
@@ -69,11 +70,11 @@ def prepare(
             found = with_engine_devices(found, query.devices(), backend=engine.backend)
         else:
             found = _assumed_names(found)
-            if not machine:
+            if not simulated:
                 warnings.append(f"llama.cpp is not installed (planned as if it saw every card): {INSTALL_LLAMA_CPP}")
         if found.driver and found.driver.problem:
             warnings.append(found.driver.problem)
-        gpus, remarks = _cards(found, options.gpus, simulated=bool(machine))
+        gpus, remarks = _cards(found, options.gpus, simulated=simulated)
         warnings += remarks
     finally:
         if query:
@@ -184,12 +185,16 @@ def _assumed_names(machine: Machine) -> Machine:
 
 def _cards(machine: Machine, selection: str | None, *, simulated: bool) -> tuple[tuple[Gpu, ...], list[str]]:
     """The cards to plan on, and what to tell the user about those left out."""
-    remarks = []
+    option, remarks = "--gpus", []
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if selection is None and mask and not simulated:
-        selection = ",".join(f"gpu{item}" if item.strip().isdecimal() else item for item in mask.split(","))
-        remarks.append(f"CUDA_VISIBLE_DEVICES={mask}: planned on {selection} only")
-    chosen = select_gpus(machine, selection)
+    if selection is None and mask is not None and not simulated:
+        option, selection = "CUDA_VISIBLE_DEVICES", _unmasked(mask)
+        remarks.append(f"{option}={mask}: planned on {'no card' if selection == 'none' else f'{selection} only'}")
+    try:
+        chosen = select_gpus(machine, selection)
+    except MgpuError as error:
+        error.message = error.message.replace("--gpus", option, 1)
+        raise
     unseen = [gpu for gpu in chosen if not gpu.engine_devices]
     if not unseen:
         return chosen, remarks
@@ -202,3 +207,11 @@ def _cards(machine: Machine, selection: str | None, *, simulated: bool) -> tuple
         )
     remarks.append(f"llama.cpp does not see {names}; mgpu backends shows what it sees")
     return tuple(gpu for gpu in chosen if gpu.engine_devices), remarks
+
+
+def _unmasked(mask: str) -> str:
+    """CUDA_VISIBLE_DEVICES as --gpus takes it: its numbers are indices, and nothing or -1 hides every card."""
+    items = [item.strip() for item in mask.split(",")]
+    if items[0] in ("", "-1"):
+        return "none"
+    return ",".join(f"gpu{item}" if item.isdecimal() else item for item in items)

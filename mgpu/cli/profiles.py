@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
     from mgpu.profile import ProfileEntry
 
-app = typer.Typer(help="The models mgpu knows by name.", no_args_is_help=True)
+app = typer.Typer(help="The models mgpu knows by name.")
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A profile's name.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def profiles(context: typer.Context, json: JsonOption = False) -> Result | None:
+    """The models mgpu knows by name; alone, lists them."""
+    return None if context.invoked_subcommand else list_()
 
 
 @app.command("list")
@@ -119,7 +125,7 @@ def schema(json: JsonOption = False) -> Result:
     )
 
 
-def _problem(text: str) -> ProfileError | None:
+def _problem(text: str) -> UsageError | None:
     """The problem of a profile by name, or of a file when `text` looks like a path."""
     from mgpu.profile import load_profile, read_profile
 
@@ -128,12 +134,12 @@ def _problem(text: str) -> ProfileError | None:
             read_profile(Path(text).expanduser())
         else:
             load_profile(text)
-    except ProfileError as error:
+    except UsageError as error:
         return error
     return None
 
 
-def _all_problems() -> list[tuple[str, ProfileError | None]]:
+def _all_problems() -> list[tuple[str, UsageError | None]]:
     from mgpu.profile import list_profiles
 
     return [

@@ -250,6 +250,9 @@ def _ask(process: EngineProcess, client: EngineClient, text: str, screen: RunScr
         if process.wait(5.0) is not None:
             raise death(process) from None
         raise
+    except KeyboardInterrupt:
+        screen.answer_broke_off()
+        raise
 
 
 def _follow(process: EngineProcess, client: EngineClient, screen: RunScreen) -> None:

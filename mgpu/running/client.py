@@ -21,6 +21,7 @@ _CANARY_TOKENS = 8
 _POLL_TIMEOUT_S = 5.0
 # The first token of a large model on slow memory with a long queue before it.
 _ANSWER_TIMEOUT_S = 600.0
+_LONGEST_MESSAGE = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +51,17 @@ class Answer:
 
 
 class EngineClient:
-    """A connection to one engine; a context manager. Proxies in the environment are ignored: the engine is local."""
+    """A connection to one engine; a context manager. Proxies in the environment are ignored: the engine is local.
+
+    `api_key` may be several, separated by commas, as llama-server takes them; the first is used.
+    """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
         import httpx
 
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = httpx.Headers(
+            {"Authorization": f"Bearer {api_key.split(',')[0]}"} if api_key else {}, encoding="utf-8"
+        )
         self._http = httpx.Client(base_url=url, headers=headers, timeout=_POLL_TIMEOUT_S, trust_env=False)
 
     def __enter__(self) -> Self:
@@ -84,7 +90,7 @@ class EngineClient:
         reply = self._post("/completion", body)
         text = reply.get("content")
         if not isinstance(text, str):
-            raise EngineFailed("the engine answered without a text", code="wrong-answer")
+            raise EngineFailed("the engine answered with something that is not a completion", code="wrong-answer")
         return Canary(
             text=text,
             seconds=time.monotonic() - begun,
@@ -126,13 +132,12 @@ class EngineClient:
             for line in reply.iter_lines():
                 chunk = _chunk(line)
                 timings = _timings(chunk) or timings
-                for choice in chunk.get("choices", ()):
-                    finish_reason = choice.get("finish_reason") or finish_reason
-                    delta = choice.get("delta") or {}
-                    # Models that reason stream their thoughts apart; both are what the user waits for.
-                    piece = delta.get("reasoning_content") or delta.get("content")
-                    if piece:
-                        yield piece
+                choice = _first(chunk.get("choices"))
+                finish_reason = choice.get("finish_reason") or finish_reason
+                delta = _object(choice.get("delta"))
+                # Models that reason stream their thoughts apart; both are what the user waits for.
+                if piece := delta.get("reasoning_content") or delta.get("content"):
+                    yield str(piece)
                 if line == "data: [DONE]":
                     break
         yield Answer(
@@ -148,13 +153,7 @@ class EngineClient:
             reply = self._http.post(path, json=body, timeout=_ANSWER_TIMEOUT_S)
             if reply.status_code != 200:
                 raise _refused(reply)
-            try:
-                data = reply.json()
-            except ValueError:
-                data = None
-        if not isinstance(data, dict):
-            raise EngineFailed("the engine answered with something that is not a completion", code="wrong-answer")
-        return data
+        return _parsed(reply.text)
 
 
 @contextlib.contextmanager
@@ -171,28 +170,43 @@ def _engine_errors() -> Iterator[None]:
 
 
 def _refused(reply: httpx.Response) -> EngineFailed:
-    try:
-        message = str(reply.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        message = reply.text[:200]
+    message = _error_message(_parsed(reply.text)) or reply.text[:_LONGEST_MESSAGE]
     return EngineFailed(f"the engine refused the request (HTTP {reply.status_code}): {message}", code="wrong-answer")
 
 
 def _chunk(line: str) -> dict[str, Any]:
-    if not line.startswith("data: {"):
-        return {}
-    try:
-        chunk = json.loads(line[6:])
-    except ValueError:
-        return {}
-    if "error" in chunk:
-        raise EngineFailed(f"the engine broke off: {chunk['error']}"[:300], code="wrong-answer")
-    return chunk if isinstance(chunk, dict) else {}
+    """The object of one line of a stream; an error is raised, in the middle of an answer or not."""
+    field, _, value = line.partition(":")
+    chunk = _parsed(value)
+    if message := _error_message({"error": chunk} if field == "error" else chunk):
+        raise EngineFailed(f"the engine broke off: {message}", code="wrong-answer")
+    return chunk if field == "data" else {}
+
+
+def _error_message(reply: dict[str, Any]) -> str | None:
+    error = reply.get("error")
+    if not error:
+        return None
+    return str(_object(error).get("message") or error)[:_LONGEST_MESSAGE]
 
 
 def _timings(reply: dict[str, Any]) -> dict[str, Any]:
-    timings = reply.get("timings")
-    return timings if isinstance(timings, dict) else {}
+    return _object(reply.get("timings"))
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        return _object(json.loads(text))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _first(values: object) -> dict[str, Any]:
+    return _object(values[0]) if isinstance(values, list) and values else {}
 
 
 def _number(value: object) -> float | None:

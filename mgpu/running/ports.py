@@ -18,7 +18,7 @@ def check_host(host: str) -> str:
         socket.getaddrinfo(host, None, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         raise UsageError(
-            f"--host {host!r} is not an address of this machine", hint="use 127.0.0.1, or 0.0.0.0 for all networks"
+            f"--host {host[:80]!r} is not an address of this machine", hint="use 127.0.0.1, or 0.0.0.0 for all networks"
         ) from None
     return host
 
@@ -26,13 +26,16 @@ def check_host(host: str) -> str:
 def choose_port(host: str, wanted: int | None) -> int:
     """Return a port on `host` that is free now: `wanted`, or without one the first free one from 8080 on.
 
-    Raises Missing (code "port-in-use") when `wanted` is taken, UsageError when it is no port.
+    Raises Missing (code "port-in-use") when `wanted` is taken, Missing (code "port-unusable") when this machine does
+    not have the address or keeps the port for others, UsageError when it is no port.
     """
     if wanted is None:
         for port in (*range(FIRST_PORT, _LAST_TRIED), 0):
-            free = _bind(host, port)
-            if isinstance(free, int):
-                return free
+            problem = _bind(host, port)
+            if isinstance(problem, int):
+                return problem
+            if problem.errno != errno.EADDRINUSE:
+                raise _unusable(host, port, problem)
         raise Missing("no port is free", code="port-in-use")
     if not 1 <= wanted <= 65535:
         raise UsageError(f"--port {wanted} is not a port: ports go from 1 to 65535")
@@ -45,7 +48,7 @@ def choose_port(host: str, wanted: int | None) -> int:
             code="port-in-use",
             hint="choose another --port, or leave it out and mgpu takes a free one",
         )
-    raise Missing(f"port {wanted} on {host} cannot be used: {problem.strerror}", code="port-unusable")
+    raise _unusable(host, wanted, problem)
 
 
 def client_host(host: str) -> str:
@@ -57,6 +60,14 @@ def client_host(host: str) -> str:
     if address.is_unspecified:
         return "127.0.0.1" if address.version == 4 else "[::1]"
     return f"[{address}]" if address.version == 6 else str(address)
+
+
+def _unusable(host: str, port: int, problem: OSError) -> Missing:
+    return Missing(
+        f"port {port} on {host} cannot be used: {problem.strerror}",
+        code="port-unusable",
+        hint="use --host 127.0.0.1, or 0.0.0.0 for all networks",
+    )
 
 
 def _bind(host: str, port: int) -> int | OSError:

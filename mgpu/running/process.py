@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mgpu.errors import EngineFailed
+from mgpu.errors import EngineFailed, Missing
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_S = 0.02
@@ -31,6 +31,7 @@ class EngineProcess:
 
     def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
         self._process = process
+        self._swept = False
         self.log_path = log_path
         self.started_at = time.time()
 
@@ -39,7 +40,8 @@ class EngineProcess:
         """Start `argv` with exactly `env`, its output going to `log_path` (mode 0600).
 
         The kernel kills the engine when the calling thread ends, however that happens: call it from the main
-        thread. Raises EngineFailed (code "engine-broken") when the program cannot be executed.
+        thread. Raises EngineFailed (code "engine-broken") when the program cannot be executed, Missing (code
+        "state-folder") when the log cannot be written.
         """
         libc = ctypes.CDLL(None, use_errno=True)
         parent = os.getpid()
@@ -49,7 +51,10 @@ class EngineProcess:
             if os.getppid() != parent:  # it was gone before the kernel was told
                 os._exit(1)
 
-        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        try:
+            log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        except OSError as error:
+            raise Missing(f"the log {log_path} cannot be written: {error.strerror}", code="state-folder") from None
         try:
             process = subprocess.Popen(
                 list(argv),
@@ -72,15 +77,22 @@ class EngineProcess:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Return the exit status (negative for a signal), None while it runs."""
-        return self._process.poll()
+        """Return the exit status (negative for a signal), None while it runs.
+
+        An engine that has ended takes with it whatever it left running in its process group.
+        """
+        status = self._process.poll()
+        if status is not None and not self._swept:
+            # Once and at once: the system may give the group's number to others later.
+            self._swept = True
+            self._signal_group(signal.SIGKILL)
+        return status
 
     def wait(self, timeout_s: float) -> int | None:
         """Return the exit status, or None after `timeout_s` seconds."""
-        try:
-            return self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+        return self.poll()
 
     def log_lines(self) -> list[str]:
         """Return everything the engine wrote so far, line by line."""
@@ -96,25 +108,15 @@ class EngineProcess:
         engine outlived even SIGKILL (a process stuck in the kernel).
         """
         for number, patience_s in stages:
-            if self._signal_group(number) is False:
+            if self.poll() is not None:
                 break
-            if _patiently(lambda: self._process.poll() is not None, patience_s):
-                break
-        # Whatever the engine started may have outlived it; nothing else can be in its group.
-        self._signal_group(signal.SIGKILL)
-        return self.wait(_POLL_S)
+            self._signal_group(number)
+            _patiently(lambda: self.poll() is not None, patience_s)
+        return self.poll()
 
-    def _signal_group(self, number: signal.Signals) -> bool:
-        """Send `number` to the group; False when it is empty."""
-        if self._process.returncode is not None and not _group_exists(self.pid):
-            return False
-        try:
+    def _signal_group(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
 
     def __enter__(self) -> Self:
         return self
@@ -125,22 +127,9 @@ class EngineProcess:
         self.stop()
 
 
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _patiently(done: Callable[[], bool], patience_s: float) -> bool:
-    """Whether `done` became true within `patience_s`; an interrupt ends the patience."""
+def _patiently(done: Callable[[], bool], patience_s: float) -> None:
+    """Wait until `done`, for `patience_s` at most; an interrupt ends the patience."""
+    deadline = time.monotonic() + patience_s
     with contextlib.suppress(KeyboardInterrupt):
-        deadline = time.monotonic() + patience_s
-        while time.monotonic() < deadline:
-            if done():
-                return True
+        while not done() and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-    return done()

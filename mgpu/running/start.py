@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mgpu.backends.failure import Failure
 from mgpu.backends.llama_cpp_failure import diagnose
-from mgpu.backends.llama_cpp_log import Phase, parse_line
+from mgpu.backends.llama_cpp_log import PHASES, Phase, parse_line
 from mgpu.errors import EngineFailed
 from mgpu.running.client import EngineClient
 from mgpu.running.process import EngineProcess
@@ -44,7 +44,8 @@ def wait_until_ready(
     *,
     stall_s: float = DEFAULT_STALL_S,
 ) -> None:
-    """Block until the engine says that its model is loaded.
+    """Block until the engine says that its model is loaded, and it is this engine that says so: another may have
+    been faster at the port.
 
     Raises EngineDied when it ends, EngineFailed (code "stalled") when it makes no progress for `stall_s` seconds.
     """
@@ -54,7 +55,8 @@ def wait_until_ready(
     while True:
         if engine.poll() is not None:
             raise death(engine)
-        if client.is_up():
+        log.read()
+        if client.is_up() and (log.phase == PHASES[-1] or _listens(engine)):
             return
         signs = _signs(engine)
         now = time.monotonic()
@@ -65,7 +67,6 @@ def wait_until_ready(
                 code="stalled",
                 hint="a card or RPC server that hangs looks like this; mgpu backends shows whether each still answers",
             )
-        log.read()
         on_loading(Loading(phase=log.phase, mapped_bytes=signs.resident_bytes, seconds=now - begun))
         time.sleep(_POLL_S)
 
@@ -97,6 +98,20 @@ class _Tail:
             event = parse_line(line)
             if isinstance(event, Phase):
                 self.phase = event.name
+
+
+def _listens(engine: EngineProcess) -> bool:
+    """Whether the engine, or a program that it is a script for, listens on a port; its log may say nothing."""
+    import psutil
+
+    try:
+        process = psutil.Process(engine.pid)
+        sockets = [
+            found for each in (process, *process.children(recursive=True)) for found in each.net_connections("tcp")
+        ]
+    except (psutil.Error, OSError):
+        return False
+    return any(found.status == psutil.CONN_LISTEN for found in sockets)
 
 
 def _signs(engine: EngineProcess) -> Signs:

@@ -71,6 +71,8 @@ def instance_folder(name: str, *, chosen: bool) -> Iterator[tuple[str, Path]]:
                         f"an instance named {name} is already running", hint="choose another --name, or stop that one"
                     ) from None
                 continue
+            except OSError as error:
+                raise Missing(f"{folder} cannot be locked: {error.strerror}", code="state-folder") from None
             yield candidate, folder
             return
         finally:
@@ -79,6 +81,10 @@ def instance_folder(name: str, *, chosen: bool) -> Iterator[tuple[str, Path]]:
 
 
 def rotate(log_path: Path) -> None:
-    """Keep the log of the run before as `engine.log.1`."""
-    with contextlib.suppress(FileNotFoundError):
+    """Keep the log of the run before as `engine.log.1`. Raises Missing when the folder cannot be written."""
+    try:
         log_path.replace(log_path.with_name(log_path.name + ".1"))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise Missing(f"{log_path} cannot be kept: {error.strerror}", code="state-folder") from None

@@ -215,10 +215,12 @@ def test_an_engine_that_hangs_is_given_up_and_ended_with_its_children(
 ) -> None:
     monkeypatch.setattr(engines, "_ANSWER_TIMEOUT_S", 0.3)
     path = program(tmp_path / "server", HANGS)
+    begun = time.monotonic()
     with pytest.raises(EngineFailed, match=r"did not answer within 0\.3 s") as failed:
         DeviceQuery(engine(path)).devices()
     assert failed.value.code == "engine-broken"
     until(lambda: not any(map(alive, pids_of(path))))
+    assert time.monotonic() - begun < LIMIT_S, "it waited for the script's child"
 
 
 def test_a_query_that_is_closed_leaves_no_process(tmp_path: Path) -> None:

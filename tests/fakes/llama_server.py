@@ -11,7 +11,7 @@ What it does was recorded from a real llama-server (build 10434). The environmen
         hang-loading slow-load[:SECONDS]                                                   starts late or never
         die-after-ready[:SECONDS] die-in-request hang-request garbage repeat-token         fails while it serves
         ignore-term spawn-child                                                            is hard to stop
-    FAKE_FAIL_STARTS=N:FILE   fails only the first N times it is started, counted in FILE
+    FAKE_FAIL_STARTS=N:FILE   fails only the first N times it is started with a model, counted in FILE
 
 A device that is too small for the model's file, its context and its compute buffer is out of memory without
 being told so.
@@ -62,7 +62,8 @@ def main(arguments: list[str]) -> NoReturn:
     """Run; ends the process in every case."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    faults = _faults()
+    # Programs that only ask for the devices or the version are answered, as they would be.
+    faults = _faults() if "-m" in arguments else {}
     log = Log()
     if "empty-log" in faults:
         _exit(1)
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> NoReturn:
         sys.stderr.write(str(refusal))
         _exit(1)
     if asked:
-        _tell(asked, devices["local"])
+        _tell(asked, [*devices["local"], *devices["rpc"]])
     log.verbosity = settings.verbosity
     _serve(settings, (*devices["local"], *devices["rpc"]), faults, log)
 

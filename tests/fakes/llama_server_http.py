@@ -19,6 +19,7 @@ from tests.fakes.llama_server_engine import Answer, Engine
 
 Json = dict[str, Any]
 _OPEN_PATHS = ("/health", "/v1/health", "/models", "/v1/models", "/")
+_COMPLETION_PATHS = ("/completion", "/v1/completions", "/chat/completions", "/v1/chat/completions")
 _RECORDED = Path(__file__).parent.parent / "data" / "logs" / "llama_cpp"
 
 
@@ -88,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not self._admitted(path):
             return
-        if path not in ("/v1/chat/completions", "/chat/completions", "/v1/completions", "/tokenize"):
+        if path not in (*_COMPLETION_PATHS, "/tokenize"):
             self._fail(404, "File Not Found", "not_found_error")
             return
         try:
@@ -106,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         elif chat and not isinstance(request["messages"], list):
             self._fail(400, "Expected 'messages' to be an array", "invalid_request_error")
         else:
-            self._complete(request, chat=chat)
+            self._complete(request, chat=chat, native=path == "/completion")
 
     def _admitted(self, path: str) -> bool:
         engine = self.server.engine
@@ -120,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _complete(self, request: Json, *, chat: bool) -> None:
+    def _complete(self, request: Json, *, chat: bool, native: bool) -> None:
         engine = self.server.engine
         prompt = json.dumps(request.get("messages" if chat else "prompt", ""))
         prompt_tokens = len(prompt.split())
@@ -133,23 +134,27 @@ class Handler(BaseHTTPRequestHandler):
             self._fail(400, text, "exceed_context_size_error", **extra)
             return
         self.server.on_request()
-        wanted = request.get("max_tokens") or request.get("max_completion_tokens") or 1 << 30
+        limits = (request.get(name) for name in ("max_tokens", "max_completion_tokens", "n_predict"))
+        wanted = next(filter(None, limits), 1 << 30)
         answer = engine.begin(prompt_tokens, int(wanted), endless=bool(request.get("ignore_eos")))
         try:
-            if request.get("stream"):
+            if request.get("stream") and not native:
                 self._stream(request, answer, chat=chat)
             else:
-                self._answer_at_once(answer, chat=chat)
+                self._answer_at_once(answer, chat=chat, native=native)
         except OSError:
             self.close_connection = True
         finally:
             engine.end(answer)
 
-    def _answer_at_once(self, answer: Answer, *, chat: bool) -> None:
+    def _answer_at_once(self, answer: Answer, *, chat: bool, native: bool) -> None:
         engine = self.server.engine
         text = "".join(engine.words(answer))
         if engine.stopping.is_set():
             self._wait_for_the_client_to_leave(None)
+            return
+        if native:
+            self._send(200, _native(engine, answer, text))
             return
         choice = {"finish_reason": answer.finish_reason, "index": 0}
         if chat:
@@ -250,6 +255,22 @@ def _head(engine: Engine, choice: Json | None, kind: str) -> Json:
         "model": engine.settings.alias,
         "system_fingerprint": "b1-7e4c0a9",
         "object": kind,
+    }
+
+
+def _native(engine: Engine, answer: Answer, text: str) -> Json:
+    return {
+        "index": 0,
+        "content": text,
+        "tokens": [],
+        "id_slot": answer.slot.id,
+        "stop": True,
+        "model": engine.settings.alias,
+        "tokens_predicted": answer.predicted,
+        "tokens_evaluated": answer.prompt_tokens,
+        "truncated": False,
+        "stop_type": "limit" if answer.finish_reason == "length" else "eos",
+        "timings": answer.timings(),
     }
 
 

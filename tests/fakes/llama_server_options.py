@@ -79,6 +79,8 @@ def parse(arguments: Sequence[str], device_ids: Callable[[str], Sequence[str]]) 
         name = option.names[0]
         if name in ("-h", "--version", "--list-devices"):
             asked = {"-h": "help", "--version": "version", "--list-devices": "list-devices"}[name]
+            if asked == "list-devices":
+                device_ids(values.get("--rpc", ""))
             return _settings(values), asked
         if len(rest) < option.values:
             _refuse(option, written, "expected value for argument")

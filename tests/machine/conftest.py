@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,18 +48,6 @@ def tree(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return write
-
-
-@pytest.fixture(scope="session")
-def nvml(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories of a fake libnvidia-ml.so.1: "new" knows every function, "old" lacks what older drivers lack."""
-    if shutil.which("gcc") is None:
-        pytest.skip("the fake NVML library needs gcc to be built")
-    build = [sys.executable, str(REPOSITORY / "tests/fakes/nvml/build.py")]
-    directories = {"new": tmp_path_factory.mktemp("new-nvml"), "old": tmp_path_factory.mktemp("old-nvml")}
-    for age, directory in directories.items():
-        subprocess.run([*build, str(directory), f"--{age}"], check=True, capture_output=True)
-    return directories
 
 
 def python(library: Path, program: str, *arguments: object, **environment: str) -> str:

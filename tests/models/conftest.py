@@ -5,20 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.errors import Missing
-from mgpu.models.fetch import fetch
-from mgpu.profile import load_profile
 from tests.fakes.hub_server import FakeHub, running
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """A small real model, fetched once and kept in the user's cache; a test that needs it is skipped without it."""
-    profile = load_profile("smollm2-135m").profile
-    try:
-        return fetch(profile.quantisations[profile.default_quantisation])
-    except Missing as error:
-        pytest.skip(f"the model cannot be had here: {error.message}")
 
 
 @pytest.fixture

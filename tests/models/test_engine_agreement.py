@@ -59,6 +59,7 @@ def projected(path: Path, devices: str) -> dict[str, tuple[int, int]]:
     """MiB of weights and of KV cache, rounded down, that llama-server projects for RPC0, RPC1 and Host."""
     command = [LLAMA_SERVER, "-m", str(path), "--rpc", devices, "-dev", "RPC0,RPC1", "-ts", "3,1", "-ngl", "999"]
     command += ["--fit", "on", "-lv", "4", "-np", "1", "-c", str(CONTEXT_TOKENS), "-ub", str(UBATCH_TOKENS)]
+    command += ["--port", "0"]  # any that is free
     rows: dict[str, tuple[int, int]] = {}
     with subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"

@@ -19,6 +19,7 @@ from mgpu.models.fetch import Progress, fetch, find_local, survey
 from mgpu.models.source import HubRepository
 from mgpu.profile import GgufSource
 from tests.fakes.hub_server import COMMIT, FakeHub, running
+from tests.ordinary_user import as_ordinary_user
 
 MODEL = random.Random(0).randbytes(3_000_000)
 SHA256 = hashlib.sha256(MODEL).hexdigest()
@@ -233,10 +234,11 @@ def test_a_file_system_for_small_files_only_is_said_to_be_so(hub: FakeHub, cache
     assert "does not allow so large a file" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_is_said_to_be_so(hub: FakeHub, caches: Path) -> None:
     (caches / "locked").mkdir(mode=0o500)
-    assert failure(folder=caches / "locked").code == "folder-unwritable"
+    with as_ordinary_user():
+        error = failure(folder=caches / "locked")
+    assert error.code == "folder-unwritable"
 
 
 def test_a_file_in_the_way_of_a_folder_is_no_bug(hub: FakeHub, caches: Path) -> None:

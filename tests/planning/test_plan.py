@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import pytest
 from hypothesis import given, settings
@@ -30,7 +30,7 @@ def facts(model: str, quantisation: str = "Q4_K_M") -> ModelFacts:
     return facts_from_shape(model, SHAPES[model], quantisation)
 
 
-def cards(*free_gib: float, bandwidth_gb_s: float | None = 1000.0) -> tuple[Gpu, ...]:
+def cards(*free_gib: float, bandwidths_gb_s: Sequence[float | None] = ()) -> tuple[Gpu, ...]:
     return tuple(
         Gpu(
             index=index,
@@ -38,10 +38,10 @@ def cards(*free_gib: float, bandwidth_gb_s: float | None = 1000.0) -> tuple[Gpu,
             name="card",
             total_bytes=round((free + 0.5) * GIB),
             free_bytes=round(free * GIB),
-            bandwidth_gb_s=bandwidth_gb_s,
+            bandwidth_gb_s=bandwidth,
             engine_devices=(f"CUDA{index}",),
         )
-        for index, free in enumerate(free_gib)
+        for index, (free, bandwidth) in enumerate(zip_longest(free_gib, bandwidths_gb_s, fillvalue=1000.0))
     )
 
 
@@ -192,7 +192,7 @@ def test_swapping_equal_cards_changes_nothing(model: ModelFacts, wants: Wants, f
 @given(model=MODELS, wants=WANTS, rates=st.lists(st.floats(50, 8000), min_size=1, max_size=4))
 @settings(max_examples=100, deadline=None)
 def test_the_bound_is_never_above_bandwidth_over_bytes(model: ModelFacts, wants: Wants, rates: list[float]) -> None:
-    gpus = [replace(gpu, bandwidth_gb_s=rate) for gpu, rate in zip(cards(*[900] * len(rates)), rates, strict=True)]
+    gpus = cards(*[900] * len(rates), bandwidths_gb_s=rates)
     candidate = layer_split(model, replace(wants, offload=False), gpus, Host(), wants.ctx_tokens or 0)
     bound = candidate.speed.bound_tok_s
     if wants.cpu_moe_layers:
@@ -206,7 +206,7 @@ def test_the_bound_is_never_above_bandwidth_over_bytes(model: ModelFacts, wants:
 
 @pytest.mark.parametrize("bandwidth_gb_s", [None, 0.0])
 def test_no_bound_without_a_bandwidth(bandwidth_gb_s: float | None) -> None:
-    plan = planned("llama-3.1-8b", machine_of(cards(24, bandwidth_gb_s=bandwidth_gb_s)))
+    plan = planned("llama-3.1-8b", machine_of(cards(24, bandwidths_gb_s=[bandwidth_gb_s])))
     assert plan.chosen.speed.bound_tok_s is None
 
 
@@ -261,19 +261,22 @@ def test_a_context_that_was_set_is_never_lowered() -> None:
     ("model", "machine"),
     [
         pytest.param("llama-3.3-70b", "4090+4080", id="dense"),
+        pytest.param("llama-3.1-8b", machine_of(cards(6.2)), id="a single layer"),
+        pytest.param("qwen3-32b", machine_of(cards(0.1, 16)), id="a full card beside it"),
         pytest.param("gemma-3-27b", "4060", id="windows of unequal cost and a tied head"),
         pytest.param("gpt-oss-120b", "2x4090", id="mixture"),
         pytest.param("llama-3.1-405b", "4090+4080", id="most of it on the host"),
         pytest.param("llama-3.1-405b", "4060", id="all but a few layers"),
     ],
 )
-def test_offload_keeps_the_fewest_layers_on_the_host(model: str, machine: str) -> None:
+def test_offload_keeps_the_fewest_layers_on_the_host(model: str, machine: Machine | str) -> None:
     allowed = Wants(ctx_tokens=8192, offload=True)
     plan = planned(model, machine, allowed)
     chosen, gpus = plan.chosen, plan.machine.gpus
     assert (plan.best, chosen.verdict) == (0, "fits-with-offload")
     assert chosen.reasons[0] == f"{chosen.host.layers} of {len(facts(model).layers)} layers stay in host memory: slow"
     assert chosen.speed.bound_tok_s is None
+    assert chosen.devices
     for fewer in range(chosen.host.layers):
         tried = place_layers(facts(model), allowed, gpus, Host(), 8192, host_units=fewer)
         assert tried.verdict == "does-not-fit"
@@ -346,6 +349,7 @@ def test_proportions_are_obeyed_whether_they_fit_or_not(split: tuple[float, ...]
         pytest.param((24, 0.3, 24), [1], id="a full card between two others"),
         pytest.param((0, 24, 24), [0], id="the first card"),
         pytest.param((24, 24, 1.0), [2], id="the last card"),
+        pytest.param((24, 0.3), [1], id="the only other card"),
     ],
 )
 def test_a_full_card_holds_nothing_and_spoils_nothing(free_gib: tuple[float, ...], idle: list[int]) -> None:
@@ -354,10 +358,9 @@ def test_a_full_card_holds_nothing_and_spoils_nothing(free_gib: tuple[float, ...
     assert chosen.verdict == "fits"
     assert [device.gpu for device in chosen.devices if device.idle] == idle
     assert chosen.reasons == (f"gpu{idle[0]} would hold nothing",)
-    others = place_layers(model, replace(wants, tensor_split=(1, 1)), cards(24, 24), Host(), 8192, host_units=0)
-    assert [device.compute_bytes for device in chosen.devices if not device.idle] == [
-        device.compute_bytes for device in others.devices
-    ]
+    others = layer_split(model, wants, cards(*(free for free in free_gib if free == 24)), Host(), 8192)
+    used = [device.compute_bytes for device in chosen.devices if not device.idle]
+    assert used == [device.compute_bytes for device in others.devices]
 
 
 def test_a_model_that_fits_one_card_is_offered_on_it() -> None:
@@ -370,14 +373,15 @@ def test_a_model_that_fits_one_card_is_offered_on_it() -> None:
 @pytest.mark.parametrize(
     ("model", "offload", "verdict", "card"),
     [
-        pytest.param("llama-3.1-8b", False, "fits", 1, id="the faster one"),
+        pytest.param("llama-3.1-8b", False, "fits", 0, id="the faster one"),
         pytest.param("qwen3-32b", False, "fits", 1, id="the only one that can hold it"),
         pytest.param("llama-3.3-70b", False, "does-not-fit", 1, id="the one that misses it by least"),
         pytest.param("llama-3.3-70b", True, "fits-with-offload", 1, id="the one that leaves least to the host"),
     ],
 )
 def test_without_a_split_one_card_is_used(model: str, offload: bool, verdict: str, card: int) -> None:
-    plan = planned(model, "4080+4090", Wants(split_mode="none", offload=offload, tensor_split=(1, 1)))
+    machine = machine_of(cards(15, 24, bandwidths_gb_s=(1000, 500)))
+    plan = planned(model, machine, Wants(split_mode="none", offload=offload, tensor_split=(1, 1)))
     assert len(plan.candidates) == 1
     assert (plan.chosen.verdict, plan.chosen.split_mode) == (verdict, "none")
     assert [device.gpu for device in plan.chosen.devices] == [card]

@@ -138,15 +138,20 @@ def answer_line(answer: Answer) -> str:
 
 def status_line(sample: Sample | None, rates: Rates | None, up_s: float) -> str:
     """Return the status in one line of plain words."""
+    return "   ".join(status_parts(sample, rates, up_s))
+
+
+def status_parts(sample: Sample | None, rates: Rates | None, up_s: float) -> list[str]:
+    """Return the status in parts: state, requests, rates, KV cache use."""
     if sample is None:
-        return f"degraded {_clock(up_s)}   the engine does not answer"
+        return [f"degraded {_clock(up_s)}", "the engine does not answer"]
     parts = [f"ready {_clock(up_s)}", f"{_count(sample.running)} running, {_count(sample.waiting)} waiting"]
     if rates:
         parts.append(f"{_rate(rates.generation_tok_s)} tok/s")
         parts.append(f"prompt {_rate(rates.prompt_tok_s)} tok/s")
     if sample.kv_used is not None:
         parts.append(f"KV {sample.kv_used:.0%}")
-    return "   ".join(parts)
+    return parts
 
 
 def status_lines(
@@ -157,9 +162,15 @@ def status_lines(
     from rich.text import Text
 
     style = "green" if sample else "bold red"
-    words = status_line(sample, rates, up_s)
-    spark = f"   {sparkline(history)}" if sample and width >= len(words) + len(history) + 6 else ""
-    lines = [Text.assemble(("● ", style), words, (spark, "cyan"), no_wrap=True, overflow="ellipsis")]
+    parts = status_parts(sample, rates, up_s)
+    spark = f"   {sparkline(history)}" if sample else ""
+    if width < len("   ".join(parts)) + len(spark) + 2:  # on two lines, before anything is cut off
+        rows = ["   ".join(parts[:2]), "   ".join(parts[2:])]
+    else:
+        rows = ["   ".join(parts)]
+    lines = [Text.assemble(("● ", style), rows[0], no_wrap=True, overflow="ellipsis")]
+    lines += [Text(f"  {row}", no_wrap=True, overflow="ellipsis") for row in rows[1:] if row]
+    lines[-1].append(spark, style="cyan")
     if cards:
         lines.append(Text(f"  {cards}", style="dim", no_wrap=True, overflow="ellipsis"))
     return Group(*lines)

@@ -1,0 +1,103 @@
+"""Ports and addresses: what is free, what is taken, and what to type into a URL."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from mgpu.errors import Missing, UsageError
+from mgpu.running import ports
+from mgpu.running.ports import check_host, choose_port, client_host
+
+NOT_OURS = "203.0.113.7"  # kept for documentation (RFC 5737)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port of 127.0.0.1 on which somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def test_the_first_free_port_is_taken(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "FIRST_PORT", taken)
+    monkeypatch.setattr(ports, "_LAST_TRIED", min(taken + 50, 65536))
+    chosen = choose_port("127.0.0.1", None)
+    assert chosen != taken
+    with socket.create_server(("127.0.0.1", chosen)):
+        assert choose_port("127.0.0.1", None) != chosen
+
+
+def test_any_port_will_do_when_all_favourites_are_taken(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "FIRST_PORT", taken)
+    monkeypatch.setattr(ports, "_LAST_TRIED", taken + 1)
+    assert choose_port("127.0.0.1", None) not in (0, taken)
+
+
+def test_a_free_port_that_is_wanted_is_given(taken: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    assert choose_port("127.0.0.1", free) == free
+    assert choose_port("127.0.0.2", taken) == taken, "the same port of another address"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_a_wanted_port_that_is_taken_is_said_so(host: str, taken: int) -> None:
+    with pytest.raises(Missing, match=f"port {taken} is already in use on {host}") as missing:
+        choose_port(host, taken)
+    assert missing.value.code == "port-in-use"
+    assert "--port" in (missing.value.hint or "")
+
+
+def test_connections_that_linger_after_a_servers_end_do_not_count() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            accepted.close()  # the side that closes first keeps the port in TIME_WAIT
+            assert client.recv(1) == b""
+    assert choose_port("127.0.0.1", port) == port
+
+
+@pytest.mark.parametrize("wanted", [None, 8080])
+def test_an_address_that_is_not_ours_is_not_called_busy(wanted: int | None) -> None:
+    with pytest.raises(Missing, match=f"on {NOT_OURS} cannot be used") as missing:
+        choose_port(NOT_OURS, wanted)
+    assert missing.value.code == "port-unusable"
+
+
+@pytest.mark.parametrize("wanted", [0, -1, 65536, 10**9])
+def test_what_is_no_port_is_refused(wanted: int) -> None:
+    with pytest.raises(UsageError, match="ports go from 1 to 65535"):
+        choose_port("127.0.0.1", wanted)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", "localhost"])
+def test_addresses_are_accepted(host: str) -> None:
+    assert check_host(host) == host
+
+
+@pytest.mark.parametrize("host", ["", "no-such-host.invalid", "two..dots", "x" * 300, "\udc80"])
+def test_what_is_no_address_is_refused(host: str) -> None:
+    with pytest.raises(UsageError, match="--host") as refused:
+        check_host(host)
+    assert len(refused.value.message) < 150
+
+
+@pytest.mark.parametrize(
+    ("host", "reached_under"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("192.168.1.5", "192.168.1.5"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "[::1]"),
+        ("::1", "[::1]"),
+        ("fd00::5", "[fd00::5]"),
+        ("localhost", "localhost"),
+    ],
+)
+def test_the_address_for_a_url(host: str, reached_under: str) -> None:
+    assert client_host(host) == reached_under
