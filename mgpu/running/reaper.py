@@ -1,0 +1,305 @@
+"""The reaper: a tiny program that outlives mgpu, so that no engine does.
+
+It holds one end of a pipe whose other end is in mgpu. When that closes, however mgpu ended, the reaper ends what is
+left of the engine's process group and removes what the engine left in its temporary folder and in /dev/shm. The
+kernel's own way (PR_SET_PDEATHSIG) ends the engine's first process alone, and vLLM's workers then live on with the
+cards' memory in their hands.
+
+It is started as `python -I -S reaper.py` and imports nothing but small modules of the standard library: it has
+5 MiB of its own, once an engine.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import stat
+import sys
+import time
+
+TYPE_CHECKING = False  # without importing typing, which would cost a megabyte
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+DEFAULT_GRACE_S = 10.0
+_LOOK_EVERY_S = 1.0
+_POLL_S = 0.05
+# A killed process that computes on a card may take seconds to leave the driver.
+_KILL_LIMIT_S = 10.0
+# Python's resource tracker unlinks what the killed left in /dev/shm once their ends of its pipe have closed.
+_TRACKER_LIMIT_S = 3.0
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  only ever read, and emptied of what is known to be the engine's
+
+
+class Watch:
+    """A running reaper. mgpu's end of the pipe is in here: closing it, or dying with it, sets the reaper to work."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        """The reaper's process id."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """End whatever of the engine still runs, and remove what it left; blocks until that is done.
+
+        After the engine was stopped this takes a moment; else at most the grace period and 13 s. May be called again.
+        """
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            self._process.stdin.close()
+        self._process.wait()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def watch(engine_pid: int, folder: Path | None = None, *, grace_s: float = DEFAULT_GRACE_S) -> Watch:
+    """Start a reaper for the engine that leads the process group `engine_pid` and has `folder` as its TMPDIR.
+
+    Call it at once after the engine's start, before the engine was waited for. When mgpu is gone, the engine gets
+    SIGTERM, `grace_s` seconds, and SIGKILL. `folder` is removed then, if it is a folder of this user.
+    """
+    import subprocess
+
+    engine = _find(engine_pid)
+    started = engine.started if engine else 0
+    program = [sys.executable, "-I", "-S", os.path.abspath(__file__)]  # noqa: PTH100  pathlib is not imported here
+    process = subprocess.Popen(
+        [*program, str(engine_pid), str(started), str(grace_s), str(folder or "")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
+    return Watch(process)
+
+
+def main(argv: list[str]) -> int:
+    """The reaper itself: ENGINE_PID START_TIME GRACE_S FOLDER, with the pipe as standard input."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    group = _Group(int(argv[0]), int(argv[1]))
+    grace_s, folder = float(argv[2]), argv[3]
+    segments = _Segments(group)
+    while not _closed(_LOOK_EVERY_S):
+        segments.look()
+        group.look()
+    segments.look()
+    group.end(grace_s)
+    segments.remove()
+    if folder:
+        _remove_folder(folder)
+    return 0
+
+
+class _Process:
+    """A process, told apart from later ones of the same number by when it started (in clock ticks since boot)."""
+
+    __slots__ = ("group", "pid", "started", "zombie")
+
+    def __init__(self, pid: int, group: int, started: int, zombie: bool) -> None:
+        self.pid = pid
+        self.group = group
+        self.started = started
+        self.zombie = zombie
+
+    @property
+    def tracker(self) -> bool:
+        """Whether it is Python's resource tracker, which cleans up after its parent's death and then ends."""
+        return b"multiprocessing.resource_tracker" in _read(f"/proc/{self.pid}/cmdline")
+
+
+class _Group:
+    """The engine's process group. A group's number cannot go to another one while somebody is in it, so it is
+    the engine's until it has been seen empty, or led by a process that started at another time."""
+
+    def __init__(self, leader_pid: int, leader_started: int) -> None:
+        self._pid = leader_pid
+        self._started = leader_started
+        self._over = not leader_started
+
+    def look(self) -> None:
+        """Take notice of the group's end: checked once the leader is gone."""
+        leader = _find(self._pid)
+        if leader is None or leader.zombie or leader.started != self._started:
+            self.members()
+
+    def members(self) -> list[_Process]:
+        """Who is in the group now, zombies not counted."""
+        if self._over:
+            return []
+        leader = _find(self._pid)
+        if leader is not None and leader.started != self._started:
+            found = []  # the number has gone to somebody else
+        else:
+            found = [process for process in _processes() if self._pid in (process.group, process.pid)]
+            found = [process for process in found if not process.zombie and process.started >= self._started]
+        self._over = not found
+        return found
+
+    def end(self, grace_s: float) -> None:
+        """End everybody in the group: the leader politely, the others with it or by force."""
+        leader = _find(self._pid)
+        if leader is not None and leader.started == self._started and not leader.zombie and not self._over:
+            _send(leader, signal.SIGTERM)
+            _wait(lambda: not self.members(), grace_s)
+        self._kill(spare_trackers=True)
+        _wait(lambda: not self.members(), _TRACKER_LIMIT_S)
+        self._kill(spare_trackers=False)
+
+    def _kill(self, *, spare_trackers: bool) -> None:
+        def all_gone() -> bool:
+            targets = [process for process in self.members() if not (spare_trackers and process.tracker)]
+            for process in targets:
+                _send(process, signal.SIGKILL)
+            return not targets
+
+        _wait(all_gone, _KILL_LIMIT_S)
+
+
+class _Segments:
+    """Shared memory that belongs to the engine: files in /dev/shm that were not there when it started, belong to
+    this user, and were seen in the memory of a process of its group. Never known by their names."""
+
+    def __init__(self, group: _Group) -> None:
+        self._group = group
+        self._seen = set(_shared_files())
+        self._engines: dict[tuple[int, int], str] = {}
+
+    def look(self) -> None:
+        """Find out whose the new files are; cheap as long as there are none."""
+        files = _shared_files()
+        new = {key: path for key, path in files.items() if key not in self._seen}
+        if not new:
+            return
+        for process in self._group.members():
+            for key in _mapped(process.pid):
+                if key in new:
+                    self._engines[key] = new[key]
+                    self._seen.add(key)
+
+    def remove(self) -> None:
+        """Remove the engine's files that nobody has in memory any more."""
+        files = _shared_files()
+        left = {key: files[key] for key in self._engines if key in files}
+        if not left:
+            return
+        for process in _processes():
+            for key in _mapped(process.pid):
+                left.pop(key, None)
+        for path in left.values():
+            _quietly(os.unlink, path)
+
+
+def _closed(timeout_s: float) -> bool:
+    """Whether mgpu's end of the pipe is closed; waits for that for at most `timeout_s`."""
+    readable, _, _ = select.select([0], [], [], timeout_s)
+    return bool(readable) and not os.read(0, 4096)
+
+
+def _wait(done: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not done() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def _send(process: _Process, number: signal.Signals) -> None:
+    """Signal exactly this process, and not another one that has got its number meanwhile."""
+    handle = None
+    try:
+        if hasattr(os, "pidfd_open"):
+            handle = os.pidfd_open(process.pid)
+        now = _find(process.pid)
+        if now is not None and now.started == process.started:
+            if handle is None:
+                os.kill(process.pid, number)
+            else:
+                signal.pidfd_send_signal(handle, number)
+    except OSError:
+        pass  # gone, or not ours to signal
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _processes() -> Iterator[_Process]:
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        if name.isdecimal() and (process := _find(int(name))):
+            yield process
+
+
+def _find(pid: int) -> _Process | None:
+    """The process with this number now (proc(5): the name stands in brackets and may hold anything)."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    if len(fields) < 20:
+        return None
+    return _Process(pid, int(fields[2]), int(fields[19]), fields[0] in (b"Z", b"X"))
+
+
+def _mapped(pid: int) -> set[tuple[int, int]]:
+    """The files of /dev/shm in a process's memory, by device and inode: semaphores are mapped under another name."""
+    found = set()
+    for line in _read(f"/proc/{pid}/maps").splitlines():
+        if b" /dev/shm/" in line:
+            _, _, _, device, inode, _ = line.split(None, 5)
+            major, _, minor = device.partition(b":")
+            found.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
+    return found
+
+
+def _shared_files() -> dict[tuple[int, int], str]:
+    """This user's files in /dev/shm, by device and inode."""
+    found = {}
+    try:
+        with os.scandir(_SHARED_MEMORY) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                    found[status.st_dev, status.st_ino] = entry.path
+    except OSError:
+        pass
+    return found
+
+
+def _remove_folder(folder: str) -> None:
+    try:
+        status = os.lstat(folder)
+    except OSError:
+        return
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        return
+    for root, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            _quietly(os.unlink, f"{root}/{name}")
+        for name in folders:
+            _quietly(os.rmdir, f"{root}/{name}")
+            _quietly(os.unlink, f"{root}/{name}")  # a link to a folder
+    _quietly(os.rmdir, folder)
+
+
+def _quietly(remove: Callable[[str], None], path: str) -> None:
+    try:  # noqa: SIM105  contextlib would cost another megabyte
+        remove(path)
+    except OSError:
+        pass
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return b""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
