@@ -252,8 +252,13 @@ class Scheduler:
         return group, False
 
     def _log_group(self, group: list[Card]) -> None:
-        counts = {"gpu_count": len(group), "available_gpu_count": len(self.cards)}
-        log("sched.go:1132", "selecting GPU backend for llama-server model", library=group[0].library, **counts)
+        log(
+            "sched.go:1132",
+            "selecting GPU backend for llama-server model",
+            library=group[0].library,
+            gpu_count=len(group),
+            available_gpu_count=len(self.cards),
+        )
 
     def _child_environment(self, chosen: list[Card], single: bool) -> dict[str, str]:
         """The child sees only its cards: of Vulkan, that is so for a single one only."""
