@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DEFAULT_GRACE_S = 10.0
-_LOOK_EVERY_S = 1.0
+# What the engine made less than this before a sudden end cannot be told to be its own any more, and stays.
+_LOOK_EVERY_S = 0.5
 _POLL_S = 0.05
 # A killed process that computes on a card may take seconds to leave the driver.
 _KILL_LIMIT_S = 10.0
@@ -64,10 +65,13 @@ class Watch:
 def watch(engine_pid: int, folder: Path | None = None, *, grace_s: float = DEFAULT_GRACE_S) -> Watch:
     """Start a reaper for the engine that leads the process group `engine_pid` and has `folder` as its TMPDIR.
 
-    Call it at once after the engine's start, before the engine was waited for. When mgpu is gone, the engine gets
-    SIGTERM, `grace_s` seconds, and SIGKILL. `folder` is removed then, if it is a folder of this user.
+    Call it at once after the engine's start, before the engine was waited for; it blocks until the reaper is awake,
+    some hundredths of a second. When mgpu is gone, the engine gets SIGTERM, `grace_s` seconds, and SIGKILL. `folder`
+    is removed then, if it is a folder of this user. Raises EngineFailed (code "reaper-failed") if no reaper starts.
     """
     import subprocess
+
+    from mgpu.errors import EngineFailed
 
     engine = _find(engine_pid)
     started = engine.started if engine else 0
@@ -75,12 +79,37 @@ def watch(engine_pid: int, folder: Path | None = None, *, grace_s: float = DEFAU
     process = subprocess.Popen(
         [*program, str(engine_pid), str(started), str(grace_s), str(folder or "")],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         cwd="/",
     )
-    return Watch(process)
+    assert process.stdout is not None
+    with process.stdout:
+        awake = process.stdout.read(1)
+    guard = Watch(process)
+    if not awake:
+        guard.close()
+        raise EngineFailed("the program that ends engines when mgpu is gone did not start", code="reaper-failed")
+    return guard
+
+
+def private_folder(path: Path) -> Path:
+    """Return `path` as a new and empty folder that this user alone can open, fit to be an engine's TMPDIR.
+
+    What an earlier engine left there is removed. Raises Missing (code "temporary-folder") when it cannot be made, or
+    is somebody else's.
+    """
+    from mgpu.errors import Missing
+
+    _remove_folder(str(path))
+    try:
+        path.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise Missing(
+            f"{path} cannot be made for the engine's temporary files: {error.strerror}", code="temporary-folder"
+        ) from None
+    return path
 
 
 def main(argv: list[str]) -> int:
@@ -90,6 +119,8 @@ def main(argv: list[str]) -> int:
     group = _Group(int(argv[0]), int(argv[1]))
     grace_s, folder = float(argv[2]), argv[3]
     segments = _Segments(group)
+    os.write(1, b"!")
+    os.close(1)
     while not _closed(_LOOK_EVERY_S):
         segments.look()
         group.look()
