@@ -72,7 +72,7 @@ _ENDED = re.compile(
     r"(?:llama-server|llama runner) process (?:has terminated|no longer running):? ?(?P<why>.*)", re.DOTALL
 )
 _EXIT_STATUS = re.compile(r"exit status (\d+)|signal: (\w+)")
-_STOPPING = 'msg="shutting down scheduler'
+_SERVING = 'msg="Listening on '
 
 _NOT_FOUND = re.compile(r"file does not exist|not found|manifest unknown", re.IGNORECASE)
 _UNREACHABLE = re.compile(
@@ -91,7 +91,8 @@ def diagnose(lines: Sequence[str], exit_status: int | None) -> Failure:
                 return _explained(cause, match, number, line)
     if found := load_failure(lines):
         return found
-    if exit_status == 0 and any(_STOPPING in line for _, line in window):
+    # It ends with status 0 on a signal only, and logs nothing of it.
+    if exit_status == 0 and any(_SERVING in line for line in lines):
         return Failure(code="stopped", message="ollama was asked to stop from outside, and did", deterministic=False)
     words = next((line for _, line in reversed(window) if line.startswith("Error: ")), None)
     return from_exit_status(ENGINE, exit_status, last_words=shorten(words) if words else None)

@@ -83,7 +83,7 @@ def server_url(host: str) -> str:
         name = parts.hostname or "127.0.0.1"
     except ValueError:
         port, name = 0, ""
-    if scheme not in _SCHEME_PORTS or not name.isprintable() or " " in name or not port:
+    if scheme not in _SCHEME_PORTS or not text.isprintable() or " " in text or not port:
         raise UsageError(
             f"{HOST_VARIABLE} {shorten(host, 80)!r} is no address of a server",
             hint="for example 127.0.0.1:11434",

@@ -58,7 +58,8 @@ class OllamaClient:
     def __exit__(self, *_: object) -> None:
         self._http.close()
         for client in (self._quick, self._patient, self._loading):
-            client.__exit__(None, None, None)
+            connections: httpx.Client = client._client  # older releases have no close()
+            connections.close()
 
     def is_up(self) -> bool:
         """Whether Ollama answers: it takes requests, and has loaded nothing yet."""
