@@ -166,9 +166,11 @@ def _filled_from_the_back(
 
     def room(device: int, count: int) -> bool:
         tried = [*counts[:device], count, *counts[device + 1 :]]
+        if device and sum(tried) < units:
+            tried[0] = 1  # layers in RAM are computed on the first card, which has yet to get some
         split = replace(wants, tensor_split=tuple(map(float, tried)))
         placed = place_layers(facts, split, gpus, host, ctx_tokens, host_units=units - sum(tried))
-        return not _overflows(placed)
+        return all(placed.devices[i].spare_bytes >= wants.headroom_bytes for i in range(device, len(gpus)) if tried[i])
 
     for device in reversed(range(len(gpus))):
         low, high = 0, units - sum(counts)

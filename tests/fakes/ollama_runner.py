@@ -27,7 +27,9 @@ LAYERS = 30
 # SmolLM2-135M in Q4_1: a file of 98362432 bytes holds 63.41 MiB of layers and 28.69 MiB of head.
 _FILE_MIB = 98362432 / MIB
 _LAYER_MIB, _HEAD_MIB = 63.41 / LAYERS, 28.69
+_AMX_MIB = 95.34  # the weights as the CPU's matrix unit wants them
 _KV_BYTES_PER_TOKEN = 23040
+_COMPUTE_MIB = {512: (15.26, 31.79, 17.70, 15.26), 1024: (30.52, 96.14, 85.35, 38.75)}  # by micro-batch
 _FROM_ENVIRONMENT = {
     "LLAMA_ARG_TENSOR_SPLIT": "-ts",
     "LLAMA_ARG_SPLIT_MODE": "-sm",
@@ -87,22 +89,26 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What one unit costs in MiB; the last unit is the head."""
+    """What one unit costs in MiB; the last unit is the head. `compute` are the buffers of a single card, of each of
+    several that hold everything, and of the first and of another one where layers are in RAM."""
 
     layer: float
     head: float
     kv_layer: float
-    compute: float
+    compute: tuple[float, float, float, float]
 
-    def device(self, first: int, count: int) -> tuple[float, float, float]:
-        """Weights, KV cache and compute buffer of a device with `count` units from `first` on."""
+    def device(self, index: int, first: int, count: int, *, cards: int, whole: bool) -> tuple[float, float, float]:
+        """Weights, KV cache and compute buffer of a device with `count` units from `first` on; `whole` when the
+        cards hold everything."""
         head = count > 0 and first + count == LAYERS + 1
         layers = count - head
-        return layers * self.layer + head * self.head, layers * self.kv_layer, self.compute if count else 0.0
+        single, each, first_card, other = self.compute
+        compute = (single if cards == 1 else each) if whole else first_card if index == 0 else other
+        return layers * self.layer + head * self.head, layers * self.kv_layer, compute if count else 0.0
 
 
 def _load(settings: Settings, devices: list[Device], on_cards: int, faults: dict[str, float]) -> None:
-    shape = _shape(settings, devices)
+    shape = _shape(settings)
     used = devices[:1] if settings.split_mode == "none" else devices
     counts = _counts(settings, used, on_cards, shape)
     if settings.split_mode == "tensor":
@@ -117,8 +123,8 @@ def _load(settings: Settings, devices: list[Device], on_cards: int, faults: dict
             say(f"llama_prepare_model_devices: using device {who} - {device.free_mib} MiB free")
     first = LAYERS + 1 - sum(counts)
     parts = []
-    for count in counts:
-        parts.append(shape.device(first, count))
+    for index, count in enumerate(counts):
+        parts.append(shape.device(index, first, count, cards=len(used), whole=sum(counts) == LAYERS + 1))
         first += count
     say("load_tensors: loading model tensors, this can take a while... (load_mode = mmap)")
     if used and ("load-oom" in faults or any(sum(p) > d.free_mib for p, d in zip(parts, used, strict=True))):
@@ -130,15 +136,18 @@ def _load(settings: Settings, devices: list[Device], on_cards: int, faults: dict
     if used:
         _buffer("load_tensors", "CPU_Mapped", "model", shape.head + min(host_layers, LAYERS) * shape.layer)
     elif "amx-lie" in faults:
-        _buffer("load_tensors", "AMX", "model", LAYERS * shape.layer + shape.head)
+        _buffer("load_tensors", "AMX", "model", _AMX_MIB / _HEAD_MIB * shape.head)
         _buffer("load_tensors", "CPU", "model", shape.head)
     else:
         _buffer("load_tensors", "CPU", "model", LAYERS * shape.layer + shape.head)
     say("llama_context: constructing llama_context")
-    _buffer("llama_context", f"{used[0].id.rstrip('0123456789')}_Host" if used else "CPU", "output", 0.19)
+    pinned = f"{used[0].id.rstrip('0123456789')}_Host" if used else "CPU"
+    say(f"llama_context: {pinned:>10}  output buffer size =     0.19 MiB")
     names = [device.id for device in used]
     if settings.split_mode == "tensor":
-        names, parts = ["Meta()"], [(sum(p[0] for p in parts) / len(used), sum(p[1] for p in parts) / len(used), 16.38)]
+        # The head is on each member, and so is the widest part of the rest.
+        names = ["Meta()"]
+        parts = [(LAYERS * shape.layer / len(used) + shape.head, LAYERS * shape.kv_layer / len(used), 16.38)]
     for place, function, kind in (
         (0, "load_tensors", "model"),
         (1, "llama_kv_cache", "KV"),
@@ -155,13 +164,12 @@ def _load(settings: Settings, devices: list[Device], on_cards: int, faults: dict
     say(f"srv    load_model: initializing, n_slots = {settings.slots}, n_ctx_slot = {per_slot}, kv_unified = 'false'")
 
 
-def _shape(settings: Settings, devices: list[Device]) -> _Shape:
+def _shape(settings: Settings) -> _Shape:
     scale = Path(settings.model or "").stat().st_size / MIB / _FILE_MIB
     per_token = int(os.environ.get("FAKE_KV_BYTES_PER_TOKEN", str(_KV_BYTES_PER_TOKEN)))
     elements = sum(KV_TYPE_BYTES.get(kind, 2.0) for kind in settings.kv_type)
     kv = settings.ctx_tokens * per_token / LAYERS / 4 * elements / MIB
-    several = len(devices) > 1 and settings.split_mode == "layer"
-    compute = (31.79 if several else 15.26) * settings.ubatch / 512
+    compute = _COMPUTE_MIB[min(_COMPUTE_MIB, key=lambda ubatch: abs(ubatch - settings.ubatch))]
     return _Shape(layer=_LAYER_MIB * scale, head=_HEAD_MIB * scale, kv_layer=kv, compute=compute)
 
 
@@ -175,15 +183,16 @@ def _counts(settings: Settings, used: list[Device], on_cards: int, shape: _Shape
         return counts  # what the user has set is not adjusted
     targets = _margins(len(used))
 
-    def room(device: int, first: int, count: int) -> bool:
-        return sum(shape.device(first, count)) <= used[device].free_mib - targets[device]
+    def room(device: int, first: int, count: int, *, whole: bool) -> bool:
+        needed = sum(shape.device(device, first, count, cards=len(used), whole=whole))
+        return needed <= used[device].free_mib - targets[device]
 
     starts = [sum(counts[:index]) for index in range(len(used))]
-    if all(room(index, starts[index], counts[index]) for index in range(len(used))):
+    if all(room(index, starts[index], counts[index], whole=True) for index in range(len(used))):
         return counts
     left, filled = LAYERS + 1, [0] * len(used)
     for index in reversed(range(len(used))):
-        while left and room(index, left - 1, filled[index] + 1):
+        while left and room(index, left - 1, filled[index] + 1, whole=left == 1):
             left, filled[index] = left - 1, filled[index] + 1
     return filled
 

@@ -63,7 +63,8 @@ class Store:
             "modified_at": "2026-11-23T04:12:37.345293519Z",
             "size": sum(layer["size"] for layer in manifest["layers"]),
             "digest": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
-            "details": DETAILS,
+            "details": {**DETAILS, "context_length": 8192, "embedding_length": 576},
+            "capabilities": ["completion"],
         }
 
     def write(self, name: str, digest: str, parameters: Json) -> None:
