@@ -17,7 +17,7 @@ from mgpu.models.safetensors import folder_tensors
 from tests.fakes import tiny_llama
 
 # The keys that matter of published models' config.json.
-LLAMA_8B = {
+LLAMA_8B: dict[str, object] = {
     "model_type": "llama",
     "dtype": "bfloat16",
     "hidden_size": 4096,
@@ -29,7 +29,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "vocab_size": 128256,
 }
-MIXTRAL = LLAMA_8B | {
+MIXTRAL: dict[str, object] = LLAMA_8B | {
     "model_type": "mixtral",
     "max_position_embeddings": 32768,
     "num_local_experts": 8,
@@ -37,7 +37,7 @@ MIXTRAL = LLAMA_8B | {
     "sliding_window": None,
     "vocab_size": 32000,
 }
-QWEN_30B_A3B = {
+QWEN_30B_A3B: dict[str, object] = {
     "model_type": "qwen3_moe",
     "torch_dtype": "bfloat16",
     "decoder_sparse_step": 1,
@@ -57,7 +57,7 @@ QWEN_30B_A3B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-QWEN2_7B = {
+QWEN2_7B: dict[str, object] = {
     "model_type": "qwen2",
     "torch_dtype": "bfloat16",
     "hidden_size": 3584,
@@ -72,7 +72,7 @@ QWEN2_7B = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
-GEMMA_12B = {
+GEMMA_12B: dict[str, object] = {
     "model_type": "gemma3",
     "text_config": {
         "model_type": "gemma3_text",
@@ -89,7 +89,7 @@ GEMMA_12B = {
     "torch_dtype": "bfloat16",
     "vision_config": {"num_hidden_layers": 27, "hidden_size": 1152},
 }
-GPT_OSS_20B = {
+GPT_OSS_20B: dict[str, object] = {
     "model_type": "gpt_oss",
     "head_dim": 64,
     "hidden_size": 2880,
@@ -108,7 +108,7 @@ GPT_OSS_20B = {
     "tie_word_embeddings": False,
     "vocab_size": 201088,
 }
-DEEPSEEK_V3 = {
+DEEPSEEK_V3: dict[str, object] = {
     "model_type": "deepseek_v3",
     "first_k_dense_replace": 3,
     "hidden_size": 7168,
