@@ -63,6 +63,19 @@ _CAUSES = (
         message="this Ollama was installed without its llama-server, which runs the models",
         hint="install Ollama again: https://ollama.com/download",
     ),
+    Cause(
+        code="host-out-of-memory",
+        pattern=re.compile(r"requires more system memory \((?P<wanted>[^)]*)\) than is available \((?P<free>[^)]*)\)"),
+        message="out of memory in host RAM: {wanted} wanted, {free} available",
+        hint="a smaller --ctx or --quant, or close programs that hold RAM",
+    ),
+    Cause(
+        code="stalled",
+        pattern=re.compile(r"timed out waiting for (?:llama-server|llama runner)"),
+        message="Ollama gave up a load that made no progress",
+        hint="a card that hangs looks like this; OLLAMA_LOAD_TIMEOUT=30m after -- waits longer",
+        deterministic=False,
+    ),
 )
 _LOAD_FAILED = re.compile(r'msg="Load failed".* error="(?P<why>(?:[^"\\]|\\.)*)"')
 _NOT_STARTED = re.compile(r'msg="failed to create server".* error="(?P<why>(?:[^"\\]|\\.)*)"')

@@ -155,6 +155,9 @@ def _fitted(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], host: Host, 
         if any(counts) and (sum(counts) == units or wants.offload):
             filled = replace(planned, tensor_split=tuple(map(float, counts)))
             candidate = place_layers(facts, filled, gpus, host, ctx_tokens, host_units=units - sum(counts))
+            if facts.experts and sum(counts) < units:
+                note = "llama.cpp may rather keep the experts of more layers in RAM than whole layers"
+                candidate = replace(candidate, reasons=(*candidate.reasons, note))
     return replace(candidate, backend=BACKEND, wants=replace(wants, ubatch=planned.ubatch))
 
 

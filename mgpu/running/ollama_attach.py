@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 HOST_VARIABLE = "OLLAMA_HOST"
 _DEFAULT_PORT = 11434
 _TIMEOUT_S = 2.0
+_LONGEST_ANSWER = 65536
 _SCHEME_PORTS = {"http": 80, "https": 443}
 
 
@@ -48,16 +51,19 @@ def attach(host: str | None = None) -> Attached | Foreign | None:
 
     url = server_url(host if host is not None else os.environ.get(HOST_VARIABLE, ""))
     try:
-        reply = httpx.get(f"{url}/api/version", timeout=_TIMEOUT_S, trust_env=False, follow_redirects=False)
+        with httpx.stream("GET", f"{url}/api/version", timeout=_TIMEOUT_S, trust_env=False) as reply:
+            body = _beginning(reply)
     except (httpx.ConnectError, httpx.ConnectTimeout):
         return None
     except httpx.TimeoutException:
         return Foreign(url=url, why=f"something listens there and does not answer within {_TIMEOUT_S:.0f} s")
     except (httpx.HTTPError, httpx.InvalidURL):
         return Foreign(url=url, why="something listens there that does not speak HTTP")
-    version = _version(reply)
+    version = _version(reply.status_code, body)
     if version is None:
-        return Foreign(url=url, why=f"something else answers there: {_described(reply)}")
+        kind = reply.headers.get("content-type", "").partition(";")[0] or "no content type"
+        described = shorten(f"HTTP {reply.status_code}, {kind}: {body[:200].decode(errors='replace')}")
+        return Foreign(url=url, why=f"something else answers there: {described}")
     try:
         with OllamaClient(url, keep_alive=None) as client:
             return Attached(url=url, version=version, loaded=client.loaded())
@@ -91,16 +97,22 @@ def server_url(host: str) -> str:
     return f"{scheme}://{client_host(name)}:{port}{parts.path.rstrip('/')}"
 
 
-def _version(reply: httpx.Response) -> str | None:
+def _beginning(reply: httpx.Response) -> bytes:
+    """The first bytes of an answer: what is no Ollama may never stop talking."""
+    body = b""
+    deadline = time.monotonic() + _TIMEOUT_S
+    for chunk in reply.iter_bytes():
+        body += chunk
+        if len(body) > _LONGEST_ANSWER or time.monotonic() > deadline:
+            break
+    return body
+
+
+def _version(status: int, body: bytes) -> str | None:
     """The version in an answer that only Ollama gives."""
     try:
-        data = reply.json()
-    except ValueError:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
         return None
-    version = data.get("version") if isinstance(data, dict) and reply.status_code == 200 else None
+    version = data.get("version") if isinstance(data, dict) and status == 200 else None
     return shorten(version, 40) if isinstance(version, str) and version.strip() else None
-
-
-def _described(reply: httpx.Response) -> str:
-    kind = reply.headers.get("content-type", "").partition(";")[0] or "no content type"
-    return shorten(f"HTTP {reply.status_code}, {kind}: {reply.text[:200]}")

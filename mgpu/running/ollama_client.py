@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from mgpu.backends import llama_cpp_metrics
 from mgpu.backends.backend import Sample
+from mgpu.backends.failure import shorten
 from mgpu.backends.ollama_failure import explain_load, explain_pull
 from mgpu.backends.ollama_placement import LoadedModel
 from mgpu.errors import EngineFailed, MgpuError
@@ -29,6 +30,7 @@ _POLL_TIMEOUT_S = 5.0
 _LOAD_TIMEOUT_S = 6 * 3600.0
 # The first token with a long queue before it; between two records of a pull, a large file may be verified.
 _ANSWER_TIMEOUT_S = 600.0
+_LONGEST_MESSAGE = 300
 
 
 class OllamaClient:
@@ -86,14 +88,17 @@ class OllamaClient:
     def loaded(self) -> tuple[LoadedModel, ...]:
         """Return what the server says it holds in memory; its division between cards and RAM is not to be relied on."""
         with _errors():
+            reply = self._http.get("/api/ps")
+            entries = _json(reply)["models"]
+            # Not through the official client, whose releases know different fields.
             return tuple(
                 LoadedModel(
-                    name=model.model or model.name or "",
-                    size_bytes=_whole(model.size),
-                    size_vram_bytes=_whole(model.size_vram),
-                    ctx_tokens=getattr(model, "context_length", None),
+                    name=str(entry["name"]),
+                    size_bytes=_whole(entry.get("size")),
+                    size_vram_bytes=_whole(entry.get("size_vram")),
+                    ctx_tokens=_whole(entry.get("context_length")),
                 )
-                for model in self._quick.ps().models
+                for entry in entries
             )
 
     def pull(self, tag: str, on_progress: OnProgress = lambda _: None) -> None:
@@ -141,7 +146,7 @@ class OllamaClient:
         with _errors(lambda text: explain_load(model, text)):
             reply = self._patient.generate(model, _CANARY_PROMPT, options=options, keep_alive=self._keep_alive)
             return Canary(
-                text=reply.response or reply.thinking or "",
+                text=reply.response or getattr(reply, "thinking", None) or "",
                 seconds=time.monotonic() - begun,
                 generation_tok_s=_rate(reply.eval_count, reply.eval_duration),
             )
@@ -158,7 +163,7 @@ class OllamaClient:
         for chunk in _one_by_one(chunks, lambda said: explain_load(model, said)):
             last = chunk
             # Models that reason stream their thoughts apart; both are what the user waits for.
-            if piece := chunk.message.thinking or chunk.message.content:
+            if piece := getattr(chunk.message, "thinking", None) or chunk.message.content:
                 yield piece
         if last is None or not last.done:
             raise EngineFailed("Ollama broke off its answer", code="engine-died")
@@ -210,7 +215,8 @@ class OllamaClient:
         ("create-failed")."""
 
         def explain(text: str) -> MgpuError:
-            return EngineFailed(f"Ollama could not make a model of the file: {text}"[:300], code="create-failed")
+            message = shorten(f"Ollama could not make a model of the file: {text}", _LONGEST_MESSAGE)
+            return EngineFailed(message, code="create-failed")
 
         with _errors(explain):
             files = {f"{model.replace('/', '-').replace(':', '-')}.gguf": digest}
@@ -248,14 +254,15 @@ def _errors(explain: Callable[[str], MgpuError] | None = None, *, interrupted: s
         yield
     except ollama.ResponseError as error:
         if explain is None:
-            raise EngineFailed(f"Ollama refused the request: {error.error}"[:300], code="wrong-answer") from None
+            message = shorten(f"Ollama refused the request: {error.error}", _LONGEST_MESSAGE)
+            raise EngineFailed(message, code="wrong-answer") from None
         raise explain(error.error) from None
     except (httpx.TimeoutException, TimeoutError):
         raise EngineFailed(f"Ollama took a request and never answered{during}", code="no-answer") from None
     except (httpx.HTTPError, ConnectionError):
         code = "download-interrupted" if interrupted else "engine-died"
         raise EngineFailed(f"Ollama closed the connection, or is not running{during}", code=code) from None
-    except (pydantic.ValidationError, ValueError, AttributeError, TypeError):
+    except (pydantic.ValidationError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         raise EngineFailed("what answers does not answer as Ollama does", code="wrong-answer") from None
 
 
@@ -268,17 +275,17 @@ def _timeout(read_s: float) -> httpx.Timeout:
 def _json(reply: httpx.Response) -> dict[str, Any]:
     try:
         data = reply.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
 
 
 def _said(reply: httpx.Response) -> str:
-    return str(_json(reply).get("error") or reply.text)[:200]
+    return shorten(str(_json(reply).get("error") or reply.text), _LONGEST_MESSAGE)
 
 
 def _whole(value: object) -> int | None:
-    return int(value) if isinstance(value, int) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _rate(tokens: int | None, duration_ns: int | None) -> float | None:

@@ -119,6 +119,20 @@ def test_a_runner_that_was_killed_is_found_in_the_log() -> None:
             id="out of memory",
         ),
         pytest.param(
+            "model requires more system memory (41.2 GiB) than is available (21.5 GiB)",
+            EngineFailed,
+            "host-out-of-memory",
+            "41.2 GiB wanted, 21.5 GiB available",
+            id="out of RAM",
+        ),
+        pytest.param(
+            "timed out waiting for llama-server to start - progress 0.00 - ",
+            EngineFailed,
+            "stalled",
+            "no progress",
+            id="a load that stands still",
+        ),
+        pytest.param(
             "llama-server binary not found (checked: /a, /b)", EngineFailed, "engine-broken", "without", id="no runner"
         ),
         pytest.param(

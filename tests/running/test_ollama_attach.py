@@ -78,6 +78,8 @@ def test_nothing_is_found_where_nothing_listens() -> None:
         pytest.param(http(b'{"version": 3}'), "something else", id="JSON with another kind of version"),
         pytest.param(http(b'["version"]'), "something else", id="JSON that is no object"),
         pytest.param(http(b'{"version": "1"}', status="401 No"), "HTTP 401", id="a refusal"),
+        pytest.param(http(b"[" * 60000), "something else", id="JSON without end"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n\r\n" + b"la " * 100_000, "something else", id="an answer without end"),
         pytest.param(http(b"", status="302 Found"), "HTTP 302", id="a redirect"),
         pytest.param(http(b"\xff\xfe\x00", "text/plain"), "something else", id="bytes that are no text"),
         pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP", id="another protocol"),

@@ -338,7 +338,8 @@ class TestGgufFile:
 
 
 def test_the_official_client_and_openais_protocol_see_the_same_server(server: RunningOllama) -> None:
-    with ollama.Client(server.url, trust_env=False) as official:
+    official = ollama.Client(server.url, trust_env=False)
+    with official._client:
         assert official.show(MODEL).modelinfo is not None
     answer = httpx.post(
         f"{server.url}/v1/chat/completions",
