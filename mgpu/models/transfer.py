@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a fetch is. `stage` is "waiting" (for another mgpu that fetches the same), "downloading" or
-    "unpacking"; `total_bytes` is None while it is not known."""
+    """How far a fetch is. `stage` is "waiting" (for another mgpu that fetches the same), "checking" (what an earlier
+    one left), "downloading" or "unpacking"; `total_bytes` is None while it is not known."""
 
     stage: str
     name: str
@@ -56,16 +56,20 @@ def without_secrets(text: str) -> str:
 
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Raise Missing (`disk-full`) unless `needed_bytes` fit on the disk that `folder` is or will be on."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_folder(folder)).free
     if needed_bytes + _SPARE_BYTES > free:
         raise Missing(
             f"the disk of {folder} is too full: {needed_bytes:,} bytes are needed, {free:,} are free",
             code="disk-full",
             hint="free some space; HF_HOME moves the cache of models to another disk",
         )
+
+
+def existing_folder(folder: Path) -> Path:
+    """Return `folder`, or the nearest one above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def client() -> httpx.Client:
@@ -118,20 +122,21 @@ def download(
     size: int,
     sha256: str | None,
     on_bytes: Callable[[int], None],
+    on_checked: Callable[[int], None],
 ) -> None:
     """Complete `partial` until it holds the `size` bytes behind `url`, and check them.
 
     What `partial` holds already is kept if the server can go on from there. A connection that breaks is taken up
-    again as long as it makes progress. `on_bytes` is told how many bytes are there and checked. Raises Unavailable:
-    after a broken connection `partial` stays, for the next try; with a wrong checksum (`checksum-mismatch`) it is
-    deleted.
+    again as long as it makes progress. `on_checked` is told how many of the bytes that were there are read again,
+    `on_bytes` how many are there. Raises Unavailable: after a broken connection `partial` stays, for the next try;
+    with a wrong checksum (`checksum-mismatch`) it is deleted.
     """
     import httpx
 
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a+b") as file:
         digest = hashlib.sha256()
-        done = _digest_so_far(file, size, digest, on_bytes)
+        done = _digest_so_far(file, size, digest, on_checked)
         fruitless = 0
         while done < size:
             before = done
