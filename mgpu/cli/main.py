@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from mgpu import __version__
-from mgpu.cli import machine, plan, profiles, run
+from mgpu.cli import machine, models, plan, profiles, run
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result, failure
 from mgpu.errors import Interrupted, MgpuError, UsageError
 
 _ENGINE_ARGUMENT_COMMANDS = ("run", "plan")
-_COMMANDS = ("run", "plan", "gpus", "backends", "profiles")
+_COMMANDS = ("run", "plan", "pull", "ls", "gpus", "backends", "profiles")
 _PROFILES_COMMANDS = ("list", "show", "check", "new", "schema")
 
 app = typer.Typer(
@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
+app.command("pull")(models.pull)
+app.command("ls")(models.ls)
 app.command("gpus")(machine.gpus)
 app.command("backends")(machine.backends)
 app.add_typer(profiles.app, name="profiles")
@@ -101,7 +103,7 @@ def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) 
     command = typer.main.get_command(app)
     if "_MGPU_COMPLETE" in os.environ:
         command()  # a shell asks what can be completed
-    run.output = out
+    run.output = models.output = out
     try:
         # Not `command.main()`: it would turn interrupts and broken pipes into exits of its own.
         with command.make_context("mgpu", arguments, obj=engine_arguments) as context:

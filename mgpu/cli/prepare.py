@@ -178,18 +178,26 @@ def _profiled(name: str, quant: str | None) -> PreparedModel:
     from mgpu.profile import load_profile
 
     profile = load_profile(name).profile
+    wanted, source = choose_quantisation(profile, quant)
+    path = find_local(source, quantisation=wanted)
+    facts = replace(facts_from_gguf(path), name=name) if path else facts_from_shape(name, profile.model, wanted)
+    return PreparedModel(name=name, facts=facts, profile=profile, path=path)
+
+
+def choose_quantisation(profile: Profile, quant: str | None) -> tuple[str, GgufSource]:
+    """Return the quantisation that `--quant` means (None: the profile's own choice) and where it is to be had.
+
+    Raises UsageError if the profile has none by that name.
+    """
     wanted = profile.default_quantisation if quant is None else quant.upper()
     if wanted not in profile.quantisations:
         there = list(profile.quantisations)
         near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.3)
         raise UsageError(
-            f"profile {name} has no quantisation {quant}; it has {', '.join(there)}",
+            f"profile {profile.name} has no quantisation {quant}; it has {', '.join(there)}",
             hint=f"--quant {near[0] if near else profile.default_quantisation}",
         )
-    source = next(source for quantisation, source in profile.quantisations.items() if quantisation == wanted)
-    path = find_local(source, quantisation=wanted)
-    facts = replace(facts_from_gguf(path), name=name) if path else facts_from_shape(name, profile.model, wanted)
-    return PreparedModel(name=name, facts=facts, profile=profile, path=path)
+    return wanted, next(source for name, source in profile.quantisations.items() if name == wanted)
 
 
 def _source(model: PreparedModel) -> GgufSource | HubFiles | None:
