@@ -48,7 +48,9 @@ class OllamaClient:
 
         self.url = url.rstrip("/")
         self._keep_alive = keep_alive
-        settings: dict[str, Any] = {"follow_redirects": False, "trust_env": False}
+        # One list of certificates for all connections, since reading it takes longer than all else here.
+        certificates = httpx.create_ssl_context(trust_env=False)
+        settings: dict[str, Any] = {"follow_redirects": False, "trust_env": False, "verify": certificates}
         self._http = httpx.Client(base_url=self.url, timeout=_POLL_TIMEOUT_S, **settings)
         self._quick = ollama.Client(self.url, timeout=_POLL_TIMEOUT_S, **settings)
         self._patient = ollama.Client(self.url, timeout=_timeout(_ANSWER_TIMEOUT_S), **settings)
