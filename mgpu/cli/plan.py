@@ -22,24 +22,33 @@ def plan(
     options: PlannerOptions,
     machine: MachineOption = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the sums.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Ask the engine itself, too; nothing is loaded.")] = False,
     json: JsonOption = False,
 ) -> Result:
     """Plan MODEL on this machine or another: memory per card, the split, what fits. Engine arguments follow --."""
+    from mgpu.cli.exact import ask_engine, exact_data, require_devices_that_can_be_asked
     from mgpu.cli.prepare import prepare
+    from mgpu.cli.views.exact import exact_screen
     from mgpu.cli.views.plan import plan_screen
 
+    if exact:
+        require_devices_that_can_be_asked(machine)
     prepared = prepare(model, options, machine=machine, engine_arguments=context.obj or ())
     fits = prepared.plan.best is not None
+    asked = ask_engine(prepared) if exact else None
 
     def screen(width: int) -> Any:
         yield from plan_screen(prepared.name, prepared.plan, width, explain=explain)
+        if asked:
+            yield ""
+            yield from exact_screen(asked, width)
         if fits:
             yield ""
             yield f"  {run_command(model)}          --explain shows the sums · run --dry-run the command"
 
     return Result(
         command="plan",
-        data=plan_data(prepared),
+        data={**plan_data(prepared), "exact": exact_data(asked) if asked else None},
         screen=screen,
         exit_code=0 if fits else 1,
         simulated=prepared.plan.machine.source == "simulated",
@@ -53,7 +62,9 @@ def run_command(model: str) -> str:
 
     words = list(sys.argv[1:])
     kept = [
-        w for i, w in enumerate(words) if w not in ("--explain", "--json", "--machine") and words[i - 1] != "--machine"
+        w
+        for i, w in enumerate(words)
+        if w not in ("--explain", "--exact", "--json", "--machine") and words[i - 1] != "--machine"
     ]
     kept = [w for w in kept if not w.startswith("--machine=")]
     if kept[:1] != ["plan"]:

@@ -54,7 +54,8 @@ def rpc_devices(count: int) -> Iterator[tuple[str, ...]]:
         for _ in range(count):
             port = free_port()
             command = [str(program), "--host", "127.0.0.1", "--port", str(port), "--threads", "1"]
-            process = stack.enter_context(_running(command, NO_VULKAN))
+            # What it says of each request would fill a pipe that nobody reads, and block it.
+            process = stack.enter_context(_running(command, NO_VULKAN, stdout=subprocess.DEVNULL))
             _wait_until_it_answers(process, port)
             endpoints.append(f"127.0.0.1:{port}")
         yield tuple(endpoints)
@@ -113,11 +114,13 @@ def _program(function: str) -> Path:
 
 
 @contextmanager
-def _running(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def _running(
+    command: Sequence[str], environment: dict[str, str], *, stdout: int = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, **environment},
