@@ -47,13 +47,22 @@ class RemoteGguf:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteConfig:
     """A repository with safetensors: its config.json, the index of its tensors (None if one file holds them all), and
-    its files with their sizes (None where the hub does not tell)."""
+    the files that an engine loads with their sizes (None where the hub does not tell).
+
+    `facts_from_config` makes facts of it, with `weights_bytes`, or with each tensor's from the headers of the files.
+    """
 
     repository: str
     commit: str
     config: Mapping[str, object]
     index: Mapping[str, object] | None
     file_bytes: Mapping[str, int | None]
+
+    @property
+    def weights_bytes(self) -> int | None:
+        """The size of all files together, None if one is not known."""
+        sizes = self.file_bytes.values()
+        return None if None in sizes else sum(size for size in sizes if size)
 
 
 def header_from_hub(source: HubRepository) -> ModelFacts:
@@ -87,15 +96,16 @@ def config_from_hub(source: HubRepository) -> RemoteConfig:
     try:
         with Hub() as hub:
             listing = hub.listing(source.repository, "main")
-            weights = {path: size for path, size in listing.sizes.items() if path.endswith(".safetensors")}
-            if not weights or "config.json" not in listing.sizes:
+            found = {path: size for path, size in listing.sizes.items() if path.endswith(".safetensors")}
+            if not found or "config.json" not in listing.sizes:
                 raise Unavailable(f"{source.repository} has no safetensors with a config.json", code="not-found")
+            index = _json(hub, source, _INDEX) if _INDEX in listing.sizes else None
             return RemoteConfig(
                 repository=source.repository,
                 commit=listing.commit,
                 config=_json(hub, source, "config.json"),
-                index=_json(hub, source, _INDEX) if _INDEX in listing.sizes else None,
-                file_bytes=weights,
+                index=index,
+                file_bytes=_loaded(found, index),
             )
     except Unavailable as error:
         raise _missing(source, error) from error
@@ -107,6 +117,7 @@ _FIRST_BYTES_OF_OTHER_PARTS = 256 << 10
 _MOST_BYTES = 64 << 20
 _MOST_JSON_BYTES = 32 << 20
 _INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
 _OUT_OF_REACH = ("offline", "hub-unreachable", "rate-limited", "bad-server")
 
 
@@ -206,6 +217,13 @@ def _remembered(source: HubRepository, known: Known, why: str) -> RemoteGguf | N
     if not files or None in parts:
         return None
     return replace(_gguf(files, [part for part in parts if part]), unconfirmed=why)
+
+
+def _loaded(found: Mapping[str, int | None], index: Mapping[str, object] | None) -> Mapping[str, int | None]:
+    """Of a repository's safetensors those that engines load: it may hold the weights in another format beside them."""
+    parts = index.get("weight_map") if index else None
+    wanted = {str(name) for name in parts.values()} if isinstance(parts, dict) else {_WHOLE}
+    return {path: size for path, size in found.items() if path in wanted} or found
 
 
 def _json(hub: Hub, source: HubRepository, path: str) -> Mapping[str, object]:

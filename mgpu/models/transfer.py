@@ -181,6 +181,8 @@ def read_range(http: httpx.Client, url: str, start: int, end: int, *, headers: M
     """
     import httpx
 
+    if start >= end:
+        return b""
     broken = ""
     for attempt in range(_TRIES):
         time.sleep(attempt)

@@ -231,6 +231,7 @@ def test_a_slow_link_is_waited_for(hub: FakeHub, tmp_path: Path) -> None:
         pytest.param(b"GGUF\3\0\0\0" + b"\xff" * 16, "claims", id="a header that claims too much"),
         pytest.param(b"GGUF\3\0\0\0", "points past the file's 8 bytes", id="a file that ends in its header"),
         pytest.param(random.Random(0).randbytes(300_000), "no GGUF file", id="noise"),
+        pytest.param(b"", "is empty", id="nothing"),
     ],
 )
 def test_a_file_that_is_no_model_is_refused(hub: FakeHub, content: bytes, said: str) -> None:
@@ -332,20 +333,35 @@ def test_this_machine_is_never_asked_through_a_proxy(
 
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 16}
-INDEX = {"metadata": {"total_size": 30}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = {"metadata": {"total_size": 30}, "weight_map": {"a": PARTS[0], "b": PARTS[1], "c": PARTS[0]}}
 
 
 def test_a_repository_with_safetensors_gives_its_config_and_sizes(hub: FakeHub) -> None:
     hub.repositories["org/repo"] = {
         "config.json": json.dumps(CONFIG).encode(),
         "model.safetensors.index.json": json.dumps(INDEX).encode(),
-        "model-00001-of-00002.safetensors": bytes(10),
-        "model-00002-of-00002.safetensors": bytes(20),
+        PARTS[0]: bytes(10),
+        PARTS[1]: bytes(20),
+        "consolidated.safetensors": bytes(30),
         "README.md": b"hello",
     }
     found = config_from_hub(SOURCE)
     assert (found.config, found.index) == (CONFIG, INDEX)
-    assert found.file_bytes == {"model-00001-of-00002.safetensors": 10, "model-00002-of-00002.safetensors": 20}
+    assert (found.file_bytes, found.weights_bytes) == ({PARTS[0]: 10, PARTS[1]: 20}, 30)
+
+
+@pytest.mark.parametrize(
+    ("files", "loaded"),
+    [
+        pytest.param({"model.safetensors": 10, "consolidated.safetensors": 20}, {"model.safetensors": 10}, id="whole"),
+        pytest.param({"weights.safetensors": 10}, {"weights.safetensors": 10}, id="by another name"),
+    ],
+)
+def test_what_engines_load_is_what_counts(hub: FakeHub, files: dict[str, int], loaded: dict[str, int]) -> None:
+    hub.repositories["org/repo"] = {"config.json": b"{}", **{path: bytes(size) for path, size in files.items()}}
+    found = config_from_hub(SOURCE)
+    assert (found.file_bytes, found.index) == (loaded, None)
 
 
 @pytest.mark.parametrize(
@@ -354,6 +370,7 @@ def test_a_repository_with_safetensors_gives_its_config_and_sizes(hub: FakeHub) 
         pytest.param({"config.json": b"{}"}, Missing, "no safetensors", id="no weights"),
         pytest.param({"m.safetensors": b""}, Missing, "no safetensors with a config.json", id="no config"),
         pytest.param({"m.safetensors": b"", "config.json": b"{"}, BadModel, "is not JSON", id="half a config"),
+        pytest.param({"m.safetensors": b"", "config.json": b""}, BadModel, "is not JSON", id="an empty config"),
         pytest.param({"m.safetensors": b"", "config.json": b"[" * 99_999}, BadModel, "is not JSON", id="a deep config"),
         pytest.param({"m.safetensors": b"", "config.json": b"[]"}, BadModel, "no JSON object", id="a list"),
     ],
