@@ -244,6 +244,30 @@ def test_only_what_is_the_engines_alone_is_removed() -> None:
             names[1].unlink()
 
 
+def test_what_others_share_costs_nothing_in_the_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def mapped(pid: int) -> set[tuple[int, int]]:
+        looks.append(pid)
+        return set()
+
+    monkeypatch.setattr(reaper, "_mapped", mapped)
+    with subprocess.Popen(["/bin/sleep", "600"], process_group=0) as engine:
+        found = reaper._find(engine.pid)
+        assert found
+        segments = reaper._Segments(reaper._Group(engine.pid, found.started))
+        segments.look()
+        assert looks == [], "nothing is new"
+        with shared_file("strangers"):
+            for _ in range(100):
+                segments.look()
+            assert 0 < len(looks) <= reaper._MOST_LOOKS
+            looks.clear()
+            segments.look(last=True)
+            assert looks == [engine.pid]
+        engine.kill()
+
+
 def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
