@@ -119,6 +119,7 @@ def _pull_from_ollama(tag: OllamaTag) -> Pull:
 
 def _fetch_all(pulls: Sequence[Pull]) -> None:
     """Fetch one after the other under one bar. One that fails does not keep the others from being fetched."""
+    from mgpu.cli.live import live
     from mgpu.cli.pace import Pace
     from mgpu.cli.views.status import fetch_line
     from mgpu.models.fetch import fetch
@@ -131,7 +132,7 @@ def _fetch_all(pulls: Sequence[Pull]) -> None:
     for each in pulls:
         assert each.survey
         number = f" ({missing.index(each) + 1} of {len(missing)})" if each in missing and len(missing) > 1 else ""
-        with output.live(error=True) as draw:
+        with live(output, error=True) as draw:
 
             def on_progress(progress: Progress, before: int = before, number: str = number) -> None:
                 done_bytes = before + progress.done_bytes

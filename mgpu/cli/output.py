@@ -5,12 +5,9 @@ Results go to stdout; progress, warnings and errors to stderr. JSON never passes
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
 from mgpu.cli.result import Result, envelope
@@ -19,10 +16,6 @@ from mgpu.errors import Interrupted, MgpuError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-Draw = Callable[[Callable[[int], "RenderableType"]], None]
-
-# Often enough for a terminal to look alive, seldom enough to cost nothing.
-_REDRAW_EVERY_S = 0.1
 # Wide enough for every table; used where there is no terminal to ask.
 _PIPE_COLUMNS = 100
 
@@ -97,31 +90,6 @@ class Output:
         stream = stream or sys.stdout
         stream.write(text)
         stream.flush()
-
-    @contextlib.contextmanager
-    def live(self, *, error: bool) -> Iterator[Draw]:
-        """A part of the terminal that is redrawn; yields what to call with a function from width to lines.
-
-        Where there is no terminal nothing is drawn. What was drawn is cleared at the end.
-        """
-        if self.as_json or not self.console(error=error).is_terminal:
-            yield lambda _: None
-            return
-        from rich.live import Live
-
-        console = self.console(error=error)
-        drawn_at = 0.0
-        with Live(
-            console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
-        ) as live:
-
-            def draw(lines: Callable[[int], RenderableType]) -> None:
-                nonlocal drawn_at
-                if time.monotonic() - drawn_at >= _REDRAW_EVERY_S:
-                    live.update(lines(console.width), refresh=True)
-                    drawn_at = time.monotonic()
-
-            yield draw
 
     def _labelled(self, label: str, text: str, style: str) -> None:
         from rich.text import Text

@@ -28,7 +28,7 @@ def plan(
     """Plan MODEL on this machine or another: memory per card, the split, what fits. Engine arguments follow --."""
     from mgpu.cli.exact import ask_engine, exact_data, require_devices_that_can_be_asked
     from mgpu.cli.prepare import prepare
-    from mgpu.cli.views.exact import exact_screen
+    from mgpu.cli.views.exact import above_exact
     from mgpu.cli.views.plan import plan_screen
 
     if exact:
@@ -39,9 +39,6 @@ def plan(
 
     def screen(width: int) -> Any:
         yield from plan_screen(prepared.name, prepared.plan, width, explain=explain)
-        if asked:
-            yield ""
-            yield from exact_screen(asked, width)
         if fits:
             yield ""
             yield f"  {run_command(model)}          --explain shows the sums · run --dry-run the command"
@@ -49,7 +46,7 @@ def plan(
     return Result(
         command="plan",
         data={**plan_data(prepared), "exact": exact_data(asked) if asked else None},
-        screen=screen,
+        screen=above_exact(screen, asked) if asked else screen,
         exit_code=0 if fits else 1,
         simulated=prepared.plan.machine.source == "simulated",
         warnings=prepared.warnings,

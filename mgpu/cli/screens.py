@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from mgpu.cli.output import Draw, Output
+from mgpu.cli.live import Draw, live
+from mgpu.cli.output import Output
 from mgpu.cli.pace import Pace
 from mgpu.cli.result import Result, envelope
 from mgpu.cli.views import status as view
@@ -196,4 +197,4 @@ class RunScreen:
             self._out.json_line(envelope(Result(command="run", data={"event": event, "at": at, **data})))
 
     def _live(self, *, error: bool) -> AbstractContextManager[Draw]:
-        return self._out.live(error=error)
+        return live(self._out, error=error)

@@ -77,8 +77,9 @@ def test_a_file_is_planned_as_the_engine_projects_it(real: Mgpu, devices: str, t
     assert_agreed(real, checked(ended.json, "plan", PLAN)["exact"], 1)
     screen = real("plan", path, "--exact", "--", "--rpc", devices).out
     assert "llama-server was asked what it would hold" in screen
-    assert "gpu1 127.0.0.1" in screen.split("planned → projected")[1]
-    assert "--exact" not in screen.split("mgpu run")[1]
+    plan, comparison = screen.split("planned/projected")
+    assert "gpu1 127.0.0.1" in comparison
+    assert "--exact" not in plan.split("mgpu run")[1].splitlines()[0]
 
 
 @real_device
