@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -161,7 +162,7 @@ def _look_into(each: Pull) -> None:
     try:
         header = read_gguf(each.path)
     except BadModel as error:
-        error.hint = f"remove it, then pull again: rm {each.path.resolve()}"
+        error.hint = f"remove it, then pull again: rm {shlex.quote(str(each.path.resolve()))}"
         raise
     each.size_bytes = header.file_bytes
     each.quantisation = each.quantisation or quantisation_of(header)

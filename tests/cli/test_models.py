@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from mgpu.cli.pace import Pace
+from mgpu.cli.views.status import fetch_line
+from mgpu.models.fetch import Progress
 from tests.fakes.hub_server import FakeHub, running
 from tests.fakes.shapes import SHAPES
 from tests.fakes.sparse_gguf import make_sparse_gguf
@@ -92,7 +94,7 @@ def test_a_model_on_the_hub_is_planned_before_it_is_fetched(mgpu: Mgpu, hub: Fak
     assert plan["model"]["source"] == "hf:org/Big-GGUF/Big-Q4_K_M.gguf"
     assert hub.served_bytes < plan["model"]["file_bytes"] / 1000
     served = hub.served_bytes
-    assert "mgpu run hf:org/Big-GGUF:Q4_K_M" in mgpu("plan", "hf:org/Big-GGUF:Q4_K_M", "--machine", "2x4090").out
+    assert "FITS   Big · Q4_K_M" in mgpu("plan", "hf:org/Big-GGUF:Q4_K_M", "--machine", "2x4090").out
     assert hub.served_bytes == served
 
 
@@ -279,6 +281,36 @@ def test_ls_of_an_empty_machine_says_how_to_get_a_model(mgpu: Mgpu, hub: FakeHub
     assert checked(mgpu("ls", "--json").json, "ls", LS)["models"] == []
     ended = mgpu("ls")
     assert (ended.exit_code, "mgpu pull llama-8b" in ended.out) == (0, True)
+
+
+def test_ls_marks_what_is_broken(mgpu: Mgpu, hub: FakeHub) -> None:
+    path = Path(mgpu("pull", "hf:org/mine", "--json").json["data"]["models"][0]["path"])
+    path.resolve().write_bytes(b"<!DOCTYPE html>")
+    shown = mgpu("ls").out
+    assert "broken" in shown.splitlines()[0]
+    assert "it is a web page, not a model" in shown
+    ended = mgpu("pull", "hf:org/mine", "--json")
+    assert (ended.exit_code, ended.json["data"]["models"][0]["error"]) == (3, "model-unusable")
+    assert ended.json["errors"][0]["hint"] == f"remove it, then pull again: rm {path.resolve()}"
+    path.resolve().unlink()
+    assert mgpu("pull", "hf:org/mine").exit_code == 0
+    assert "broken" not in mgpu("ls").out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("done", "rate", "words"),
+    [
+        pytest.param(26_400_000_000, 118_000_000.0, "62%  26.4/42.5 GB  118.0 MB/s  2:16 left", id="on its way"),
+        pytest.param(0, None, "0%  0.0/42.5 GB", id="just begun"),
+        pytest.param(1_000_000_000, 0.0, "2%  1.0/42.5 GB", id="standing still"),
+        pytest.param(42_500_000_000, 1.5e9, "100%  42.5/42.5 GB  1.5 GB/s", id="done"),
+    ],
+)
+def test_a_bar_tells_how_much_how_fast_and_how_long(done: int, rate: float | None, words: str) -> None:
+    progress = Progress(stage="downloading", name="m.gguf (1 of 2)", done_bytes=done, total_bytes=42_500_000_000)
+    line = str(fetch_line(progress, rate, 100))
+    assert line.startswith("fetch    m.gguf (1 of 2)  ━")
+    assert line.endswith(words)
 
 
 @pytest.mark.parametrize(
