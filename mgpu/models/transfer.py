@@ -61,7 +61,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         raise Missing(
             f"the disk of {folder} is too full: {needed_bytes:,} bytes are needed, {free:,} are free",
             code="disk-full",
-            hint="free some space; HF_HOME moves the cache of models to another disk",
+            hint="free some space, or move the caches to another disk: HF_HOME, XDG_CACHE_HOME",
         )
 
 
@@ -73,19 +73,17 @@ def existing_folder(folder: Path) -> Path:
 
 
 def client() -> httpx.Client:
-    """An HTTP client that trusts the system's certificates beside its own and uses the proxies of the environment.
+    """An HTTP client that trusts the system's certificates and uses the proxies of the environment.
 
     This machine's own addresses are never asked through a proxy, whatever the environment says. Raises Unavailable
     if it names certificates or proxies that cannot be used.
     """
-    import certifi
     import httpx
 
     timeout = httpx.Timeout(_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS)
     try:
-        context = ssl.create_default_context()
-        context.load_verify_locations(certifi.where())
-        return httpx.Client(verify=context, timeout=timeout, mounts=dict.fromkeys(_THIS_MACHINE))
+        mounts = dict.fromkeys(_THIS_MACHINE)
+        return httpx.Client(verify=ssl.create_default_context(), timeout=timeout, mounts=mounts)
     except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
         raise Unavailable(
             f"the environment's settings of proxies or certificates cannot be used ({error})",
