@@ -50,7 +50,7 @@ class Watch:
     def close(self) -> None:
         """End whatever of the engine still runs, and remove what it left; blocks until that is done.
 
-        After the engine was stopped this takes a moment; else at most the grace period and 13 s. May be called again.
+        After the engine was stopped this takes a moment; else at most the grace period and 23 s. May be called again.
         """
         if self._process.stdin is not None and not self._process.stdin.closed:
             self._process.stdin.close()
@@ -66,9 +66,10 @@ class Watch:
 def watch(engine_pid: int, folder: Path | None = None, *, grace_s: float = DEFAULT_GRACE_S) -> Watch:
     """Start a reaper for the engine that leads the process group `engine_pid` and has `folder` as its TMPDIR.
 
-    Call it at once after the engine's start, before the engine was waited for; it blocks until the reaper is awake,
-    some hundredths of a second. When mgpu is gone, the engine gets SIGTERM, `grace_s` seconds, and SIGKILL. `folder`
-    is removed then, if it is a folder of this user. Raises EngineFailed (code "reaper-failed") if no reaper starts.
+    Call it at once after the engine's start, before the engine was waited for: what is in /dev/shm by then is taken
+    for somebody else's. It blocks until the reaper is awake, some hundredths of a second. When mgpu is gone, the
+    engine gets SIGTERM, `grace_s` seconds, and SIGKILL. `folder` is removed then, if it is a folder of this user.
+    Raises EngineFailed (code "reaper-failed") if no reaper starts.
     """
     import subprocess
 
