@@ -25,7 +25,12 @@ def test_an_idle_engine() -> None:
     assert found.generation_tokens_total is not None
 
 
-def test_replicas_are_added_up() -> None:
+def test_recorded_replicas_are_added_up() -> None:
+    found = sample_from_text(0.0, recorded.text("metrics_dp2.txt"))
+    assert (found.running, found.generation_tokens_total, found.kv_used) == (0, 8.0 + 16.0, 0.0)
+
+
+def test_busy_replicas_are_added_up() -> None:
     text = recorded.text("metrics_busy.txt")
     one = sample_from_text(0.0, text)
     both = sample_from_text(0.0, text + text.replace('engine="0"', 'engine="1"'))
