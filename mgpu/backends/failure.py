@@ -9,6 +9,7 @@ Codes shared by every engine:
     model-missing, model-corrupt, model-not-gguf, model-unusable, architecture-unknown
     device-lost         a card (or the machine behind an RPC endpoint) died or failed while computing
     engine-broken       the program itself cannot run here: missing library, wrong CPU, no kernels for the card
+    cards-unreachable   the cards of a group do not reach each other (NCCL)
     killed              SIGKILL, most often the kernel's out-of-memory killer
     stopped             somebody else asked the engine to end
     crashed             assertion, abort, segmentation fault

@@ -22,14 +22,20 @@ def plan(
     options: PlannerOptions,
     machine: MachineOption = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the sums.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Ask the engine itself, too; nothing is loaded.")] = False,
     json: JsonOption = False,
 ) -> Result:
     """Plan MODEL on this machine or another: memory per card, the split, what fits. Engine arguments follow --."""
+    from mgpu.cli.exact import ask_engine, exact_data, require_devices_that_can_be_asked
     from mgpu.cli.prepare import prepare
+    from mgpu.cli.views.exact import above_exact
     from mgpu.cli.views.plan import plan_screen
 
+    if exact:
+        require_devices_that_can_be_asked(machine)
     prepared = prepare(model, options, machine=machine, engine_arguments=context.obj or ())
     fits = prepared.plan.best is not None
+    asked = ask_engine(prepared) if exact else None
 
     def screen(width: int) -> Any:
         yield from plan_screen(prepared.name, prepared.plan, width, explain=explain)
@@ -42,8 +48,8 @@ def plan(
 
     return Result(
         command="plan",
-        data=plan_data(prepared),
-        screen=screen,
+        data={**plan_data(prepared), "exact": exact_data(asked) if asked else None},
+        screen=above_exact(screen, asked) if asked else screen,
         exit_code=0 if fits else 1,
         simulated=prepared.plan.machine.source == "simulated",
         warnings=prepared.warnings,
@@ -56,7 +62,9 @@ def run_command(model: str) -> str:
 
     words = list(sys.argv[1:])
     kept = [
-        w for i, w in enumerate(words) if w not in ("--explain", "--json", "--machine") and words[i - 1] != "--machine"
+        w
+        for i, w in enumerate(words)
+        if w not in ("--explain", "--exact", "--json", "--machine") and words[i - 1] != "--machine"
     ]
     kept = [w for w in kept if not w.startswith("--machine=")]
     if kept[:1] != ["plan"]:

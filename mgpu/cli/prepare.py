@@ -17,26 +17,41 @@ from mgpu.machine.probe import probe, select_gpus, with_engine_devices
 from mgpu.machine.simulate import simulate
 from mgpu.machine.snapshot import Gpu, Machine
 from mgpu.models.facts import ModelFacts
-from mgpu.models.source import GgufFile, ModelFolder, ProfileName, parse_model
+from mgpu.models.source import GgufFile, HubRepository, ModelFolder, ProfileName, in_quantisation, parse_model
 from mgpu.planning.plan import Plan, make_plan
 from mgpu.planning.wants import Wants
 
 if TYPE_CHECKING:
+    from mgpu.models.hub import HubFiles
+    from mgpu.models.remote import RemoteGguf
     from mgpu.profile import GgufSource, Profile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedModel:
+    """A model as it was found: by a `profile`, on disk at `path`, or on the hub (`remote`)."""
+
+    name: str
+    facts: ModelFacts
+    profile: Profile | None = None
+    path: Path | None = None
+    remote: RemoteGguf | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A plan and all it was made of. `engine` is None when none is installed or the machine is simulated;
-    `path` is the model's file when it is on disk, else `source` says where to get it."""
+    `path` is the model's file when it is on disk, else `source` says where to get it. `argument` is MODEL as typed."""
 
     name: str
+    argument: str
+    model: PreparedModel
     plan: Plan
     wants: Wants
     gpus: tuple[Gpu, ...]
     arguments: EngineArguments
     engine: Engine | None
-    source: GgufSource | None
+    source: GgufSource | HubFiles | None
     path: Path | None
     warnings: tuple[str, ...]
 
@@ -69,7 +84,8 @@ def prepare(
     query = DeviceQuery(engine, rpc=arguments.rpc) if engine else None
     try:
         found = probe() if machine is None else simulate(machine)
-        name, facts, profile, path = _model(source, options.quant)
+        prepared_model = _model(source, options.quant)
+        facts, profile = prepared_model.facts, prepared_model.profile
         warnings = []
         if query:
             assert engine
@@ -84,6 +100,8 @@ def prepare(
             found = _assumed_names(found)
             if not simulated:
                 warnings.append(f"llama.cpp is not installed (planned as if it saw every card): {INSTALL_LLAMA_CPP}")
+        if prepared_model.remote and prepared_model.remote.unconfirmed:
+            warnings.append(f"planned from what was read of {source} before: {prepared_model.remote.unconfirmed}")
         if found.driver and found.driver.problem:
             warnings.append(found.driver.problem)
         if stray := [name for name in stray_variables() if name != "LLAMA_ARG_RPC"]:
@@ -112,25 +130,28 @@ def prepare(
     if plan.best is None and profile:
         plan = make_plan(facts, found, gpus, wants, other_quantisations=tuple(_others(profile, facts)))
     return Prepared(
-        name=name,
+        name=prepared_model.name,
+        argument=model,
+        model=prepared_model,
         plan=plan,
         wants=wants,
         gpus=gpus,
         arguments=arguments,
         engine=engine,
-        source=_source(profile, facts) if profile else None,
-        path=path,
+        source=_source(prepared_model),
+        path=prepared_model.path,
         warnings=tuple(warnings),
     )
 
 
-def _model(source: object, quant: str | None) -> tuple[str, ModelFacts, Profile | None, Path | None]:
-    """The model's name, facts, profile and file, as far as there are any."""
+def _model(source: object, quant: str | None) -> PreparedModel:
     match source:
         case ProfileName(name):
             return _profiled(name, quant)
         case GgufFile(path) | ModelFolder(path):
             return _from_file(path, quant)
+        case HubRepository():
+            return _on_hub(source, quant)
         case _:
             raise Missing(
                 f"{source} is not supported by this version of mgpu",
@@ -139,7 +160,7 @@ def _model(source: object, quant: str | None) -> tuple[str, ModelFacts, Profile 
             )
 
 
-def _from_file(path: Path, quant: str | None) -> tuple[str, ModelFacts, None, Path]:
+def _from_file(path: Path, quant: str | None) -> PreparedModel:
     from mgpu.models.gguf_facts import facts_from_gguf
 
     if path.is_dir():
@@ -151,32 +172,58 @@ def _from_file(path: Path, quant: str | None) -> tuple[str, ModelFacts, None, Pa
         raise UsageError(f"--quant {quant} chooses among a profile's files; {path} is one file", hint="leave it out")
     facts = facts_from_gguf(path)
     name = path.name.removesuffix(".gguf")
-    return name, replace(facts, name=name), None, path.absolute()
+    return PreparedModel(name=name, facts=replace(facts, name=name), path=path.absolute())
 
 
-def _profiled(name: str, quant: str | None) -> tuple[str, ModelFacts, Profile, Path | None]:
+def _on_hub(source: HubRepository, quant: str | None) -> PreparedModel:
+    """The model from its file where it is on disk, else from the first megabytes of it on the hub."""
+    from mgpu.models.fetch import find_local
+    from mgpu.models.gguf_facts import facts_from_gguf
+    from mgpu.models.remote import gguf_on_hub
+
+    wanted = in_quantisation(source, quant)
+    name = wanted.repository.split("/")[1].removesuffix("-GGUF")
+    if path := find_local(wanted):
+        return PreparedModel(name=name, facts=replace(facts_from_gguf(path), name=name), path=path)
+    remote = gguf_on_hub(wanted)
+    return PreparedModel(name=name, facts=replace(remote.facts, name=name), remote=remote)
+
+
+def _profiled(name: str, quant: str | None) -> PreparedModel:
     from mgpu.models.fetch import find_local
     from mgpu.models.gguf_facts import facts_from_gguf
     from mgpu.models.shape import facts_from_shape
     from mgpu.profile import load_profile
 
     profile = load_profile(name).profile
+    wanted, source = choose_quantisation(profile, quant)
+    path = find_local(source, quantisation=wanted)
+    facts = replace(facts_from_gguf(path), name=name) if path else facts_from_shape(name, profile.model, wanted)
+    return PreparedModel(name=name, facts=facts, profile=profile, path=path)
+
+
+def choose_quantisation(profile: Profile, quant: str | None) -> tuple[str, GgufSource]:
+    """Return the quantisation that `--quant` means (None: the profile's own choice) and where it is to be had.
+
+    Raises UsageError if the profile has none by that name.
+    """
     wanted = profile.default_quantisation if quant is None else quant.upper()
     if wanted not in profile.quantisations:
         there = list(profile.quantisations)
         near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.3)
         raise UsageError(
-            f"profile {name} has no quantisation {quant}; it has {', '.join(there)}",
+            f"profile {profile.name} has no quantisation {quant}; it has {', '.join(there)}",
             hint=f"--quant {near[0] if near else profile.default_quantisation}",
         )
-    source = next(source for quantisation, source in profile.quantisations.items() if quantisation == wanted)
-    path = find_local(source, quantisation=wanted)
-    facts = replace(facts_from_gguf(path), name=name) if path else facts_from_shape(name, profile.model, wanted)
-    return name, facts, profile, path
+    return wanted, next(source for name, source in profile.quantisations.items() if name == wanted)
 
 
-def _source(profile: Profile, facts: ModelFacts) -> GgufSource | None:
-    return next((source for name, source in profile.quantisations.items() if name == facts.quantisation), None)
+def _source(model: PreparedModel) -> GgufSource | HubFiles | None:
+    """Where the model's files are to be had, None if it is a file of the user's."""
+    if model.remote:
+        return model.remote.files
+    files = model.profile.quantisations.items() if model.profile else ()
+    return next((source for quantisation, source in files if quantisation == model.facts.quantisation), None)
 
 
 def _shadows_shipped(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -139,7 +140,7 @@ def _require_fit(prepared: Prepared) -> None:
     raise NoAnswer(
         f"{prepared.name} does not fit\n{reasons}",
         code="does-not-fit",
-        hint=f"add {fixes}" if fixes else f"mgpu plan {prepared.name} shows the ledger",
+        hint=f"add {fixes}" if fixes else f"mgpu plan {shlex.quote(prepared.argument)} shows the ledger",
     )
 
 

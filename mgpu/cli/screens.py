@@ -6,17 +6,19 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from mgpu.cli.live import Draw, live
 from mgpu.cli.output import Output
+from mgpu.cli.pace import Pace
 from mgpu.cli.result import Result, envelope
 from mgpu.cli.views import status as view
+from mgpu.cli.views.words import sizes
 from mgpu.units import gib, seconds
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from mgpu.backends.engine import Engine
     from mgpu.backends.llama_cpp_log import DeviceBuffers
     from mgpu.backends.llama_cpp_metrics import Rates, Sample
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
 # Often enough for a terminal to look alive, seldom enough to cost nothing.
 _SAMPLE_EVERY_S = 1.0
-_REDRAW_EVERY_S = 0.1
 _HISTORY = 12
 
 
@@ -73,19 +74,21 @@ class RunScreen:
         """Show a fetch; yields what to call with its progress. Nothing is shown when there is nothing to fetch."""
         begun = time.monotonic()
         last: list[Progress] = []
+        pace = Pace()
         with self._live(error=True) as draw:
 
             def on_progress(progress: Progress) -> None:
                 if not last:
                     self._event("fetching", name=progress.name, total_bytes=progress.total_bytes)
                 last[:] = [progress]
-                draw(lambda width: view.fetch_line(progress, time.monotonic() - begun, width))
+                rate = pace.look(progress.stage, progress.done_bytes, time.monotonic())
+                draw(lambda width: view.fetch_line(progress, rate, width))
 
             yield on_progress
         if last:
             self._event("fetched", name=last[0].name, seconds=round(time.monotonic() - begun, 3))
             done = last[0].total_bytes or last[0].done_bytes
-            self._step("fetch", f"{last[0].name}  {done / 1e6:.1f} MB in {seconds(time.monotonic() - begun)}")
+            self._step("fetch", f"{last[0].name}  {sizes(done)} in {seconds(time.monotonic() - begun)}")
 
     def started(self, process: EngineProcess, engine: Engine) -> None:
         """Say which process was started."""
@@ -201,27 +204,5 @@ class RunScreen:
             at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             self._out.json_line(envelope(Result(command="run", data={"event": event, "at": at, **data})))
 
-    @contextlib.contextmanager
-    def _live(self, *, error: bool) -> Iterator[Callable[[Callable[[int], RenderableType]], None]]:
-        """A part of the terminal that is redrawn; yields what to call with a function from width to lines.
-
-        Where there is no terminal nothing is drawn. What was drawn is cleared at the end.
-        """
-        if not self._out.redraws(error=error):
-            yield lambda _: None
-            return
-        from rich.live import Live
-
-        console = self._out.console(error=error)
-        drawn_at = 0.0
-        with Live(
-            console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
-        ) as live:
-
-            def draw(lines: Callable[[int], RenderableType]) -> None:
-                nonlocal drawn_at
-                if time.monotonic() - drawn_at >= _REDRAW_EVERY_S:
-                    live.update(lines(console.width), refresh=True)
-                    drawn_at = time.monotonic()
-
-            yield draw
+    def _live(self, *, error: bool) -> AbstractContextManager[Draw]:
+        return live(self._out, error=error)

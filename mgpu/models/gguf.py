@@ -8,15 +8,17 @@ time and memory. The format: https://github.com/ggml-org/ggml/blob/master/docs/g
 from __future__ import annotations
 
 import difflib
+import io
+import os
 import re
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from mgpu.errors import BadModel, Missing
+from mgpu.models.gguf_stream import LENGTH, Broken, Ended, Stream
 from mgpu.models.tensors import GGML_TYPES_BY_ID, Tensor
 
 
@@ -58,7 +60,7 @@ def read_gguf(path: Path) -> GgufHeader:
     count = header.metadata.get("split.count", 1)
     if not isinstance(count, int) or count <= 1:
         return header
-    names = _split_names(path, count, header.metadata.get("split.no", 0))
+    names = _part_names(header, count)
     missing = [name for name in names if not _is_there(path.with_name(name))]
     if missing:
         first = missing[0]
@@ -68,13 +70,39 @@ def read_gguf(path: Path) -> GgufHeader:
             code="model-incomplete",
             hint="download the missing part into the same folder",
         )
-    headers = [header, *(_read_file(path.with_name(name)) for name in names[1:])]
+    return join_parts([header, *(_read_file(path.with_name(name)) for name in names[1:])])
+
+
+def read_gguf_start(start: bytes, *, path: Path, size: int) -> GgufHeader | None:
+    """Read the header from the first bytes of a file of `size` bytes; None if they do not hold all of it.
+
+    `path` is what messages call the file. A part of a split model is read alone: `join_parts` makes them one. Raises
+    BadModel as `read_gguf` does.
+    """
+    stream = Stream(io.BytesIO(start), size)
+    try:
+        header = _read_header(path, stream)
+    except Ended:
+        return None
+    except Broken as error:
+        raise _bad(path, str(error)) from error
+    return header if stream.position <= len(start) else None
+
+
+def join_parts(headers: Sequence[GgufHeader]) -> GgufHeader:
+    """Return the header of a whole model from those of all its parts, in order. Raises BadModel if they are not."""
+    first = headers[0]
+    count = first.metadata.get("split.count", 1)
+    if isinstance(count, int) and count > 1:
+        _part_names(first, count)
     tensors = tuple(tensor for part in headers for tensor in part.tensors)
-    expected = header.metadata.get("split.tensors.count", len(tensors))
+    expected = first.metadata.get("split.tensors.count", len(tensors))
+    if max(count if isinstance(count, int) else 1, 1) != len(headers):
+        raise _bad(first.path, f"it is one of {count} parts, and {len(headers)} are there")
     if len({tensor.name for tensor in tensors}) != len(tensors) or expected != len(tensors):
-        raise _bad(path, "its parts do not belong together: their tensors repeat or are not as many as it says")
+        raise _bad(first.path, "its parts do not belong together: their tensors repeat or are not as many as it says")
     return replace(
-        header,
+        first,
         parts=tuple(part.path for part in headers),
         tensors=tensors,
         file_bytes=sum(part.file_bytes for part in headers),
@@ -90,83 +118,12 @@ _MAX_KEPT_BYTES = 1024
 _MAX_KEPT_ITEMS = 1024
 _MAX_DIMENSIONS = 4
 _MAX_SPLITS = 10_000
-_MAX_HEADER_BYTES = 1 << 30
 
-_CHUNK_BYTES = 1 << 20
 _DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
 # Value type to struct format: the numbers of GGUF, little-endian.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_LENGTH = struct.Struct("<Q")
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-
-
-class _Broken(Exception):
-    """The header is not as it must be; the message completes "FILE is not a usable model: "."""
-
-
-class _Stream:
-    """A file read forward through a window of bounded size, with every length checked against the file's."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.size = size
-        self.position = 0
-        self._file = file
-        self._window = b""
-        self._start = 0
-
-    def take(self, count: int) -> bytes:
-        begin = self.position - self._start
-        if begin + count > len(self._window):
-            self._slide(count)
-            begin = 0
-        self.position += count
-        return self._window[begin : begin + count]
-
-    def skip(self, count: int) -> None:
-        if self.position + count > self.size:
-            raise _Broken(f"its header is cut off or corrupt: it points past the file's {self.size:,} bytes")
-        if self.position + count > _MAX_HEADER_BYTES:
-            raise _Broken("its header claims to be longer than 1 GiB")
-        self.position += count
-
-    def number(self, code: str) -> int:
-        layout = struct.Struct("<" + code)
-        return int(layout.unpack(self.take(layout.size))[0])
-
-    def string(self, limit: int) -> str | None:
-        """The next string, None if it is longer than `limit` bytes: it is then skipped."""
-        length = self.number("Q")
-        if length > limit:
-            self.skip(length)
-            return None
-        return self.take(length).decode("utf-8", "replace")
-
-    def skip_strings(self, count: int) -> None:
-        """Skip `count` strings: the inner loop over a vocabulary, so it does without a call for each."""
-        unpack = _LENGTH.unpack_from
-        while count:
-            self._slide(_LENGTH.size)
-            window, index = self._window, 0
-            last = len(window) - _LENGTH.size
-            for done in range(count):
-                if index > last:
-                    count -= done
-                    break
-                index += 8 + unpack(window, index)[0]
-            else:
-                count = 0
-            self.skip(index)
-
-    def _slide(self, count: int) -> None:
-        """Move the window to the position; it then holds at least `count` bytes."""
-        self.skip(count)
-        self.position -= count
-        self._file.seek(self.position)
-        self._window = self._file.read(max(count, _CHUNK_BYTES))
-        self._start = self.position
-        if len(self._window) < count:
-            raise _Broken("it ended while it was read")
 
 
 def _read_file(path: Path) -> GgufHeader:
@@ -178,44 +135,52 @@ def _read_file(path: Path) -> GgufHeader:
             raise BadModel(f"{path} is a folder, not a GGUF file", hint=hint)
         if not stat.S_ISREG(status.st_mode):
             raise BadModel(f"{path} is not a regular file", hint="give the path of a .gguf file")
-        with path.open("rb", buffering=0) as file:
-            return _read_header(path, _Stream(file, status.st_size))
+        with os.fdopen(_open_unnoticed(path), "rb", buffering=0) as file:
+            return _read_header(path, Stream(file, status.st_size))
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a path with a NUL
         raise Missing(f"there is no file {str(path)!r}", code="model-missing", hint=_nearest(path)) from error
     except OSError as error:
         message = f"{path} cannot be read: {error.strerror or error}"
         raise Missing(message, code="model-unreadable", hint=f"ls -l {path}") from error
-    except _Broken as error:
+    except Broken as error:
         raise _bad(path, str(error)) from error
 
 
-def _read_header(path: Path, stream: _Stream) -> GgufHeader:
+def _open_unnoticed(path: Path) -> int:
+    """A descriptor that leaves the file's time of access alone: that says when an engine last read the model."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOATIME)
+    except OSError:  # only the owner may do that
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _read_header(path: Path, stream: Stream) -> GgufHeader:
     version = _read_version(stream)
     tensor_count, key_count = stream.number("Q"), stream.number("Q")
     if tensor_count > _MAX_TENSORS:
-        raise _Broken(f"its header claims {tensor_count:,} tensors")
+        raise Broken(f"its header claims {tensor_count:,} tensors")
     if key_count > _MAX_KEYS:
-        raise _Broken(f"its header claims {key_count:,} metadata keys")
+        raise Broken(f"its header claims {key_count:,} metadata keys")
     metadata: dict[str, Value] = {}
     for _ in range(key_count):
         key = stream.string(_MAX_NAME_BYTES)
         if not key:
-            raise _Broken("it has a metadata key that is empty or too long")
+            raise Broken("it has a metadata key that is empty or too long")
         if key in metadata:
-            raise _Broken(f"it has the metadata key {key[:80]!r} twice")
+            raise Broken(f"it has the metadata key {key[:80]!r} twice")
         metadata[key] = _read_value(stream, stream.number("I"))
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise _Broken("its alignment is not a power of two")
+        raise Broken("its alignment is not a power of two")
     tensors: dict[str, Tensor] = {}
     data_end = 0
     for _ in range(tensor_count):
         tensor, offset = _read_tensor(stream)
         if tensor.name in tensors:
-            raise _Broken(f"it has the tensor {tensor.name!r} twice")
+            raise Broken(f"it has the tensor {tensor.name!r} twice")
         # The engine insists on tensors that lie one after the other in the table's order.
         if offset != _aligned(data_end, alignment):
-            raise _Broken(f"its tensor {tensor.name!r} is not where it must be")
+            raise Broken(f"its tensor {tensor.name!r} is not where it must be")
         data_end = offset + tensor.bytes
         tensors[tensor.name] = tensor
     expected = _aligned(stream.position, alignment) + data_end if tensors else stream.position
@@ -236,22 +201,22 @@ def _read_header(path: Path, stream: _Stream) -> GgufHeader:
     )
 
 
-def _read_version(stream: _Stream) -> int:
+def _read_version(stream: Stream) -> int:
     if stream.size == 0:
-        raise _Broken("it is empty")
+        raise Broken("it is empty")
     magic = stream.take(min(8, stream.size))
     if magic[:4] != b"GGUF":
-        raise _Broken(_FORMATS.get(magic[:4], "it is no GGUF file") + f" (it begins with {magic[:4]!r})")
+        raise Broken(_FORMATS.get(magic[:4], "it is no GGUF file") + f" (it begins with {magic[:4]!r})")
     if len(magic) < 8:
-        raise _Broken("it ends within its header")
+        raise Broken("it ends within its header")
     (version,) = struct.unpack("<I", magic[4:])
     if version in (2, 3):
         return int(version)
     if version & 0xFFFF == 0:
-        raise _Broken("it was written for big-endian machines")
+        raise Broken("it was written for big-endian machines")
     if version == 1:
-        raise _Broken("it has the old format GGUF version 1, which engines no longer load")
-    raise _Broken(f"it has GGUF version {version}, which this mgpu does not know")
+        raise Broken("it has the old format GGUF version 1, which engines no longer load")
+    raise Broken(f"it has GGUF version {version}, which this mgpu does not know")
 
 
 _FORMATS = {
@@ -265,7 +230,7 @@ _FORMATS = {
 }
 
 
-def _read_value(stream: _Stream, kind: int) -> Value:
+def _read_value(stream: Stream, kind: int) -> Value:
     if kind in _NUMBERS:
         code = _NUMBERS[kind]
         (value,) = struct.unpack("<" + code, stream.take(struct.calcsize(code)))
@@ -273,17 +238,17 @@ def _read_value(stream: _Stream, kind: int) -> Value:
     if kind == _STRING:
         start = stream.position
         text = stream.string(_MAX_KEPT_BYTES)
-        return LongValue(stream.position - start - _LENGTH.size) if text is None else text
+        return LongValue(stream.position - start - LENGTH.size) if text is None else text
     if kind != _ARRAY:
-        raise _Broken(f"it has metadata of the unknown type {kind}")
+        raise Broken(f"it has metadata of the unknown type {kind}")
     kind, count = stream.number("I"), stream.number("Q")
     if kind == _STRING:
         if count > _MAX_STRINGS:
-            raise _Broken(f"its header claims an array of {count:,} strings")
+            raise Broken(f"its header claims an array of {count:,} strings")
         stream.skip_strings(count)
         return LongValue(count)
     if kind not in _NUMBERS:
-        raise _Broken(f"it has an array of the unknown type {kind}")
+        raise Broken(f"it has an array of the unknown type {kind}")
     code = _NUMBERS[kind]
     size = count * struct.calcsize(code)
     if count > _MAX_KEPT_ITEMS:
@@ -292,31 +257,32 @@ def _read_value(stream: _Stream, kind: int) -> Value:
     return struct.unpack(f"<{count}{code}", stream.take(size))
 
 
-def _read_tensor(stream: _Stream) -> tuple[Tensor, int]:
+def _read_tensor(stream: Stream) -> tuple[Tensor, int]:
     name = stream.string(_MAX_NAME_BYTES)
     if not name:
-        raise _Broken("it has a tensor whose name is empty or too long")
+        raise Broken("it has a tensor whose name is empty or too long")
     name = name if name.isprintable() else repr(name)
     count = stream.number("I")
     if not 1 <= count <= _MAX_DIMENSIONS:
-        raise _Broken(f"its tensor {name!r} has {count:,} dimensions")
+        raise Broken(f"its tensor {name!r} has {count:,} dimensions")
     dimensions = struct.unpack(f"<{count}q", stream.take(8 * count))
     kind, offset = stream.number("I"), stream.number("Q")
     if kind not in GGML_TYPES_BY_ID:
-        raise _Broken(f"its tensor {name!r} has the type {kind}, which this mgpu does not know")
+        raise Broken(f"its tensor {name!r} has the type {kind}, which this mgpu does not know")
     tensor = Tensor(name, dimensions, GGML_TYPES_BY_ID[kind])
     if min(dimensions) < 1 or dimensions[0] % tensor.type.block_elements or tensor.elements >= 1 << 62:
-        raise _Broken(f"its tensor {name!r} has the impossible shape {dimensions}")
+        raise Broken(f"its tensor {name!r} has the impossible shape {dimensions}")
     return tensor, offset
 
 
-def _split_names(path: Path, count: int, number: object) -> list[str]:
+def _part_names(header: GgufHeader, count: int) -> list[str]:
     """The file names of a split model's parts, which engines derive from the first one's."""
+    path = header.path
     match = _SPLIT_NAME.fullmatch(path.name)
     if count > _MAX_SPLITS or not match or int(match[3]) != count:
         raise _bad(path, f"it is one of {count:,} parts, but is not named as such (-00001-of-{count:05}.gguf)")
     names = [f"{match[1]}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]
-    if number != 0 or path.name != names[0]:
+    if header.metadata.get("split.no", 0) != 0 or path.name != names[0]:
         raise BadModel(
             f"{path} is not the first part of its model",
             hint=f"give the first part: {path.with_name(names[0])}",

@@ -60,7 +60,7 @@ def facts_from_header(header: GgufHeader) -> ModelFacts:
     return ModelFacts(
         name=keys.text("general.name", header.path.stem),
         architecture=architecture,
-        quantisation=_quantisation(header),
+        quantisation=quantisation_of(header),
         parameters=placement.parameters,
         active_parameters=placement.parameters - unused,
         context_length=keys.number("context_length", 0, 1 << 40, 0) or None,
@@ -98,6 +98,17 @@ def facts_from_header(header: GgufHeader) -> ModelFacts:
         file_bytes=header.file_bytes,
         source=str(header.path),
     )
+
+
+def quantisation_of(header: GgufHeader) -> str | None:
+    """The recipe that the file names, or else the type that most of its weights have; None without weights."""
+    named = header.metadata.get("general.file_type")
+    if isinstance(named, int) and named in FILE_TYPES:
+        return FILE_TYPES[named]
+    sizes: Counter[str] = Counter()
+    for tensor in header.tensors:
+        sizes[tensor.type.name] += tensor.elements
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 _MOST_LAYERS = 10_000
@@ -217,14 +228,3 @@ _GEMMA3N_CACHED_LAYERS = 20
 
 def _vocabulary(keys: _Keys) -> int:
     return keys.vocabulary_size() or keys.number("vocab_size", 1, 1 << 32, keys.embedding_rows())
-
-
-def _quantisation(header: GgufHeader) -> str | None:
-    """The recipe that the file names, or else the type that most of its weights have."""
-    named = header.metadata.get("general.file_type")
-    if isinstance(named, int) and named in FILE_TYPES:
-        return FILE_TYPES[named]
-    sizes: Counter[str] = Counter()
-    for tensor in header.tensors:
-        sizes[tensor.type.name] += tensor.elements
-    return sizes.most_common(1)[0][0] if sizes else None

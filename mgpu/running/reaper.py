@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_GRACE_S = 10.0
 # What the engine made less than this before a sudden end cannot be told to be its own any more, and stays.
 _LOOK_EVERY_S = 0.5
+_MOST_LOOKS = 20
 _POLL_S = 0.05
 # A killed process that computes on a card may take seconds to leave the driver.
 _KILL_LIMIT_S = 10.0
@@ -49,7 +50,7 @@ class Watch:
     def close(self) -> None:
         """End whatever of the engine still runs, and remove what it left; blocks until that is done.
 
-        After the engine was stopped this takes a moment; else at most the grace period and 13 s. May be called again.
+        After the engine was stopped this takes a moment; else at most the grace period and 23 s. May be called again.
         """
         if self._process.stdin is not None and not self._process.stdin.closed:
             self._process.stdin.close()
@@ -65,9 +66,10 @@ class Watch:
 def watch(engine_pid: int, folder: Path | None = None, *, grace_s: float = DEFAULT_GRACE_S) -> Watch:
     """Start a reaper for the engine that leads the process group `engine_pid` and has `folder` as its TMPDIR.
 
-    Call it at once after the engine's start, before the engine was waited for; it blocks until the reaper is awake,
-    some hundredths of a second. When mgpu is gone, the engine gets SIGTERM, `grace_s` seconds, and SIGKILL. `folder`
-    is removed then, if it is a folder of this user. Raises EngineFailed (code "reaper-failed") if no reaper starts.
+    Call it at once after the engine's start, before the engine was waited for: what is in /dev/shm by then is taken
+    for somebody else's. It blocks until the reaper is awake, some hundredths of a second. When mgpu is gone, the
+    engine gets SIGTERM, `grace_s` seconds, and SIGKILL. `folder` is removed then, if it is a folder of this user.
+    Raises EngineFailed (code "reaper-failed") if no reaper starts.
     """
     import subprocess
 
@@ -124,7 +126,7 @@ def main(argv: list[str]) -> int:
     while not _closed(_LOOK_EVERY_S):
         segments.look()
         group.look()
-    segments.look()
+    segments.look(last=True)
     group.end(grace_s)
     segments.remove()
     if folder:
@@ -203,20 +205,24 @@ class _Segments:
 
     def __init__(self, group: _Group) -> None:
         self._group = group
-        self._seen = set(_shared_files())
+        self._before = set(_shared_files())
         self._engines: dict[tuple[int, int], str] = {}
+        self._looks: dict[tuple[int, int], int] = {}
 
-    def look(self) -> None:
-        """Find out whose the new files are; cheap as long as there are none."""
+    def look(self, *, last: bool = False) -> None:
+        """Find out whose the new files are. One that is nobody's for some seconds is left alone until the `last` look,
+        so that what others share costs nothing."""
         files = _shared_files()
-        new = {key: path for key, path in files.items() if key not in self._seen}
+        new = {key: path for key, path in files.items() if key not in self._before and key not in self._engines}
+        if not last:
+            new = {key: path for key, path in new.items() if self._looks.get(key, 0) < _MOST_LOOKS}
         if not new:
             return
+        self._looks = {key: self._looks.get(key, 0) + (key in new) for key in files}
         for process in self._group.members():
             for key in _mapped(process.pid):
                 if key in new:
                     self._engines[key] = new[key]
-                    self._seen.add(key)
 
     def remove(self) -> None:
         """Remove the engine's files that nobody has in memory any more."""

@@ -159,6 +159,15 @@ MODEL = exactly(
     file_bytes=COUNT,
     source=TEXT,
 )
+PARTS = exactly(weights_bytes=COUNT, kv_bytes=COUNT, compute_bytes=COUNT, total_bytes=COUNT)
+SIDES: Json = {"planned": PARTS, "projected": maybe(PARTS), "difference_bytes": maybe(COUNT)}
+EXACT = exactly(
+    program=TEXT,
+    seconds=NUMBER,
+    devices=listed(exactly(gpu=COUNT, uuid=maybe(TEXT), device=TEXT, **SIDES)),
+    host=exactly(**SIDES),
+    largest_difference_bytes=maybe(COUNT),
+)
 PLAN = exactly(
     model=MODEL,
     machine=MACHINE,
@@ -166,6 +175,7 @@ PLAN = exactly(
     candidates={**listed(CANDIDATE), "minItems": 1},
     fixes=listed(exactly(change=TEXT, candidate=CANDIDATE)),
     not_modelled=listed(TEXT),
+    exact=maybe(EXACT),
 )
 ENGINE_DEVICE = exactly(id=TEXT, description=TEXT, total_bytes=COUNT, free_bytes=COUNT)
 BACKENDS = exactly(

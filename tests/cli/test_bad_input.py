@@ -109,7 +109,7 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         pytest.param(f"{'x' * 600}.gguf", 2, "605 characters long", "", id="a name of six hundred characters"),
         pytest.param("https://huggingface.co/a/b", 2, "web address", "hf:a/b", id="a web address"),
         pytest.param("hf:a", 2, "is not hf:ORG/REPO", "for example", id="half a repository"),
-        pytest.param("hf:a/b", 3, "not supported", ".gguf file", id="a repository, not yet"),
+        pytest.param("ollama:a", 3, "not supported", ".gguf file", id="a tag of Ollama's, not yet"),
         pytest.param(
             "llama-80b", 2, "no profile 'llama-80b'; the nearest are llama-8b", "mgpu profiles list", id="a slip"
         ),

@@ -54,9 +54,8 @@ def rpc_devices(count: int) -> Iterator[tuple[str, ...]]:
         for _ in range(count):
             port = free_port()
             command = [str(program), "--host", "127.0.0.1", "--port", str(port), "--threads", "1"]
-            process = stack.enter_context(
-                _running(command, NO_VULKAN, subprocess.DEVNULL)
-            )  # it says too much for a pipe
+            # What it says of each request would fill a pipe that nobody reads, and block it.
+            process = stack.enter_context(_running(command, NO_VULKAN, stdout=subprocess.DEVNULL))
             _wait_until_it_answers(process, port)
             endpoints.append(f"127.0.0.1:{port}")
         yield tuple(endpoints)
@@ -73,7 +72,7 @@ def fake_rpc_devices(mem_gib: Sequence[float], *options: str, logs: Sequence[Pat
         for index, size in enumerate(mem_gib):
             log = ["--log", str(logs[index])] if index < len(logs) else []
             command = [sys.executable, "-m", "tests.fakes.rpc_server", "--mem-gib", str(size), *options, *log]
-            process = stack.enter_context(_running(command, {"PYTHONPATH": str(_ROOT)}, subprocess.PIPE))
+            process = stack.enter_context(_running(command, {"PYTHONPATH": str(_ROOT)}))
             assert process.stdout is not None
             ready = re.fullmatch(r"listening on (127\.0\.0\.1:\d+)\n", process.stdout.readline())
             assert ready, "the fake RPC server did not start"
@@ -115,11 +114,13 @@ def _program(function: str) -> Path:
 
 
 @contextmanager
-def _running(command: Sequence[str], environment: dict[str, str], output: int) -> Iterator[subprocess.Popen[str]]:
+def _running(
+    command: Sequence[str], environment: dict[str, str], *, stdout: int = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        stdout=output,
+        stdout=stdout,
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, **environment},

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote
+
+CHUNK_BYTES = 1 << 16
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
 class FakeHub:
-    """Repositories as `{"org/name": {"path": content}}`; large files come from another host, as on the real one."""
+    """Repositories as `{"org/name": {"path": content}}`; large files come from another host, as on the real one.
 
-    repositories: dict[str, dict[str, bytes]]
+    A content may be a file on disk, which can be a huge sparse one: its checksum is then made up.
+    """
+
+    repositories: dict[str, dict[str, bytes | Path]]
     gated: bool = False
     rejects_token: bool = False
     is_a_proxy_page: bool = False
@@ -26,6 +37,10 @@ class FakeHub:
     knows_ranges: bool = True
     breaks_after_bytes: list[int] = field(default_factory=list)
     corrupts: bool = False
+    listing: bytes | None = None
+    seconds_per_chunk: float = 0.0
+    commit: str = COMMIT
+    served_bytes: int = 0
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     port: int = 0
 
@@ -42,8 +57,7 @@ class FakeHub:
 def running(hub: FakeHub) -> Iterator[FakeHub]:
     """Serve `hub` on a free port of this machine while the block runs."""
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", hub.port), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", hub.port), handler)
     hub.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -53,6 +67,15 @@ def running(hub: FakeHub) -> Iterator[FakeHub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has heard enough is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -91,36 +114,39 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.hub.repositories.get(repository)
         if files is None:
             return self._answer(401, {"X-Error-Code": "RepoNotFound"})
-        if revision not in ("main", COMMIT):
+        if revision not in ("main", self.hub.commit):
             return self._answer(404, {"X-Error-Code": "RevisionNotFound"})
         if path not in files:
             return self._answer(404, {"X-Error-Code": "EntryNotFound"})
-        tag = hashlib.sha256(files[path]).hexdigest()
+        tag = _checksum(files[path])
         return self._answer(
             302,
             {
                 "Location": f"http://localhost:{self.hub.port}/store/{tag}",
                 "X-Linked-Etag": f'"{tag}"',
-                "X-Linked-Size": str(len(files[path])),
-                "X-Repo-Commit": COMMIT,
+                "X-Linked-Size": str(_size(files[path])),
+                "X-Repo-Commit": self.hub.commit,
             },
         )
 
     def _list(self) -> None:
-        if self._refused():
+        """A gated repository may be listed, but its files are not to be had."""
+        if self._refused(gated=False):
             return None
         repository = self.path.removeprefix("/api/models/").partition("/revision/")[0]
         if repository not in self.hub.repositories:
             return self._answer(401, {"X-Error-Code": "RepoNotFound"})
-        siblings = [{"rfilename": path} for path in self.hub.repositories[repository]]
-        return self._answer(200, {}, json.dumps({"siblings": siblings}).encode())
+        files = self.hub.repositories[repository].items()
+        siblings = [{"rfilename": path, "size": _size(content)} for path, content in files]
+        listing = self.hub.listing or json.dumps({"sha": self.hub.commit, "siblings": siblings}).encode()
+        return self._answer(200, {}, listing)
 
-    def _refused(self) -> bool:
+    def _refused(self, *, gated: bool = True) -> bool:
         if self.hub.status:
             self._answer(self.hub.status)
         elif self.hub.rejects_token and "authorization" in self.hub.requests[-1][2]:
             self._answer(401)
-        elif self.hub.gated:
+        elif self.hub.gated and gated:
             self._answer(403, {"X-Error-Code": "GatedRepo"})
         else:
             return False
@@ -129,21 +155,28 @@ class _Handler(BaseHTTPRequestHandler):
     def _store(self) -> None:
         contents = (content for files in self.hub.repositories.values() for content in files.values())
         wanted = self.path.removeprefix("/store/")
-        content = next(each for each in contents if hashlib.sha256(each).hexdigest() == wanted)
-        start = 0
-        if self.hub.knows_ranges and "Range" in self.headers:
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-        body = b"\0" * len(content) if self.hub.corrupts else content
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        content = next(each for each in contents if _checksum(each) == wanted)
+        size = _size(content)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, end = 0, size
+        if asked and self.hub.knows_ranges:
+            start, end = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
+        self.send_response(206 if asked and self.hub.knows_ranges else 200)
+        self.send_header("Content-Length", str(end - start))
+        if asked and self.hub.knows_ranges:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.end_headers()
-        rest = body[start:]
         if self.hub.breaks_after_bytes:
-            rest = rest[: self.hub.breaks_after_bytes.pop(0)]
+            end = min(end, start + self.hub.breaks_after_bytes.pop(0))
             self.close_connection = True
-        self.wfile.write(rest)
+        with suppress(ConnectionError), _opened(content) as file:
+            file.seek(start)
+            while start < end:
+                piece = file.read(min(CHUNK_BYTES, end - start))
+                self.wfile.write(b"\0" * len(piece) if self.hub.corrupts else piece)
+                start += len(piece)
+                self.hub.served_bytes += len(piece)
+                time.sleep(self.hub.seconds_per_chunk)
 
     def _answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
         self.send_response(status)
@@ -153,3 +186,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _opened(content: bytes | Path) -> BinaryIO:
+    return io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+
+
+def _size(content: bytes | Path) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _checksum(content: bytes | Path) -> str:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.sha256(f"{content.stat().st_size}".encode() + file.read(1 << 24)).hexdigest()

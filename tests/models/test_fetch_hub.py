@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from mgpu.errors import Missing, UsageError
-from mgpu.models.fetch import Progress, fetch, find_local
+from mgpu.models.fetch import Progress, fetch, find_local, survey
 from mgpu.models.source import HubRepository
 from mgpu.profile import GgufSource
 from tests.fakes.hub_server import COMMIT, FakeHub, running
@@ -51,6 +52,11 @@ def hf_hub_download(hub: FakeHub, caches: Path, revision: str, *, offline: bool 
         [sys.executable, "-c", program, revision], env={**os.environ, **environment}, stdout=subprocess.PIPE, check=True
     )
     return Path(done.stdout.decode().strip())
+
+
+def interrupt(progress: Progress) -> None:
+    if progress.done_bytes > 0:
+        raise KeyboardInterrupt
 
 
 def failure(source: GgufSource | HubRepository = SOURCE, folder: Path | None = None) -> Missing:
@@ -110,6 +116,30 @@ def test_the_parts_of_a_split_model_lie_side_by_side(hub: FakeHub) -> None:
     assert (seen[-1].done_bytes, seen[-1].total_bytes) == (total, total)
 
 
+def test_a_split_model_without_all_its_parts_is_not_there(hub: FakeHub) -> None:
+    names = [f"model-Q6_K-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
+    hub.repositories["org/repo"] = {name: name.encode() for name in names}
+    path = fetch(HubRepository("org/repo"))
+    assert find_local(HubRepository("org/repo")) == path
+    path.with_name(names[1]).unlink()
+    assert find_local(HubRepository("org/repo")) is None
+    assert fetch(HubRepository("org/repo")) == path
+    assert len(hub.downloads()) == 3
+
+
+def test_a_survey_says_what_a_fetch_would_do(hub: FakeHub, caches: Path) -> None:
+    found = survey(SOURCE)
+    assert (found.name, found.path) == ("model-Q8_0.gguf", None)
+    assert found.total_bytes == found.missing_bytes == len(MODEL)
+    assert hub.downloads() == []
+    with pytest.raises(KeyboardInterrupt):
+        fetch(SOURCE, on_progress=interrupt)
+    (partial,) = caches.rglob("*.incomplete")
+    assert survey(SOURCE).missing_bytes == len(MODEL) - partial.stat().st_size < len(MODEL)
+    path = fetch(SOURCE)
+    assert (survey(SOURCE).path, survey(SOURCE).missing_bytes) == (path, 0)
+
+
 def test_progress_grows_to_the_total(hub: FakeHub) -> None:
     seen: list[Progress] = []
     fetch(SOURCE, on_progress=seen.append)
@@ -129,10 +159,6 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: FakeHub) -> No
 
 
 def test_what_was_interrupted_is_continued_by_the_next_call(hub: FakeHub, caches: Path) -> None:
-    def interrupt(progress: Progress) -> None:
-        if progress.done_bytes > 0:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         fetch(SOURCE, on_progress=interrupt)
     assert find_local(SOURCE) is None
@@ -181,6 +207,31 @@ def test_too_little_space_is_found_before_downloading(hub: FakeHub, monkeypatch:
     assert error.code == "disk-full"
     assert "3,000,000 bytes are needed, 1,000,000 are free" in error.message
     assert hub.downloads() == []
+
+
+def test_a_disk_that_fills_up_half_way_leaves_what_is_there(hub: FakeHub) -> None:
+    def fill_up(progress: Progress) -> None:
+        if progress.done_bytes > 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(Missing) as raised:
+        fetch(SOURCE, on_progress=fill_up)
+    assert raised.value.code == "disk-full"
+    assert fetch(SOURCE).read_bytes() == MODEL
+    assert hub.downloads()[1].startswith("bytes=")
+
+
+def test_a_file_system_for_small_files_only_is_said_to_be_so(hub: FakeHub, caches: Path) -> None:
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000));"
+        "from mgpu.models.fetch import fetch; from mgpu.models.source import HubRepository;"
+        "fetch(HubRepository('org/repo'))"
+    )
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(caches / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert "does not allow so large a file" in done.stderr.splitlines()[-1]
 
 
 def test_a_folder_that_may_not_be_written_is_said_to_be_so(hub: FakeHub, caches: Path) -> None:
@@ -308,7 +359,7 @@ def test_another_file_in_the_folder_is_not_overwritten(hub: FakeHub, caches: Pat
     assert mine.read_text() == "mine"
 
 
-REPOSITORY = {
+REPOSITORY: dict[str, bytes | Path] = {
     "mmproj-model-Q4_K_M.gguf": b"a",
     "model-Q4_K_M.gguf": b"b",
     "model-UD-Q4_K_M.gguf": b"c",

@@ -92,7 +92,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 def test_strings_are_skipped_across_the_edges_of_the_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
 ) -> None:
-    monkeypatch.setattr("mgpu.models.gguf._CHUNK_BYTES", window)
+    monkeypatch.setattr("mgpu.models.gguf_stream._CHUNK_BYTES", window)
     words = ["x" * (i * 37 % 300) for i in range(1000)]
     path = tmp_path / "model.gguf"
     write_gguf(path, [texts("words", words), u32("after", 42)], [WEIGHT])

@@ -29,6 +29,7 @@ ENGINE = f"""
 import multiprocessing, os, pathlib, socket, subprocess, sys, time
 from multiprocessing import shared_memory
 folder = pathlib.Path(os.environ["TMPDIR"])
+while not (folder.parent / "go").exists(): time.sleep(0.01)  # what was there before the reaper is not the engine's
 listener = socket.socket(socket.AF_UNIX); listener.bind(str(folder / "socket"))
 (folder / "cache").mkdir(); (folder / "cache" / "file").write_text("x"); (folder / "link").symlink_to("cache")
 untracked = os.open("/dev/shm/mgpu-test-" + str(os.getpid()), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -52,6 +53,7 @@ folder = pathlib.Path(sys.argv[1])
 env = {**os.environ, "TMPDIR": str(folder / "tmp")}
 engine = EngineProcess.start([sys.executable, "-c", sys.argv[2]], env=env, log_path=folder / "engine.log")
 reaper = watch(engine.pid, folder / "tmp", grace_s=0.2)
+(folder / "go").touch()
 print(engine.pid, reaper.pid, flush=True)
 sys.stdin.read()
 reaper.close() if sys.argv[3] == "close" else os._exit(3)
@@ -123,6 +125,7 @@ def test_after_a_normal_stop_the_reaper_tidies_up_and_ends(tmp_path: Path) -> No
     env = dict(os.environ) | {"TMPDIR": str(folder)}
     engine = EngineProcess.start([sys.executable, "-c", ENGINE], env=env, log_path=tmp_path / "engine.log")
     with watch(engine.pid, folder) as guard:
+        (tmp_path / "go").touch()
         until(lambda: bool(engine.log_lines()))
         new = shared_files() - before
         time.sleep(2 * reaper._LOOK_EVERY_S)
@@ -242,6 +245,30 @@ def test_only_what_is_the_engines_alone_is_removed() -> None:
             assert strangers.exists(), "the engine never had it"
             assert names[1].exists(), "somebody else still uses it"
             names[1].unlink()
+
+
+def test_what_others_share_costs_nothing_in_the_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def mapped(pid: int) -> set[tuple[int, int]]:
+        looks.append(pid)
+        return set()
+
+    monkeypatch.setattr(reaper, "_mapped", mapped)
+    with subprocess.Popen(["/bin/sleep", "600"], process_group=0) as engine:
+        found = reaper._find(engine.pid)
+        assert found
+        segments = reaper._Segments(reaper._Group(engine.pid, found.started))
+        segments.look()
+        assert looks == [], "nothing is new"
+        with shared_file("strangers"):
+            for _ in range(100):
+                segments.look()
+            assert 0 < len(looks) <= reaper._MOST_LOOKS
+            looks.clear()
+            segments.look(last=True)
+            assert looks == [engine.pid]
+        engine.kill()
 
 
 def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path: Path) -> None:

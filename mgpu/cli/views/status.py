@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgpu.cli.views.words import card_name, cell_gib
+from mgpu.cli.views.words import card_name, cell_gib, sizes
 from mgpu.units import GIB, gib, seconds
 
 if TYPE_CHECKING:
@@ -55,15 +55,14 @@ def plan_line(candidate: Candidate) -> str:
     return f"{candidate.backend} · {candidate.quant or '?'} · {candidate.ctx_tokens} tokens{users} · {where}{speed}"
 
 
-def fetch_line(progress: Progress, elapsed_s: float, width: int) -> RenderableType:
+def fetch_line(progress: Progress, rate_bytes_s: float | None, width: int) -> RenderableType:
     """Return one line of a download: bar, per cent, bytes, rate, time left."""
     done, total = progress.done_bytes, progress.total_bytes
-    rate = done / elapsed_s if elapsed_s > 0.5 else None
-    words = f"{done / _MB:.1f} MB" if not total else f"{done / total:.0%}  {done / _MB:.1f}/{total / _MB:.1f} MB"
-    if rate and progress.stage == "downloading":
-        words += f"  {rate / _MB:.1f} MB/s"
+    words = sizes(done) if not total else f"{done / total:.0%}  {sizes(done, total)}"
+    if rate_bytes_s and progress.stage == "downloading":
+        words += f"  {sizes(round(rate_bytes_s))}/s"
         if total and done < total:
-            words += f"  {_clock((total - done) / rate)} left"
+            words += f"  {_clock((total - done) / rate_bytes_s)} left"
     label = "fetch" if progress.stage == "downloading" else progress.stage
     return _bar_line(f"{label:<8} {progress.name}", done / total if total else None, words, width)
 

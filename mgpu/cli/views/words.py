@@ -28,6 +28,12 @@ def cell_gib(size_bytes: int | None, digits: int = 2) -> str:
     return f"{size_bytes / GIB:.{digits}f}" if abs(size_bytes) >= GIB / 200 else "-"
 
 
+def sizes(*sizes_bytes: int) -> str:
+    """Return sizes of files as they are sold and downloaded, the unit once: `98.4 MB`, `26.4/42.5 GB`."""
+    unit, name = (1e9, "GB") if max(sizes_bytes) >= 1e9 else (1e6, "MB")
+    return "/".join(f"{size / unit:.1f}" for size in sizes_bytes) + f" {name}"
+
+
 def unknown(value: object, unit: str = "") -> str:
     """Return a value with its unit, or `?`."""
     return "?" if value is None else f"{value}{unit}"

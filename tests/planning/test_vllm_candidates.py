@@ -1,0 +1,242 @@
+"""vLLM's candidates: which ways are found, what fits, and what is never done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mgpu.machine.simulate import simulate
+from mgpu.machine.snapshot import Gpu, Host
+from mgpu.models.facts import ModelFacts
+from mgpu.models.hf import facts_from_config
+from mgpu.planning.candidates import Candidate
+from mgpu.planning.vllm_candidates import vllm_candidates
+from mgpu.planning.vllm_memory import OVERHEAD_BYTES, VllmWants, request_bytes, visible_bytes
+from mgpu.planning.vllm_placement import planned_kv_tokens, vllm_candidate
+from mgpu.units import GIB
+from tests.models.test_hf import GPT_OSS_20B, LLAMA_8B, QWEN_30B_A3B
+from tests.planning.test_tensor_parallel import AWQ, LLAMA_70B
+
+HOST = Host(ram_bytes=64 * GIB, ram_available_bytes=60 * GIB)
+
+
+def facts_of(config: dict[str, object], gib: float) -> ModelFacts:
+    return facts_from_config(config, round(gib * GIB), name="model", source="org/model")
+
+
+EIGHT = facts_of(LLAMA_8B, 15)
+SEVENTY = facts_of(LLAMA_70B | AWQ, 37)
+THIRTY = facts_of(QWEN_30B_A3B | AWQ, 16)
+
+
+def planned(facts: ModelFacts, machine: str, wants: VllmWants | None = None) -> tuple[Candidate, ...]:
+    return vllm_candidates(facts, wants or VllmWants(), simulate(machine).gpus, HOST)
+
+
+def shapes(candidates: Sequence[Candidate]) -> list[tuple[str, int, int, int]]:
+    return [
+        (candidate.verdict, candidate.tensor_parallel, candidate.pipeline_parallel, len(candidate.devices))
+        for candidate in candidates
+    ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "machine", "expected"),
+    [
+        pytest.param(EIGHT, "4090", [("fits", 1, 1, 1)], id="one card"),
+        pytest.param(EIGHT, "2x4090", [("fits", 2, 1, 2), ("fits", 1, 1, 1)], id="two alike, one would do"),
+        pytest.param(SEVENTY, "2x4090", [("fits", 2, 1, 2)], id="two alike, both are needed"),
+        pytest.param(SEVENTY, "3x3090", [("fits", 1, 3, 3), ("illegal", 3, 1, 3)], id="64 heads on three"),
+        pytest.param(
+            THIRTY,
+            "4x3090",
+            [("fits", 2, 2, 4), ("fits", 1, 1, 1), ("illegal", 4, 1, 4)],
+            id="six groups of scales on four",
+        ),
+        pytest.param(
+            EIGHT,
+            "4090+4080+4080",
+            [("fits", 1, 3, 3), ("fits", 2, 1, 2), ("fits", 1, 1, 1)],
+            id="a pipeline over unlike cards, the two like ones, the largest",
+        ),
+        pytest.param(SEVENTY, "4090+4080", [("does-not-fit", 1, 2, 2)], id="too little together"),
+        pytest.param(EIGHT, "4060", [("does-not-fit", 1, 1, 1)], id="too little on one"),
+    ],
+)
+def test_the_ways_that_are_found(facts: ModelFacts, machine: str, expected: list[tuple[str, int, int, int]]) -> None:
+    assert shapes(planned(facts, machine)) == expected
+
+
+@pytest.mark.parametrize(
+    ("wants", "machine", "expected"),
+    [
+        pytest.param(VllmWants(tensor_parallel=2), "4x3090", (2, 2, 4), id="a pipeline follows from the cards"),
+        pytest.param(VllmWants(pipeline_parallel=4), "4x3090", (1, 4, 4), id="a pipeline alone"),
+        pytest.param(VllmWants(tensor_parallel=1, pipeline_parallel=1), "3090", (1, 1, 1), id="one card"),
+        pytest.param(VllmWants(replicas=2), "4x3090", (2, 1, 4), id="replicas share the cards"),
+        pytest.param(VllmWants(split_mode="tensor"), "4090+4080", (2, 1, 2), id="unlike cards when asked"),
+    ],
+)
+def test_a_shape_that_is_asked_for_is_the_first(wants: VllmWants, machine: str, expected: tuple[int, int, int]) -> None:
+    assert shapes(planned(EIGHT, machine, wants))[0] == ("fits", *expected)
+
+
+@pytest.mark.parametrize(
+    ("wants", "machine", "reason"),
+    [
+        pytest.param(VllmWants(tensor_parallel=3), "3x3090", "32 attention heads ÷ 3 cards", id="heads"),
+        pytest.param(VllmWants(tensor_parallel=4), "2x3090", "takes 4 cards, and there are 2", id="too few cards"),
+        pytest.param(VllmWants(replicas=2), "3x3090", "3 cards cannot be dealt evenly to 2 replicas", id="replicas"),
+        pytest.param(VllmWants(kv_type_k="q8_0", kv_type_v="q8_0"), "3090", "no KV cache of type q8_0", id="KV type"),
+        pytest.param(VllmWants(ctx_tokens=200_000), "3090", "more than the 131072 vLLM allows", id="context"),
+    ],
+)
+def test_what_vllm_refuses_is_said_before_it_is_tried(wants: VllmWants, machine: str, reason: str) -> None:
+    (candidate, *_) = planned(EIGHT, machine, wants)
+    assert candidate.verdict == "illegal"
+    assert any(reason in each for each in candidate.reasons), candidate.reasons
+    assert all(device.idle and not device.total_bytes for device in candidate.devices)
+
+
+def card(total_gib: float, free_gib: float, index: int = 0) -> Gpu:
+    return Gpu(
+        index=index,
+        vendor="nvidia",
+        name="card",
+        uuid=f"GPU-{index}",
+        total_bytes=round(total_gib * GIB),
+        free_bytes=round(free_gib * GIB),
+        bandwidth_gb_s=1000.0,
+    )
+
+
+def share(candidate: Candidate) -> float | None:
+    assert isinstance(candidate.wants, VllmWants)
+    return candidate.wants.gpu_memory_utilization
+
+
+def test_where_others_hold_memory_vllm_is_given_less() -> None:
+    (candidate,) = vllm_candidates(EIGHT, VllmWants(), [card(24, 20.5)], HOST)
+    assert candidate.verdict == "fits"
+    assert share(candidate) == 0.86  # (20.5 - 0.25) / (24 * 0.98), rounded down
+    assert "vLLM is given 0.86 of each card, because no more is free" in candidate.reasons
+
+
+def test_a_share_that_is_asked_for_is_kept_and_refused_where_it_is_not_free() -> None:
+    (candidate,) = vllm_candidates(EIGHT, VllmWants(gpu_memory_utilization=0.95), [card(24, 20.5)], HOST)
+    assert share(candidate) == 0.95
+    assert candidate.verdict == "does-not-fit"
+    assert candidate.reasons == ("vLLM was to take 22.3 GiB of gpu0, where 20.5 GiB are free",)
+    assert candidate.short_bytes == int(visible_bytes(24 * GIB) * 0.95) - round(20.5 * GIB)
+
+
+def test_a_context_nobody_asked_for_is_lowered_and_said() -> None:
+    tight = card(24, 23.5)
+    (lowered,) = vllm_candidates(facts_of(LLAMA_8B, 19.5), VllmWants(), [tight], HOST)
+    assert (lowered.verdict, lowered.ctx_tokens) == ("fits", lowered.max_ctx_tokens)
+    assert 2048 <= lowered.ctx_tokens < 8192
+    assert lowered.reasons[0].startswith("context lowered from 8192")
+    (asked,) = vllm_candidates(facts_of(LLAMA_8B, 19.5), VllmWants(ctx_tokens=8192), [tight], HOST)
+    assert (asked.verdict, asked.ctx_tokens, asked.max_ctx_tokens) == ("does-not-fit", 8192, lowered.ctx_tokens)
+    assert "KV cache for one request" in asked.reasons[0]
+
+
+def test_users_who_must_wait_are_counted() -> None:
+    (candidate,) = vllm_candidates(EIGHT, VllmWants(parallel=16, ctx_tokens=8192), [card(24, 23.5)], HOST)
+    assert candidate.verdict == "fits", "vLLM queues what does not fit at once"
+    assert "5 of 16 users can have the whole context at once; others wait" in candidate.reasons
+    assert planned_kv_tokens(candidate, EIGHT) // 8192 == 5
+
+
+def test_fp8_doubles_the_context() -> None:
+    plain, half = (
+        vllm_candidates(EIGHT, VllmWants(kv_type_k=kind, kv_type_v=kind), [card(24, 23.5)], HOST)[0]
+        for kind in ("f16", "fp8")
+    )
+    assert plain.max_ctx_tokens
+    assert half.max_ctx_tokens == pytest.approx(2 * plain.max_ctx_tokens, abs=32)
+
+
+def test_cards_of_a_group_hold_what_the_smallest_can() -> None:
+    gpus = [card(24, 23.5, 0), card(16, 15.5, 1)]
+    candidate = vllm_candidate(EIGHT, VllmWants(tensor_parallel=2), gpus, HOST, 8192, tensor_parallel=2)
+    assert len({device.kv_bytes for device in candidate.devices}) == 1
+    assert any("16.0 GiB of up to 24.0 GiB is used" in reason for reason in candidate.reasons)
+
+
+def test_stages_hold_the_whole_model_once_and_the_larger_card_more() -> None:
+    (candidate, *_) = planned(SEVENTY, "4090+3090+4080")
+    first, second, third = candidate.devices
+    assert [device.first_layer for device in candidate.devices] == [0, first.layers, first.layers + second.layers]
+    assert first.layers + second.layers + third.layers == 80
+    assert third.layers < min(first.layers, second.layers)
+    assert [device.head for device in candidate.devices] == [False, False, True]
+    total = sum(device.weights_bytes for device in candidate.devices)
+    assert total == pytest.approx(SEVENTY.file_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("machine", "wants", "bound"),
+    [
+        pytest.param("4090", VllmWants(), 67.0, id="one card"),
+        pytest.param("2x4090", VllmWants(), 133.9, id="two at once, each reads half"),
+        pytest.param("2x4090", VllmWants(pipeline_parallel=2), 67.0, id="two in turn"),
+        pytest.param("4090+4080", VllmWants(split_mode="tensor"), 95.2, id="the slower one decides"),
+        pytest.param("4x4090", VllmWants(replicas=2), 133.9, id="replicas speed nobody up"),
+    ],
+)
+def test_the_bound(machine: str, wants: VllmWants, bound: float) -> None:
+    assert planned(EIGHT, machine, wants)[0].speed.bound_tok_s == pytest.approx(bound, abs=0.05)
+
+
+def test_an_unknown_bandwidth_bounds_nothing() -> None:
+    gpus = [replace(card(24, 23.5, i), bandwidth_gb_s=None if i else 1000.0) for i in range(2)]
+    assert vllm_candidates(EIGHT, VllmWants(), gpus, HOST)[0].speed.bound_tok_s is None
+
+
+def test_an_unknown_memory_is_no_ground_to_plan_on() -> None:
+    (candidate,) = vllm_candidates(EIGHT, VllmWants(), [replace(card(24, 23), total_bytes=None)], HOST)
+    assert candidate.reasons == ("gpu0's memory is unknown",)
+
+
+def test_the_cpu_build_takes_whole_gibibytes_for_each_worker() -> None:
+    (candidate,) = vllm_candidates(EIGHT, VllmWants(tensor_parallel=2, ctx_tokens=8192, parallel=3), (), HOST)
+    assert (candidate.verdict, candidate.devices) == ("fits", ())
+    assert candidate.host.kv_bytes == 2 * 2 * GIB  # 3 x 8192 tokens of 64 KiB are 1.5 GiB on each
+    assert planned_kv_tokens(candidate, EIGHT) == 2 * GIB // 65536
+    (large,) = vllm_candidates(SEVENTY, VllmWants(), (), replace(HOST, ram_available_bytes=30 * GIB))
+    assert large.verdict == "does-not-fit"
+    assert "available" in large.reasons[0]
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from([EIGHT, SEVENTY, THIRTY, facts_of(GPT_OSS_20B, 13.7)]),
+    st.lists(st.tuples(st.integers(4, 96), st.floats(0.0, 1.0)), min_size=1, max_size=4),
+    st.sampled_from([None, 2048, 8192, 100_000]),
+    st.integers(1, 8),
+)
+def test_what_fits_fits(
+    facts: ModelFacts, memory: list[tuple[int, float]], ctx_tokens: int | None, parallel: int
+) -> None:
+    gpus = [card(total, 0.97 * total * free, index) for index, (total, free) in enumerate(memory)]
+    wants = VllmWants(ctx_tokens=ctx_tokens, parallel=parallel)
+    for candidate in vllm_candidates(facts, wants, gpus, HOST):
+        if candidate.verdict != "fits":
+            assert candidate.reasons
+            continue
+        taken = share(candidate)
+        assert taken
+        assert taken <= 0.90
+        assert ctx_tokens in (None, candidate.ctx_tokens)
+        assert candidate.max_ctx_tokens
+        for device in candidate.devices:
+            total = int(visible_bytes(device.card_bytes or 0) * taken)
+            assert device.total_bytes <= total <= device.free_bytes - wants.headroom_bytes
+            assert device.compute_bytes == OVERHEAD_BYTES
+            own = facts.layers[device.first_layer : device.first_layer + device.layers]
+            assert device.kv_bytes >= request_bytes(own, candidate.tensor_parallel, "f16", candidate.ctx_tokens)
