@@ -157,6 +157,7 @@ def run_main() -> None:
     interrupt.deaf_until = math.inf
     for number in usual:
         signal.signal(number, signal.SIG_IGN)  # all is done: a signal now could only spoil the exit code
+    _let_go_of_the_streams()
     sys.exit(exit_code)
 
 
@@ -171,3 +172,12 @@ class _Interrupt:
         if time.monotonic() > self.deaf_until:
             self.deaf_until = time.monotonic() + _TOGETHER_S
             raise KeyboardInterrupt
+
+
+def _let_go_of_the_streams() -> None:
+    """Python flushes both streams at its end, and would turn a reader that has left into exit status 120."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            setattr(sys, name, Output.nowhere())

@@ -67,6 +67,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def sleeps_of(pid: int) -> int:
+    """How often a process has gone to sleep by itself."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
 def shared_files() -> set[str]:
     return {path.name for path in SHARED_MEMORY.iterdir()}
 
@@ -88,7 +94,9 @@ def launcher(folder: Path, end: str = "") -> Iterator[tuple[subprocess.Popen[str
             log = folder / "engine.log"
             until(lambda: "worker" in log.read_text())
             worker = int(log.read_text().split()[1])
-            time.sleep(2 * reaper._LOOK_EVERY_S)  # the files of what is gone at once must have been seen before
+            # The files of what is gone at once must have been seen before: the reaper has looked again, twice.
+            looked = sleeps_of(reaper_pid)
+            until(lambda: sleeps_of(reaper_pid) >= looked + 3)
             assert alive(engine)
             assert alive(worker)
             yield process, engine, worker, reaper_pid
