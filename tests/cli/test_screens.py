@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import struct
+import subprocess
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -209,15 +210,19 @@ class Terminal:
     """mgpu in a terminal of its own, as a user's shell would start it."""
 
     def __init__(self, mgpu: Mgpu, *words: object, columns: int = 100, **variables: str | None) -> None:
-        self.pid, self._master = pty.fork()
-        if not self.pid:
-            try:
-                os.chdir(mgpu.here)
-                fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
-                command = mgpu.command(*words)
-                os.execve(command[0], command, mgpu.with_variables(**{"TERM": "xterm-256color", **variables}))
-            finally:
-                os._exit(127)
+        self._master, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+        self.process = subprocess.Popen(
+            mgpu.command(*words),
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            cwd=mgpu.here,
+            env=mgpu.with_variables(**{"TERM": "xterm-256color", **variables}),
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(terminal)
         self.text = ""
 
     def read(self, pattern: str) -> str:
@@ -247,8 +252,12 @@ class Terminal:
             if not new:
                 break
             self.text += new.decode(errors="replace")
+        return self.hang_up()
+
+    def hang_up(self) -> int:
+        """Close the terminal, and return the exit code."""
         os.close(self._master)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait(LIMIT_S)
 
 
 CTRL_C = "\x03"
@@ -298,8 +307,7 @@ def test_a_dumb_terminal_gets_lines_of_status(mgpu: Mgpu, tiny: Path) -> None:
 def test_a_terminal_that_is_closed_ends_the_run(mgpu: Mgpu, tiny: Path) -> None:
     terminal = Terminal(mgpu, "run", tiny, "--interval", "0.2")
     terminal.read("0 running")
-    os.close(terminal._master)
-    assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) in (130, 0)
+    assert terminal.hang_up() in (0, 130)  # its words cannot be written any more; or it is interrupted first
     mgpu.assert_nothing_left()
 
 
