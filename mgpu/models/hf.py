@@ -154,7 +154,8 @@ def _estimated(shape: Shape, weights_bytes: int) -> _Placed:
     head = 0 if shape.tied else min(embedding, weights_bytes // 4)
     rest = max(0, weights_bytes - embedding - head)
     layers = [
-        shape.layer_parameters + (shape.expert_parameters if mixture else shape.dense_parameters)
+        shape.layer_parameters
+        + (shape.shared_parameters + shape.expert_parameters if mixture else shape.dense_parameters)
         for mixture in shape.mixture
     ]
     layer_bytes = [rest * size // max(1, sum(layers)) for size in layers]

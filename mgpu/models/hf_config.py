@@ -91,10 +91,13 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Of what every layer has: attention, norms, and the experts that all tokens use."""
-        shared = 3 * self.embedding_length * (self.shared_expert_feed_forward_length or 0)
-        router = self.embedding_length * self.experts
-        return self.attention_parameters + 2 * self.embedding_length + (shared + router if self.experts else 0)
+        """Of what every layer has: attention and norms."""
+        return self.attention_parameters + 2 * self.embedding_length
+
+    @property
+    def shared_parameters(self) -> int:
+        """Of what a layer with experts has besides them: the router, and the experts that all tokens use."""
+        return self.embedding_length * (self.experts + 3 * (self.shared_expert_feed_forward_length or 0))
 
     @property
     def dense_parameters(self) -> int:
@@ -113,7 +116,8 @@ class Shape:
         dense = len(self.mixture) - mixtures
         embeddings = self.embedding_parameters * (1 if self.tied else 2)
         layers = self.layer_parameters * len(self.mixture)
-        return embeddings + layers + dense * self.dense_parameters + mixtures * self.expert_parameters
+        experts = self.shared_parameters + self.expert_parameters
+        return embeddings + layers + dense * self.dense_parameters + mixtures * experts
 
 
 def read_shape(config: Config) -> Shape:

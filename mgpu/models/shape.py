@@ -6,7 +6,7 @@ it accepts files made from them and reports the same bytes for each device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mgpu.models.attention import Attention, windows
@@ -16,6 +16,9 @@ from mgpu.models.tensors import Tensor, place
 
 if TYPE_CHECKING:  # pydantic is slow to import, and only the attributes are needed here
     from mgpu.profile import ModelShape
+
+
+Outline = tuple[str, tuple[int, ...]]
 
 
 def tensor_table(shape: ModelShape, quantisation: str) -> tuple[Tensor, ...]:
@@ -33,7 +36,7 @@ def tensor_table(shape: ModelShape, quantisation: str) -> tuple[Tensor, ...]:
         experts=shape.experts,
         tied=shape.tied_embeddings,
     )
-    return tuple(recipe.tensor(name, dimensions) for name, dimensions in _outlines(shape))
+    return tuple(recipe.tensor(name, dimensions) for name, dimensions in outlines(shape))
 
 
 def facts_from_shape(name: str, shape: ModelShape, quantisation: str) -> ModelFacts:
@@ -43,13 +46,22 @@ def facts_from_shape(name: str, shape: ModelShape, quantisation: str) -> ModelFa
     Raises UsageError for an unknown quantisation.
     """
     tensors = tensor_table(shape, quantisation)
+    return facts_of_tensors(
+        name, shape, tensors, quantisation=known_quantisation(quantisation), source=f"profile {name}"
+    )
+
+
+def facts_of_tensors(
+    name: str, shape: ModelShape, tensors: Sequence[Tensor], *, quantisation: str, source: str
+) -> ModelFacts:
+    """The facts of `shape` when it is stored as `tensors`, which are those of `outlines`."""
     placement = place(tensors, shape.layers)
     attention = _attention(shape)
     unused = placement.expert_parameters * (shape.experts - shape.experts_used) // max(1, shape.experts)
     return ModelFacts(
         name=name,
         architecture=shape.architecture,
-        quantisation=known_quantisation(quantisation),
+        quantisation=quantisation,
         parameters=placement.parameters,
         active_parameters=placement.parameters - unused,
         context_length=shape.context_length,
@@ -83,17 +95,12 @@ def facts_from_shape(name: str, shape: ModelShape, quantisation: str) -> ModelFa
             )
         ),
         file_bytes=sum(tensor.bytes for tensor in tensors),
-        source=f"profile {name}",
+        source=source,
     )
 
 
-Outline = tuple[str, tuple[int, ...]]
-
-_QK_NORM = ("qwen3", "qwen3moe", "gemma3")
-_QKV_BIAS = ("qwen2", "gpt-oss")
-
-
-def _outlines(shape: ModelShape) -> Iterator[Outline]:
+def outlines(shape: ModelShape) -> Iterator[Outline]:
+    """Yield name and dimensions (innermost first) of every tensor of `shape`, as llama.cpp's converter names them."""
     embedding = (shape.embedding_length, shape.vocabulary)
     yield "token_embd.weight", embedding
     yield "output_norm.weight", (shape.embedding_length,)
@@ -108,6 +115,10 @@ def _outlines(shape: ModelShape) -> Iterator[Outline]:
         for part in (attention, _norms(shape), feed_forward):
             for name, dimensions in part:
                 yield f"blk.{layer}.{name}", dimensions
+
+
+_QK_NORM = ("qwen3", "qwen3moe", "gemma3")
+_QKV_BIAS = ("qwen2", "gpt-oss")
 
 
 def _plain_attention(shape: ModelShape) -> Iterator[Outline]:
