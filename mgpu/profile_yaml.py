@@ -1,4 +1,4 @@
-"""A profile's YAML as values, with the place of every key.
+"""A profile's YAML, or another file's that people write, as values, with the place of every key.
 
 Less is read than YAML allows: one document, every key once, no anchors, no aliases, no tags. Plain words
 are read by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), as editors do:
@@ -39,13 +39,14 @@ class Document:
         return self.places[path]
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a profile file. Raises ProfileError when there is no readable UTF-8 text there."""
+def read_text(path: Path, *, kind: str = "a profile") -> str:
+    """Return the text of a file, which messages call `kind`. Raises ProfileError when there is no readable UTF-8 text
+    there."""
     file = str(path)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise refusal(file, None, "is a folder, not a profile")
+            raise refusal(file, None, f"is a folder, not {kind}")
         if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
             raise refusal(file, None, "is not a regular file")
         with path.open("rb") as stream:
@@ -55,7 +56,7 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise refusal(file, None, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MOST_BYTES:
-        raise refusal(file, None, f"is larger than {MOST_BYTES // 1024} KiB: not a profile")
+        raise refusal(file, None, f"is larger than {MOST_BYTES // 1024} KiB: not {kind}")
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise refusal(file, _START, "starts with a byte order mark: save it as UTF-8 without one")
     try:
@@ -68,19 +69,20 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_document(text: str, *, file: str) -> Document:
+def read_document(text: str, *, file: str, kind: str = "a profile", example: str = "name: …") -> Document:
     """Read YAML `text` into a Document; a key that is set twice is among its problems, the first one kept.
 
+    Messages call the file `kind`, and show `example` to say what belongs there.
     Raises ProfileError for anything that is not one plain YAML mapping.
     """
-    reader = _Reader(file=file)
+    reader = _Reader(file=file, kind=kind)
     for event in _events(text, file):
         reader.take(event)
     root = reader.roots[0] if reader.roots else None
     if root is None:
-        raise refusal(file, _START, "is empty: a profile is a group of keys, such as 'name: …'")
+        raise refusal(file, _START, f"is empty: {kind} is a group of keys, such as '{example}'")
     if not isinstance(root, dict):
-        raise refusal(file, _START, f"is {in_words(root)}: a profile is a group of keys, such as 'name: …'")
+        raise refusal(file, _START, f"is {in_words(root)}: {kind} is a group of keys, such as '{example}'")
     return Document(data=root, places=reader.places, problems=tuple(reader.problems))
 
 
@@ -99,6 +101,7 @@ class _Reader:
     """Builds values and places from YAML events; not recursive, so that no depth of nesting can break it."""
 
     file: str
+    kind: str
     places: dict[KeyPath, Place] = field(default_factory=lambda: {(): _START})
     problems: list[Problem] = field(default_factory=list)
     roots: list[object] = field(default_factory=list)
@@ -108,14 +111,14 @@ class _Reader:
     def take(self, event: yaml.Event) -> None:
         place = _place_of(event.start_mark) or _START
         if isinstance(event, yaml.DocumentStartEvent) and self.roots:
-            raise refusal(self.file, place, "a second document: a profile is one, without '---' amid its keys")
+            raise refusal(self.file, place, f"a second document: {self.kind} is one, without '---' amid its keys")
         if isinstance(event, yaml.CollectionEndEvent):
             self.inside.pop()
         if not isinstance(event, yaml.NodeEvent):
             return
         self.values += 1
         if self.values > MOST_VALUES:
-            raise refusal(self.file, place, f"holds more than {MOST_VALUES} values: not a profile")
+            raise refusal(self.file, place, f"holds more than {MOST_VALUES} values: not {self.kind}")
         self._refuse_indirection(event, place)
         at_key = bool(self.inside) and isinstance(self.inside[-1].container, dict) and self.inside[-1].key is None
         if isinstance(event, yaml.ScalarEvent):
@@ -127,7 +130,7 @@ class _Reader:
         if at_key:
             raise refusal(self.file, place, "a list or a group of keys stands where a key should")
         if len(self.inside) >= MOST_LEVELS:
-            raise refusal(self.file, place, f"nests deeper than {MOST_LEVELS} levels: not a profile")
+            raise refusal(self.file, place, f"nests deeper than {MOST_LEVELS} levels: not {self.kind}")
         container: dict[str, object] | list[object] = {} if isinstance(event, yaml.MappingStartEvent) else []
         self.inside.append(_Open(container=container, path=self._take_value(container, place)))
 
@@ -161,11 +164,11 @@ class _Reader:
     def _refuse_indirection(self, event: yaml.NodeEvent, place: Place) -> None:
         if event.anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-            why = "a few lines of anchors and aliases can unfold to gigabytes, so a profile has none"
+            why = f"a few lines of anchors and aliases can unfold to gigabytes, so {self.kind} has none"
             raise refusal(self.file, place, f"{shortened(sign + event.anchor)}: {why}; write the value out")
         tag = getattr(event, "tag", None)
         if tag is not None:
-            raise refusal(self.file, place, f"the tag {shortened(str(tag))}: a profile holds plain values only")
+            raise refusal(self.file, place, f"the tag {shortened(str(tag))}: {self.kind} holds plain values only")
 
 
 def _events(text: str, file: str) -> Iterator[yaml.Event]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mgpu"
-ROOMS = ("errors", "units", "machine", "profile", "models", "planning", "backends", "running", "cli")
+ROOMS = ("errors", "units", "machine", "profile", "configuration", "models", "planning", "backends", "running", "cli")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_MODULE = 400
 

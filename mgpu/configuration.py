@@ -1,0 +1,101 @@
+"""What the user sets once for every command: `config.yaml` in mgpu's configuration folder. There need not be one.
+
+engines:
+  llama.cpp: /opt/llama.cpp/build/bin/llama-server
+  vllm: ~/venvs/vllm          # a virtual environment, or the program in it
+  ollama: /usr/local/bin/ollama
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mgpu.errors import ProfileError, UsageError
+
+if TYPE_CHECKING:
+    from mgpu.profile_errors import KeyPath, Problem
+    from mgpu.profile_yaml import Document
+
+ENGINES = ("llama.cpp", "vllm", "ollama")
+_KIND = "a configuration"
+
+
+def configuration_file() -> Path:
+    """Return the path of the user's configuration, whether it is there or not."""
+    import platformdirs
+
+    return platformdirs.user_config_path("mgpu").absolute() / "config.yaml"
+
+
+def engine_setting(backend: str) -> Path | None:
+    """Return where the configuration says that an engine is: the path of its program, or of the folder that has it in
+    `bin`; absolute, but not looked at. None where nothing is set.
+
+    Raises UsageError (code "configuration-invalid") naming file, line, column and key of what is wrong.
+    """
+    file = configuration_file()
+    if not os.path.lexists(file):  # a broken link is the user's error, not a reason to go without
+        return None
+    setting = _engines(file).get(backend)
+    return file.parent / os.path.expanduser(setting) if setting else None  # noqa: PTH111 - never raises
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as people write it: the home folder as `~`."""
+    home = os.path.expanduser("~")  # noqa: PTH111 - never raises
+    return f"~/{path.relative_to(home)}" if home != "~" and path.is_relative_to(home) else str(path)
+
+
+def _engines(file: Path) -> dict[str, str]:
+    """The settings under `engines`, all of them sound."""
+    # Most people have no configuration: only those who do wait for these.
+    from mgpu.profile_errors import profile_error
+    from mgpu.profile_yaml import read_document, read_text
+
+    try:
+        text = read_text(file, kind=_KIND)
+        if all(line.lstrip().startswith("#") for line in text.splitlines() if line.strip()):
+            return {}  # empty, or all of it commented out
+        document = read_document(text, file=str(file), kind=_KIND, example="engines: …")
+        problems = [*document.problems, *_problems(document)]
+        if problems:
+            raise profile_error(str(file), problems)
+    except ProfileError as error:
+        hint = f"mend {shown_path(file)}, then: mgpu backends"
+        raise UsageError(error.message, code="configuration-invalid", hint=hint) from None
+    engines = document.data.get("engines")
+    return {name: str(value) for name, value in engines.items()} if isinstance(engines, dict) else {}
+
+
+def _problems(document: Document) -> Iterator[Problem]:
+    from mgpu.profile_errors import Problem, dotted, in_words
+
+    def problem(path: KeyPath, text: str) -> Problem:
+        return Problem(place=document.place_of(path), key=dotted(path), text=text)
+
+    for key in document.data.keys() - {"engines"}:
+        yield problem((key,), _unknown(key, ("engines",)))
+    engines = document.data.get("engines")
+    if engines is None:  # what is below it is commented out
+        return
+    if not isinstance(engines, dict):
+        yield problem(("engines",), f"expected a group of keys, found {in_words(engines)}")
+        return
+    for name, value in engines.items():
+        path = ("engines", name)
+        if name not in ENGINES:
+            yield problem(path, _unknown(name, ENGINES))
+        elif not isinstance(value, str):
+            yield problem(path, f"expected the path of a program or of its folder, found {in_words(value)}")
+        elif not value.strip() or not value.isprintable():
+            yield problem(path, f"{in_words(value)} is not the path of anything")
+
+
+def _unknown(key: str, known: tuple[str, ...]) -> str:
+    from mgpu.profile_errors import nearest
+
+    close = nearest(key, known)
+    return f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; known are {', '.join(known)}"
