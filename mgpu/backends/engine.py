@@ -9,10 +9,11 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mgpu.configuration import configuration_file, engine_setting, shown_path
 from mgpu.errors import EngineFailed, Missing
 from mgpu.machine.snapshot import EngineDevice
 
@@ -29,29 +30,86 @@ _DEVICE = re.compile(r"\s+(\w+): (.*) \((\d+) MiB, (\d+) MiB free\)\s*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """An installed engine: its program and where it was found ("$MGPU_LLAMA_SERVER", "PATH", "package")."""
+    """An installed engine: its program, and where it was found: "$MGPU_LLAMA_SERVER", "~/.config/mgpu/config.yaml",
+    "PATH", "package" (in this Python environment), "mgpu" (which installed it)."""
 
     backend: str
     path: Path
     found_in: str
 
 
-def find_llama_server() -> Engine | None:
-    """Return the llama-server to run: the one $MGPU_LLAMA_SERVER names, else on PATH, else of the `llamacpp` extra.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """How an engine's program is looked for.
 
-    Raises Missing when the variable names something that is no program.
+    `variable` is the environment's word on it; `own` finds what is neither set nor on PATH. `absent` says in a
+    sentence that there is none, `install` how to get one.
     """
-    if named := os.environ.get(LLAMA_SERVER_VARIABLE):
+
+    backend: str
+    name: str
+    variable: str
+    own: Callable[[], Engine | None]
+    absent: str
+    install: str
+
+
+def find(program: Program) -> Engine | None:
+    """Return the engine to run: the one that the variable names, else the configuration, else on PATH, else mgpu's own.
+
+    Raises Missing (code "engine-missing") when the variable or the configuration names something that is no program,
+    UsageError when the configuration is wrong.
+    """
+    if named := os.environ.get(program.variable):
         path = shutil.which(named)
         if path is None:
             raise Missing(
-                f"${LLAMA_SERVER_VARIABLE} names {named!r}, which is not a program that can be run",
+                f"${program.variable} names {named!r}, which is not a program that can be run",
                 code="engine-missing",
-                hint=f"unset {LLAMA_SERVER_VARIABLE}, or set it to the path of a llama-server",
+                hint=f"unset {program.variable}, or set it to the path of {_a(program.name)}",
             )
-        return Engine(backend=LLAMA_CPP, path=Path(path).absolute(), found_in=f"${LLAMA_SERVER_VARIABLE}")
-    if path := shutil.which("llama-server"):
-        return Engine(backend=LLAMA_CPP, path=Path(path).absolute(), found_in="PATH")
+        return Engine(backend=program.backend, path=Path(path).absolute(), found_in=f"${program.variable}")
+    if setting := engine_setting(program.backend):
+        return _configured(program, setting)
+    if path := shutil.which(program.name):
+        return Engine(backend=program.backend, path=Path(path).absolute(), found_in="PATH")
+    return program.own()
+
+
+def require(program: Program) -> Engine:
+    """Return what `find` finds. Raises Missing with the way to install the engine."""
+    engine = find(program)
+    if engine is None:
+        hint = f"{program.install}, or set {program.variable} to the path of {_a(program.name)}"
+        raise Missing(program.absent, code="engine-missing", hint=hint)
+    return engine
+
+
+def find_llama_server() -> Engine | None:
+    """Return the llama-server to run, as `find` does; the last resort is the package of the extra `llamacpp`."""
+    return find(_LLAMA_SERVER)
+
+
+def require_llama_server() -> Engine:
+    """Return `find_llama_server()`'s engine. Raises Missing with the command that installs one."""
+    return require(_LLAMA_SERVER)
+
+
+def _configured(program: Program, setting: Path) -> Engine:
+    file = shown_path(configuration_file())
+    # A virtual environment, or any folder that programs were installed into. (What os.path asks never raises.)
+    path = setting / "bin" / program.name if os.path.isdir(setting) else setting  # noqa: PTH112
+    if shutil.which(path) is None:
+        why = "cannot be run" if os.path.exists(path) else "is not there"  # noqa: PTH110
+        raise Missing(
+            f"{file} sets engines.{program.backend} to a program that {why}: {path}",
+            code="engine-missing",
+            hint=f"mend {file}; or {program.install}, and take the line out",
+        )
+    return Engine(backend=program.backend, path=path, found_in=file)
+
+
+def _packaged() -> Engine | None:
     spec = importlib.util.find_spec(_WHEEL)
     if spec and spec.origin:
         server = Path(spec.origin).parent / "bin" / "llama-server"
@@ -60,16 +118,18 @@ def find_llama_server() -> Engine | None:
     return None
 
 
-def require_llama_server() -> Engine:
-    """Return `find_llama_server()`'s engine. Raises Missing with the command that installs one."""
-    engine = find_llama_server()
-    if engine is None:
-        raise Missing(
-            "llama.cpp is not installed: no llama-server on PATH and none in this Python environment",
-            code="engine-missing",
-            hint=f"{INSTALL_LLAMA_CPP}, or set {LLAMA_SERVER_VARIABLE} to the path of a llama-server",
-        )
-    return engine
+def _a(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+_LLAMA_SERVER = Program(
+    backend=LLAMA_CPP,
+    name="llama-server",
+    variable=LLAMA_SERVER_VARIABLE,
+    own=_packaged,
+    absent="llama.cpp is not installed: no llama-server on PATH and none in this Python environment",
+    install=INSTALL_LLAMA_CPP,
+)
 
 
 def engine_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:

