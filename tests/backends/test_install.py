@@ -58,8 +58,10 @@ def environments() -> list[str]:
 def test_it_is_installed_found_and_replaced(packages: Path) -> None:
     wheel(packages, version="9.9.8")
     lines: list[str] = []
+    steps: list[str] = []
     assert find_vllm() is None
-    engine = install_vllm(lines.append)
+    engine = install_vllm(lines.append, on_step=steps.append)
+    assert [step.split()[0] for step in steps] == ["making", "installing", "asking"]
     assert find_vllm() == engine
     assert engine.found_in == "mgpu"
     assert installed_version(engine.path) == "9.9.8"
@@ -80,6 +82,7 @@ def test_it_is_installed_found_and_replaced(packages: Path) -> None:
     assert old not in environments()
     assert len(environments()) == 1
     assert not (packages.parent / "elsewhere").exists()
+    assert not (own_environment() / "tmp").exists()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,15 @@ def test_it_is_installed_found_and_replaced(packages: Path) -> None:
     [
         pytest.param({}, "vllm==1.2.3", "install-failed", Missing, "No matching distribution", id="no such version"),
         pytest.param(
-            {"main": "raise SystemExit(1)"}, "vllm", "engine-broken", EngineFailed, "does not run", id="broken"
+            {"main": "raise SystemExit('no libcudart.so.12')"},
+            "vllm",
+            "engine-broken",
+            EngineFailed,
+            "does not run here: no libcudart.so.12",
+            id="broken",
+        ),
+        pytest.param(
+            {"program": "something"}, "vllm", "engine-broken", EngineFailed, "no vllm program", id="without a program"
         ),
     ],
 )
@@ -110,7 +121,9 @@ def test_an_interrupt_leaves_nothing(packages: Path) -> None:
     wheel(packages)
 
     def interrupted(line: str) -> None:
-        if line.startswith("Processing") or "Looking in links" in line:
+        if line.startswith("Processing"):
+            (environment,) = environments()
+            assert list((own_environment().parent / environment / "tmp").iterdir()), "what is downloaded waits there"
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
