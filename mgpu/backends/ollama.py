@@ -15,14 +15,14 @@ from pathlib import Path
 
 from mgpu.backends import llama_cpp_metrics, ollama_failure, ollama_log
 from mgpu.backends.backend import Backend, Get, Launch, Sample, Serving
-from mgpu.backends.engine import Engine, Program, find, require
+from mgpu.backends.engine import OLLAMA_PROGRAM, Engine, find, require
 from mgpu.errors import UsageError
 from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.units import MIB
 
 OLLAMA = "ollama"
-OLLAMA_VARIABLE = "MGPU_OLLAMA"
-INSTALL_OLLAMA = "install it from https://ollama.com/download"
+OLLAMA_VARIABLE = OLLAMA_PROGRAM.variable
+INSTALL_OLLAMA = OLLAMA_PROGRAM.install
 # Hides all cards of a library.
 _NONE = "-1"
 _VISIBLE = {"CUDA": "CUDA_VISIBLE_DEVICES", "ROCm": "ROCR_VISIBLE_DEVICES", "Vulkan": "GGML_VK_VISIBLE_DEVICES"}
@@ -47,24 +47,16 @@ _OWNED = {
     "LLAMA_ARG_ENDPOINT_METRICS": "nothing: it is on",
 }
 _HIDDEN_CARDS = (*_VISIBLE.values(), "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
-_PROGRAM = Program(
-    backend=OLLAMA,
-    name="ollama",
-    variable=OLLAMA_VARIABLE,
-    own=lambda: None,
-    absent="Ollama is not installed: no ollama on PATH",
-    install=INSTALL_OLLAMA,
-)
 
 
 def find_ollama() -> Engine | None:
     """Return the ollama to run, as `find` does."""
-    return find(_PROGRAM)
+    return find(OLLAMA_PROGRAM)
 
 
 def require_ollama() -> Engine:
     """Return `find_ollama()`'s engine. Raises Missing with the way to install one."""
-    return require(_PROGRAM)
+    return require(OLLAMA_PROGRAM)
 
 
 def clean_environment(base: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -13,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mgpu.backends.backend import Launch
-from mgpu.backends.engine import Engine, Program, engine_environment, find, require
-from mgpu.backends.vllm import NAME
+from mgpu.backends.engine import VLLM_PROGRAM, Engine, engine_environment, find, require
 from mgpu.errors import EngineFailed
 
-VLLM_VARIABLE = "MGPU_VLLM"
-INSTALL_VLLM = "mgpu backends install vllm"
+INSTALL_VLLM = VLLM_PROGRAM.install
 # Its `--help` imports all of PyTorch: 9 s on an idle machine with a warm disk.
 _ANSWER_TIMEOUT_S = 180
 # Flags that mgpu can do without, with the number of values each takes.
@@ -27,19 +25,12 @@ _DISPENSABLE = {"--shutdown-timeout": 1}
 
 def find_vllm() -> Engine | None:
     """Return the vLLM to run, as `find` does; the last resort is the one that mgpu has installed."""
-    return find(_VLLM)
+    return find(VLLM_PROGRAM)
 
 
 def require_vllm() -> Engine:
     """Return `find_vllm()`'s engine. Raises Missing with the command that installs one."""
-    return require(_VLLM)
-
-
-def own_environment() -> Path:
-    """Return the folder of the Python environment that mgpu keeps for vLLM, whether it is there or not."""
-    import platformdirs
-
-    return platformdirs.user_data_path("mgpu") / "engines" / NAME
+    return require(VLLM_PROGRAM)
 
 
 def installed_version(program: Path) -> str | None:
@@ -60,21 +51,6 @@ def is_cpu_build(program: Path) -> bool:
 
 def _library(program: Path) -> Path:
     return program.resolve().parent.parent / "lib"
-
-
-def _own() -> Engine | None:
-    program = own_environment() / "bin" / "vllm"
-    return Engine(backend=NAME, path=program, found_in="mgpu") if os.access(program, os.X_OK) else None
-
-
-_VLLM = Program(
-    backend=NAME,
-    name="vllm",
-    variable=VLLM_VARIABLE,
-    own=_own,
-    absent="vLLM is not installed: no vllm on PATH, and mgpu has not installed one",
-    install=INSTALL_VLLM,
-)
 
 
 def fit_to_help(launch: Launch, help_text: str, version: str | None) -> Launch:

