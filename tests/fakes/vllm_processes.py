@@ -1,0 +1,154 @@
+"""The processes of a vLLM beside its server: a resource tracker, an engine core for each replica, a worker a rank.
+
+They are forked one from the other and stay in the server's process group. None of them ends because the server was
+killed; a worker ends with its engine core. So that a failed test leaves nothing for good, all end after two minutes
+without a server.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from tests.fakes.vllm_log_lines import leaked
+
+SHARED_MEMORY = Path("/dev/shm")
+ORPHAN_S = 120
+_PR_SET_NAME = 15
+
+
+def fork(title: str, body: Callable[[], None], *, close: Sequence[socket.socket] = ()) -> int:
+    """Run `body` in a child that calls itself `title`, without the sockets in `close`; return its pid.
+
+    Like the real ones it has the title instead of its arguments and its environment.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        for each in close:
+            each.close()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        _call_oneself(title)
+        body()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status)
+
+
+def wait_for_ever() -> NoReturn:
+    """Do nothing until one is killed, or nobody can be there any more."""
+    time.sleep(ORPHAN_S)
+    os._exit(1)
+
+
+def die_after(seconds: float | None) -> None:
+    """Have this process killed in so many seconds, if any."""
+    if seconds is not None:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+
+
+class Leftovers:
+    """The sockets and the shared memory of a vLLM. Its sockets and the memory of the group stay behind in any case;
+    the rest is taken away by the resource tracker, if that lives to see the others' end."""
+
+    def __init__(self, workers: int, *, cpu: bool) -> None:
+        folder = Path(tempfile.gettempdir())
+        group = folder / f"vllm_dist_{uuid.uuid4().hex}"
+        for _ in range(5 + 3 * workers):
+            path = folder / str(uuid.uuid4())
+            with socket.socket(socket.AF_UNIX) as endpoint:
+                endpoint.bind(str(path))  # OSError when the path is too long
+        group.touch()
+        self.group = group
+        self._tracked = [SHARED_MEMORY / f"psm_{secrets.token_hex(4)}" for _ in range(2 * workers)]
+        self._semaphores = [SHARED_MEMORY / f"sem.mp-{secrets.token_hex(4)}" for _ in range(workers)]
+        for path in (*self._tracked, *self._semaphores):
+            path.write_bytes(bytes(32 if path in self._semaphores else 4096))
+        if cpu and workers > 1:
+            for rank in range(workers):
+                part = f"{group.name}-tp:0-[0-{workers - 1}]-cpushm_{rank}"
+                (SHARED_MEMORY / part).write_bytes(bytes(4096))
+
+    def track(self, close: Sequence[socket.socket]) -> int:
+        """Start the resource tracker; return its pid. It works once all that know it have ended."""
+        alive, held = os.pipe()
+
+        def body() -> None:
+            os.close(held)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            os.read(alive, 1)
+            self._clear()
+
+        pid = fork(f"{sys.executable} -c from multiprocessing.resource_tracker import main;main(7)", body, close=close)
+        os.close(alive)  # `held` stays open in this process and in those forked from it
+        return pid
+
+    def _clear(self) -> None:
+        for what, paths in (("semaphore", self._semaphores), ("shared_memory", self._tracked)):
+            there = [path for path in paths if path.exists()]
+            if there:
+                with suppress(OSError):
+                    os.write(2, (leaked(what, len(there)) + "\n").encode())
+            for path in there:
+                path.unlink(missing_ok=True)
+
+
+def children(pid: int) -> dict[int, str]:
+    """The living children of a process, each with what it calls itself."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with suppress(OSError):
+                state, parent = (path / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[:2]
+                if int(parent) == pid and state != "Z":
+                    words = (path / "cmdline").read_bytes().split(b"\0")
+                    found[int(path.name)] = words[0].decode(errors="replace")
+    return found
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child has ended; it is then waited for."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _call_oneself(title: str) -> None:
+    """What `setproctitle` does: overwrite the memory where the kernel looks for arguments and environment."""
+    library = ctypes.CDLL(None)
+    library.prctl(_PR_SET_NAME, title.encode()[:15], 0, 0, 0)
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    begin, end = int(fields[45]), int(fields[48])  # arg_start and env_end, of which the first field here is the third
+    if not 0 < begin < end:  # the kernel does not tell everybody
+        return
+    room = end - begin
+    ctypes.memset(begin, 0, room)
+    words = title.encode()[: room - 1]
+    ctypes.memmove(begin, words, len(words))
