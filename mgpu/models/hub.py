@@ -7,18 +7,19 @@ at https://huggingface.co/docs/huggingface_hub/guides/manage-cache. The bytes ar
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin, urlsplit
 
 import mgpu
-from mgpu.errors import Missing
+from mgpu.errors import BadModel, Missing
 from mgpu.models.transfer import Unavailable, client, read_range
 
 if TYPE_CHECKING:
@@ -66,10 +67,14 @@ class HubFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """A repository's files with their sizes (None where the hub does not tell) at a commit."""
+    """A repository's files with their sizes (None where the hub does not tell) at a commit.
+
+    `etags` are those that `describe` would find, for the files of which the hub tells them here already.
+    """
 
     commit: str
     sizes: Mapping[str, int | None]
+    etags: Mapping[str, str]
 
 
 def cache_folder() -> Path:
@@ -84,14 +89,26 @@ def endpoint() -> str:
 
 def cached_file(repository: str, revision: str, path: str) -> Path | None:
     """The file in this machine's cache, None if it is not there. Asks no network."""
-    found = _snapshot(repository, revision) / path
+    found = cached_snapshot(repository, revision) / path
     return found if found.is_file() else None
+
+
+def cached_snapshot(repository: str, revision: str) -> Path:
+    """The cache's folder of the commit that `revision` was when it was last fetched, or is."""
+    folder = _repository_folder(repository)
+    reference = folder / "refs" / revision
+    return folder / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
 
 
 def cached_paths(repository: str, revision: str) -> tuple[str, ...]:
     """The paths of a repository's GGUF files that are in this machine's cache."""
-    snapshot = _snapshot(repository, revision)
+    snapshot = cached_snapshot(repository, revision)
     return tuple(sorted(str(path.relative_to(snapshot)) for path in snapshot.rglob("*.gguf") if path.is_file()))
+
+
+def gguf_paths(listing: Listing) -> tuple[str, ...]:
+    """The paths of the GGUF files in a repository."""
+    return tuple(path for path in listing.sizes if path.endswith(".gguf"))
 
 
 class Hub:
@@ -131,7 +148,7 @@ class Hub:
 
     def paths(self, repository: str, revision: str) -> tuple[str, ...]:
         """The paths of the GGUF files in a repository."""
-        return tuple(path for path in self.listing(repository, revision).sizes if path.endswith(".gguf"))
+        return gguf_paths(self.listing(repository, revision))
 
     def listing(self, repository: str, revision: str) -> Listing:
         """The files in a repository, by path; those whose paths would lead out of it are left out."""
@@ -140,18 +157,34 @@ class Hub:
         self._require(answer, repository, revision, "")
         try:
             data = answer.json()
-            sizes = {entry["rfilename"]: entry.get("size") for entry in data["siblings"]}
+            entries = {entry["rfilename"]: entry for entry in data["siblings"]}
+            sizes = {path: entry.get("size") for path, entry in entries.items()}
+            etags = {
+                path: (entry.get("lfs") or {}).get("sha256", entry.get("blobId")) for path, entry in entries.items()
+            }
             commit = data.get("sha")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Unavailable(f"{self.endpoint} does not answer as Hugging Face does", code="bad-server") from error
+        paths = sorted(path for path in sizes if isinstance(path, str) and _PATH.fullmatch(path))
         return Listing(
             commit=commit if isinstance(commit, str) else "",
-            sizes={
-                path: size if isinstance(size, int) and size >= 0 else None
-                for path, size in sorted((path, size) for path, size in sizes.items() if isinstance(path, str))
-                if _PATH.fullmatch(path)
-            },
+            sizes={path: _whole(sizes[path]) for path in paths},
+            etags={path: tag for path in paths if isinstance(tag := etags[path], str) and _TAG.fullmatch(tag)},
         )
+
+    def json(self, file: RemoteFile) -> dict[str, object]:
+        """The JSON object in a file. Raises BadModel where there is none."""
+        name = f"hf:{file.repository}/{file.path}"
+        page = f"see {self.endpoint}/{file.repository}"
+        if file.size > _MOST_JSON_BYTES:
+            raise BadModel(f"{name} is not usable: it has {file.size:,} bytes", hint=page)
+        try:
+            data = json.loads(self.read(file, 0, file.size))
+        except (ValueError, RecursionError) as error:
+            raise BadModel(f"{name} is not JSON", hint=page) from error
+        if not isinstance(data, dict):
+            raise BadModel(f"{name} is no JSON object", hint=page)
+        return data
 
     def read(self, remote: RemoteFile, start: int, end: int) -> bytes:
         """The bytes of a file from `start` to before `end`."""
@@ -174,6 +207,26 @@ class Hub:
         return RemoteFile(
             repository=repository, revision=revision, path=path, url=url, size=int(size), etag=etag, commit=commit
         )
+
+    def describe_listed(
+        self, repository: str, revision: str, listing: Listing, paths: Sequence[str]
+    ) -> tuple[RemoteFile, ...]:
+        """What the hub says of several files in `listing`, in the order of `paths`.
+
+        It is asked for the first of them only, which tells whether they may be had, and for those of which the listing
+        does not tell enough. All are read at the listing's commit, so that they belong together.
+        """
+        first = self.describe(repository, revision, paths[0])
+        files = []
+        for path in paths:
+            size, etag = listing.sizes.get(path), listing.etags.get(path)
+            if size is None or etag is None or first.commit != listing.commit:
+                file = first if path == paths[0] else self.describe(repository, first.commit, path)
+                files.append(replace(file, revision=revision))
+            else:
+                url = f"{self.endpoint}/{repository}/resolve/{listing.commit}/{quote(path)}"
+                files.append(replace(first, path=path, url=url, size=size, etag=etag))
+        return tuple(files)
 
     def _reach(self) -> None:
         """A connection within 3 seconds, names looked up included, which no timeout of a client covers."""
@@ -273,6 +326,7 @@ def link(remote: RemoteFile) -> Path:
 
 _REACH_SECONDS = 3.0
 _MOST_REDIRECTS = 5
+_MOST_JSON_BYTES = 32 << 20
 _TAG = re.compile("[A-Za-z0-9_-]{1,128}")
 _PATH = re.compile(r"(?:[\w+ -][\w.+ -]*/)*[\w+ -][\w.+ -]*")
 
@@ -293,6 +347,10 @@ def _constants() -> ModuleType:
     return constants
 
 
+def _whole(size: object) -> int | None:
+    return size if type(size) is int and size >= 0 else None
+
+
 def _is_web_address(text: str) -> bool:
     try:
         address = urlsplit(text)
@@ -303,10 +361,3 @@ def _is_web_address(text: str) -> bool:
 
 def _repository_folder(repository: str) -> Path:
     return cache_folder() / ("models--" + repository.replace("/", "--"))
-
-
-def _snapshot(repository: str, revision: str) -> Path:
-    """The folder of the commit that `revision` was when it was last fetched, or is."""
-    folder = _repository_folder(repository)
-    reference = folder / "refs" / revision
-    return folder / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)

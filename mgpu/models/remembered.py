@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mgpu.models.hub import RemoteFile
@@ -20,11 +20,17 @@ from mgpu.models.hub import RemoteFile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """A repository as it was at `commit`: the paths of its GGUF files, and those described so far by path."""
+    """A repository as it was at `commit`: the paths of its GGUF files, and the files described so far by path.
+
+    `weights` are the sizes of its safetensors (None where the hub did not tell), none if it has no config.json;
+    `config` is that file once it was read, and `weights` are then those that engines load.
+    """
 
     commit: str
     paths: tuple[str, ...]
-    files: Mapping[str, RemoteFile]
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)
+    weights: Mapping[str, int | None] = field(default_factory=dict)
+    config: Mapping[str, object] | None = None
 
 
 def recall(endpoint: str, repository: str) -> Known | None:
@@ -35,15 +41,24 @@ def recall(endpoint: str, repository: str) -> Known | None:
             commit=_text(data["commit"]),
             paths=tuple(_text(path) for path in data["paths"]),
             files={file.path: file for file in (_file(entry) for entry in data["files"])},
+            weights={_text(path): _size(size) for path, size in data["weights"].items()},
+            config=_object(data["config"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def remember(endpoint: str, repository: str, known: Known) -> None:
     """Keep what is known of a repository."""
     files = [asdict(file) for file in known.files.values()]
-    data = {"repository": repository, "commit": known.commit, "paths": known.paths, "files": files}
+    data = {
+        "repository": repository,
+        "commit": known.commit,
+        "paths": known.paths,
+        "files": files,
+        "weights": dict(known.weights),
+        "config": known.config,
+    }
     _write(_record(endpoint, repository), json.dumps(data).encode())
 
 
@@ -114,8 +129,8 @@ def _prune(folder: Path) -> None:
 
 
 def _file(data: Mapping[str, object]) -> RemoteFile:
-    size = data["size"]
-    if not isinstance(size, int) or size < 0:
+    size = _size(data["size"])
+    if size is None:
         raise ValueError("no size")
     etag = _text(data["etag"])
     if not re.fullmatch("[A-Za-z0-9_-]{1,128}", etag):  # it becomes a file's name
@@ -129,6 +144,18 @@ def _file(data: Mapping[str, object]) -> RemoteFile:
         etag=etag,
         commit=_text(data["commit"]),
     )
+
+
+def _size(value: object) -> int | None:
+    if value is not None and (not isinstance(value, int) or value < 0):
+        raise ValueError("no size")
+    return value
+
+
+def _object(value: object) -> Mapping[str, object] | None:
+    if value is not None and not isinstance(value, dict):
+        raise TypeError("no object")
+    return value
 
 
 def _text(value: object) -> str:

@@ -28,7 +28,7 @@ def folder_tensors(folder: Path) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     wide: set[str] = set()
-    for path in _files(folder):
+    for path in weights_in(folder):
         for name, (kind, size) in read_header(path).items():
             sizes[name] = size
             if kind in _WIDE_TYPES:
@@ -53,6 +53,32 @@ def read_header(path: Path) -> dict[str, tuple[str, int]]:
             f"{path} cannot be read: {error.strerror}", code="model-missing", hint="check its owner and permissions"
         ) from None
     return parse_header(path, header, whole - LENGTH_BYTES - length)
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """Return the weight files of the model in `folder`: those its index names, or else every one of that kind.
+
+    Raises BadModel when there are none, or one is missing (code "model-missing").
+    """
+    index = folder / INDEX_NAME
+    if not index.exists():
+        found = sorted(folder.glob("*.safetensors"))
+        # Mistral's repositories hold the same weights a second time.
+        found = [path for path in found if not path.name.startswith("consolidated")] or found
+    else:
+        found = [folder / name for name in indexed_files(index)]
+    if not found:
+        raise BadModel(
+            f"{folder} holds no weights: there is no .safetensors file in it",
+            code="model-missing",
+            hint="fetch the model again, or give a .gguf file to llama.cpp",
+        )
+    if len(found) > _MOST_FILES:
+        raise _bad(folder, f"it has more than {_MOST_FILES} weight files")
+    for path in found:
+        if not path.is_file():
+            raise BadModel(f"{path} is missing", code="model-missing", hint="fetch the model again")
+    return found
 
 
 def parse_header(path: Path, header: bytes, data_bytes: int) -> dict[str, tuple[str, int]]:
@@ -85,41 +111,25 @@ def parse_header(path: Path, header: bytes, data_bytes: int) -> dict[str, tuple[
     return found
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of a model: those its index names, or else every one of that kind."""
-    index = folder / INDEX_NAME
-    if not index.exists():
-        found = sorted(folder.glob("*.safetensors"))
-        # Mistral's repositories hold the same weights a second time.
-        found = [path for path in found if not path.name.startswith("consolidated")] or found
-    else:
-        found = [folder / name for name in _indexed(index)]
-    if not found:
-        raise BadModel(
-            f"{folder} holds no weights: there is no .safetensors file in it",
-            code="model-missing",
-            hint="fetch the model again, or give a .gguf file to llama.cpp",
-        )
-    if len(found) > _MOST_FILES:
-        raise _bad(folder, f"it has more than {_MOST_FILES} weight files")
-    for path in found:
-        if not path.is_file():
-            raise BadModel(f"{path} is missing", code="model-missing", hint="fetch the model again")
-    return found
-
-
-def _indexed(index: Path) -> list[str]:
+def indexed_files(index: Path) -> list[str]:
+    """Return the names of the weight files in an index on disk. Raises BadModel."""
     try:
         if index.stat().st_size > _LARGEST_INDEX_BYTES:
             raise ValueError
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-        if not all(isinstance(name, str) and name == Path(name).name for name in names):
-            raise ValueError
+        return files_named_by(json.loads(index.read_bytes()))
     except OSError as error:
         raise BadModel(f"{index} cannot be read: {error.strerror}", code="model-missing") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         raise _bad(index, "it is not an index of weight files") from None
-    return sorted(names)
+
+
+def files_named_by(index: object) -> list[str]:
+    """Return the names of the weight files in a parsed index. Raises ValueError if it is none, or names others."""
+    parts = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(parts.values()) if isinstance(parts, dict) else []
+    if not names or not all(isinstance(name, str) and name and name == Path(name).name for name in names):
+        raise ValueError("not an index of weight files")
+    return sorted(set(names))
 
 
 def _bad(path: Path, why: str) -> BadModel:

@@ -18,6 +18,8 @@ from typing import BinaryIO
 from urllib.parse import unquote
 
 CHUNK_BYTES = 1 << 16
+BARRIER_SECONDS = 10
+_LARGE = (".gguf", ".safetensors")
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -36,7 +38,10 @@ class FakeHub:
     status: int | None = None
     knows_ranges: bool = True
     breaks_after_bytes: list[int] = field(default_factory=list)
-    corrupts: bool = False
+    corrupts: bool | str = False  # all files, or the one of that name
+    stalls_after_bytes: int | None = None  # each download, until `release` is set
+    release: threading.Event = field(default_factory=threading.Event)
+    together: threading.Barrier | None = None  # a download begins when so many do
     listing: bytes | None = None
     seconds_per_chunk: float = 0.0
     commit: str = COMMIT
@@ -64,6 +69,7 @@ def running(hub: FakeHub) -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.release.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -137,8 +143,12 @@ class _Handler(BaseHTTPRequestHandler):
         if repository not in self.hub.repositories:
             return self._answer(401, {"X-Error-Code": "RepoNotFound"})
         files = self.hub.repositories[repository].items()
-        siblings = [{"rfilename": path, "size": _size(content)} for path, content in files]
-        listing = self.hub.listing or json.dumps({"sha": self.hub.commit, "siblings": siblings}).encode()
+        siblings = [
+            {"rfilename": path, "size": _size(content), "blobId": _checksum(content)} | _large(path, content)
+            for path, content in files
+        ]
+        described = {"id": repository, "sha": self.hub.commit, "siblings": siblings}
+        listing = self.hub.listing or json.dumps(described).encode()
         return self._answer(200, {}, listing)
 
     def _refused(self, *, gated: bool = True) -> bool:
@@ -153,9 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _store(self) -> None:
-        contents = (content for files in self.hub.repositories.values() for content in files.values())
+        named = (item for files in self.hub.repositories.values() for item in files.items())
         wanted = self.path.removeprefix("/store/")
-        content = next(each for each in contents if _checksum(each) == wanted)
+        name, content = next(item for item in named if _checksum(item[1]) == wanted)
         size = _size(content)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start, end = 0, size
@@ -169,11 +179,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.breaks_after_bytes:
             end = min(end, start + self.hub.breaks_after_bytes.pop(0))
             self.close_connection = True
+        if self.hub.together:
+            with suppress(threading.BrokenBarrierError):
+                self.hub.together.wait(BARRIER_SECONDS)
+        stall = None if self.hub.stalls_after_bytes is None else start + self.hub.stalls_after_bytes
         with suppress(ConnectionError), _opened(content) as file:
             file.seek(start)
             while start < end:
+                if stall is not None and start >= stall:
+                    self.hub.release.wait()
                 piece = file.read(min(CHUNK_BYTES, end - start))
-                self.wfile.write(b"\0" * len(piece) if self.hub.corrupts else piece)
+                self.wfile.write(b"\0" * len(piece) if self.hub.corrupts in (True, name) else piece)
                 start += len(piece)
                 self.hub.served_bytes += len(piece)
                 time.sleep(self.hub.seconds_per_chunk)
@@ -194,6 +210,12 @@ def _opened(content: bytes | Path) -> BinaryIO:
 
 def _size(content: bytes | Path) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _large(path: str, content: bytes | Path) -> dict[str, object]:
+    """What the hub tells of a large file besides."""
+    large = {"sha256": _checksum(content), "size": _size(content), "pointerSize": 134}
+    return {"lfs": large} if path.endswith(_LARGE) else {}
 
 
 def _checksum(content: bytes | Path) -> str:
