@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -193,6 +194,26 @@ def quantisation(config: Config) -> str | None:
     return "-".join(words)
 
 
+def is_called(stored: str | None, wanted: str) -> bool:
+    """Return whether weights that `quantisation` says are `stored` may be called `wanted` (in any case): by that name,
+    by its beginning ("awq" of "awq-int4-g128"), or as repositories and profiles call it ("w4a16", "fp8")."""
+    name = wanted.lower()
+    if stored is None:
+        return False
+    usual = _USUAL_NAMES.get(name)
+    return f"{stored}-".startswith(f"{name}-") or (usual is not None and usual.fullmatch(stored) is not None)
+
+
+_USUAL_NAMES = {
+    "fp16": re.compile("f16"),
+    "fp32": re.compile("f32"),
+    "fp8": re.compile(r"(?:fbgemm_fp8|modelopt|compressed-tensors)(?:-b\d+)?"),
+    "w8a8": re.compile("compressed-tensors-int8.*"),
+    "int8": re.compile("compressed-tensors-int8.*"),
+    "w4a16": re.compile("compressed-tensors-int4.*"),
+    "int4": re.compile(".*-int4.*"),
+    "nvfp4": re.compile("(?:modelopt|compressed-tensors)-g16"),
+}
 _LATENT_KEYS = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 _PLAIN = {"bfloat16": "bf16", "float16": "f16", "half": "f16", "float32": "f32", "float": "f32"}
 

@@ -6,17 +6,20 @@ is config.json and the sizes of its files.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from mgpu.errors import BadModel, Missing, UsageError
-from mgpu.models.choice import choose_model, models_among
+from mgpu.models.choice import choose_model, has_quantisation, models_among, no_quantisation, weight_files
 from mgpu.models.facts import ModelFacts
+from mgpu.models.folder import CONFIG_NAME, loaded_files
 from mgpu.models.gguf import GgufHeader, join_parts, read_gguf_start
 from mgpu.models.gguf_facts import facts_from_header
-from mgpu.models.hub import Hub, HubFiles, RemoteFile, endpoint
+from mgpu.models.hf import facts_from_config
+from mgpu.models.hf_config import Config, is_called, quantisation
+from mgpu.models.hub import Hub, HubFiles, Listing, RemoteFile, endpoint, gguf_paths
 from mgpu.models.remembered import Known, recall, recall_start, remember, remember_start
 from mgpu.models.source import HubRepository
 from mgpu.models.transfer import Unavailable
@@ -46,17 +49,17 @@ class RemoteGguf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteConfig:
-    """A repository with safetensors: its config.json, the index of its tensors (None if one file holds them all), and
-    the files that an engine loads with their sizes (None where the hub does not tell).
+    """A repository with safetensors: its config.json, and the files that an engine loads with their sizes (None where
+    the hub does not tell).
 
-    `facts_from_config` makes facts of it, with `weights_bytes`, or with each tensor's from the headers of the files.
+    `unconfirmed` says why the hub could not be asked whether this is still so; None if it was.
     """
 
     repository: str
     commit: str
     config: Mapping[str, object]
-    index: Mapping[str, object] | None
     file_bytes: Mapping[str, int | None]
+    unconfirmed: str | None = None
 
     @property
     def weights_bytes(self) -> int | None:
@@ -65,73 +68,122 @@ class RemoteConfig:
         return None if None in sizes else sum(size for size in sizes if size)
 
 
-def header_from_hub(source: HubRepository) -> ModelFacts:
-    """Return the facts of the model that `gguf_on_hub` finds."""
-    return gguf_on_hub(source).facts
-
-
-def gguf_on_hub(source: HubRepository) -> RemoteGguf:
-    """Read the header of the GGUF model that `fetch` would take of `source`: some megabytes, once.
+def model_on_hub(source: HubRepository) -> RemoteGguf | RemoteConfig:
+    """Return what planning needs of the model that `source` means: its GGUF if the repository has any in the wanted
+    quantisation, else its safetensors.
 
     What was read is remembered: the next call asks the hub only whether the repository has changed, and where the hub
     cannot be reached it does without (`unconfirmed`). Raises Missing with the codes of `fetch`, UsageError if the
     repository has no such quantisation, BadModel if it holds no usable model.
     """
-    known = recall(endpoint(), source.repository)
-    try:
-        with Hub() as hub:
-            files = _described(hub, source, known)
-            return _gguf(files, [_start(hub, file, first=i == 0) for i, file in enumerate(files)])
-    except Unavailable as error:
-        if known and error.code in _OUT_OF_REACH and (found := _remembered(source, known, error.reason)):
-            return found
-        raise _missing(source, error) from error
+    return _read(source, _any_model, _any_remembered)
 
 
-def config_from_hub(source: HubRepository) -> RemoteConfig:
-    """Read config.json and the index of a repository with safetensors.
+def gguf_on_hub(source: HubRepository) -> RemoteGguf:
+    """Read the header of the GGUF model that `fetch` would take of `source`: some megabytes, once.
 
-    Raises Missing with the codes of `fetch`; `not-found` also where the repository holds no such model.
+    As `model_on_hub`, for repositories with GGUF files only: others raise Missing (`not-found`).
     """
-    try:
-        with Hub() as hub:
-            listing = hub.listing(source.repository, "main")
-            found = {path: size for path, size in listing.sizes.items() if path.endswith(".safetensors")}
-            if not found or "config.json" not in listing.sizes:
-                raise Unavailable(f"{source.repository} has no safetensors with a config.json", code="not-found")
-            index = _json(hub, source, _INDEX) if _INDEX in listing.sizes else None
-            return RemoteConfig(
-                repository=source.repository,
-                commit=listing.commit,
-                config=_json(hub, source, "config.json"),
-                index=index,
-                file_bytes=_loaded(found, index),
-            )
-    except Unavailable as error:
-        raise _missing(source, error) from error
+    return _read(source, _gguf_model, _remembered_gguf)
+
+
+def header_from_hub(source: HubRepository) -> ModelFacts:
+    """Return the facts of the model that `gguf_on_hub` finds."""
+    return gguf_on_hub(source).facts
+
+
+def facts_from_remote(remote: RemoteConfig, name: str) -> ModelFacts:
+    """Return the facts of a repository with safetensors, named `name`.
+
+    Raises BadModel if its config.json describes no model that can be used, Missing (code "size-unknown") if the hub
+    does not tell how large its weights are.
+    """
+    weights_bytes = remote.weights_bytes
+    if weights_bytes is None:
+        raise Missing(
+            f"the hub does not tell how large the weights of hf:{remote.repository} are",
+            code="size-unknown",
+            hint=f"fetch them first: mgpu pull hf:{remote.repository}",
+        )
+    return facts_from_config(remote.config, weights_bytes, name=name, source=f"hf:{remote.repository}")
 
 
 _FIRST_BYTES = 4 << 20
 # Only a split model's first part holds the vocabulary.
 _FIRST_BYTES_OF_OTHER_PARTS = 256 << 10
 _MOST_BYTES = 64 << 20
-_MOST_JSON_BYTES = 32 << 20
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
 _OUT_OF_REACH = ("offline", "hub-unreachable", "rate-limited", "bad-server")
 
 
-def _described(hub: Hub, source: HubRepository, known: Known | None) -> Sequence[RemoteFile]:
-    """The model's files as the hub has them now. One question is enough while the repository has not changed."""
-    if known and (files := _files(source, known)):
+@dataclass(frozen=True, slots=True)
+class _Repository:
+    """A repository as the hub has it now, or had it at the commit of `known`; `listing` if it was asked for."""
+
+    known: Known
+    listing: Listing | None = None
+
+
+_Found = TypeVar("_Found")
+
+
+def _read(
+    source: HubRepository,
+    read: Callable[[Hub, HubRepository, _Repository], _Found],
+    remembered: Callable[[HubRepository, Known, str], _Found | None],
+) -> _Found:
+    known = recall(endpoint(), source.repository)
+    try:
+        with Hub() as hub:
+            return read(hub, source, _current(hub, source, known))
+    except Unavailable as error:
+        if known and error.code in _OUT_OF_REACH and (found := remembered(source, known, error.reason)):
+            return found
+        raise Missing(
+            f"{source} cannot be read on Hugging Face: {error.reason}",
+            code=error.code,
+            hint=error.hint or "check the network, or give the path of a .gguf file",
+        ) from error
+
+
+def _current(hub: Hub, source: HubRepository, known: Known | None) -> _Repository:
+    """One question is enough while the repository has not changed."""
+    if known and known.files:
         try:
-            if hub.describe(source.repository, "main", files[0].path).commit == known.commit:
-                return files
+            if hub.describe(source.repository, "main", next(iter(known.files))).commit == known.commit:
+                return _Repository(known)
         except Unavailable as error:
             if error.code != "not-found":
                 raise
     listing = hub.listing(source.repository, "main")
-    models = models_among(listing.sizes)
+    if known and known.commit == listing.commit:
+        return _Repository(known, listing)
+    sizes = {path: listing.sizes[path] for path in weight_files(listing.sizes, None)}
+    weights = sizes if CONFIG_NAME in listing.sizes else {}
+    return _Repository(Known(commit=listing.commit, paths=gguf_paths(listing), weights=weights), listing)
+
+
+def _any_model(hub: Hub, source: HubRepository, repository: _Repository) -> RemoteGguf | RemoteConfig:
+    read = _config_model if _means_folder(source, repository.known) else _gguf_model
+    return read(hub, source, repository)
+
+
+def _means_folder(source: HubRepository, known: Known) -> bool:
+    """Whether the model is the repository's safetensors, since it has no GGUF in the wanted quantisation."""
+    models = models_among(known.paths)
+    if not models or not known.weights:
+        return not models
+    return bool(source.quantisation) and not has_quantisation(models, source.quantisation or "")
+
+
+def _gguf_model(hub: Hub, source: HubRepository, repository: _Repository) -> RemoteGguf:
+    files = _described(hub, source, repository)
+    return _gguf(files, [_start(hub, file, first=i == 0) for i, file in enumerate(files)])
+
+
+def _described(hub: Hub, source: HubRepository, repository: _Repository) -> Sequence[RemoteFile]:
+    """The model's files as the hub has them now."""
+    known = repository.known
+    models = models_among(known.paths)
     if not models:
         raise Unavailable(
             f"{source.repository} has no GGUF files",
@@ -139,23 +191,45 @@ def _described(hub: Hub, source: HubRepository, known: Known | None) -> Sequence
             hint="give a repository with GGUF files; their names often end in -GGUF",
         )
     paths = choose_model(models, source.quantisation, repository=source.repository)
+    if all(path in known.files for path in paths):
+        return [known.files[path] for path in paths]
     files = [hub.describe(source.repository, "main", path) for path in paths]
-    if all(file.commit == listing.commit for file in files):
-        before = known.files if known and known.commit == listing.commit else {}
-        gguf_paths = tuple(path for model in models.values() for path in model)
-        described = {**before, **{file.path: file for file in files}}
-        remember(hub.endpoint, source.repository, Known(commit=listing.commit, paths=gguf_paths, files=described))
+    if all(file.commit == known.commit for file in files):
+        described = {**known.files, **{file.path: file for file in files}}
+        remember(hub.endpoint, source.repository, replace(known, files=described))
     return files
 
 
-def _files(source: HubRepository, known: Known) -> list[RemoteFile] | None:
-    """The model's files as they were, None if they were not all described."""
-    models = models_among(known.paths)
-    try:
-        paths = choose_model(models, source.quantisation, repository=source.repository)
-        return [known.files[path] for path in paths]
-    except (UsageError, KeyError):
-        return None
+def _config_model(hub: Hub, source: HubRepository, repository: _Repository) -> RemoteConfig:
+    known = repository.known
+    if known.config is None:
+        listing = repository.listing or hub.listing(source.repository, "main")
+        weights = loaded_files(hub, source.repository, "main", listing)
+        (file,) = hub.describe_listed(source.repository, "main", listing, [CONFIG_NAME])
+        known = replace(
+            known,
+            config=hub.json(file),
+            weights={path: listing.sizes[path] for path in weights},
+            files={**known.files, file.path: file},
+        )
+        if file.commit == known.commit == listing.commit:
+            remember(hub.endpoint, source.repository, known)
+    return _config(source, known)
+
+
+def _config(source: HubRepository, known: Known, unconfirmed: str | None = None) -> RemoteConfig:
+    """Raises UsageError if the safetensors are not in the wanted quantisation."""
+    config = known.config or {}
+    stored = quantisation(Config(config, str(source)))
+    if source.quantisation and not is_called(stored, source.quantisation):
+        raise no_quantisation(models_among(known.paths), source.quantisation, source.repository, also=stored)
+    return RemoteConfig(
+        repository=source.repository,
+        commit=known.commit,
+        config=config,
+        file_bytes=known.weights,
+        unconfirmed=unconfirmed,
+    )
 
 
 def _start(hub: Hub, file: RemoteFile, *, first: bool) -> tuple[FileStart, GgufHeader]:
@@ -211,37 +285,19 @@ def _gguf(files: Sequence[RemoteFile], parts: Iterable[tuple[FileStart, GgufHead
     )
 
 
-def _remembered(source: HubRepository, known: Known, why: str) -> RemoteGguf | None:
-    files = _files(source, known)
-    parts = [_kept(file) for file in files or ()]
-    if not files or None in parts:
+def _any_remembered(source: HubRepository, known: Known, why: str) -> RemoteGguf | RemoteConfig | None:
+    if _means_folder(source, known):
+        return _config(source, known, why) if known.config is not None else None
+    return _remembered_gguf(source, known, why)
+
+
+def _remembered_gguf(source: HubRepository, known: Known, why: str) -> RemoteGguf | None:
+    try:
+        paths = choose_model(models_among(known.paths), source.quantisation, repository=source.repository)
+        files = [known.files[path] for path in paths]
+    except (UsageError, KeyError):
+        return None
+    parts = [_kept(file) for file in files]
+    if None in parts:
         return None
     return replace(_gguf(files, [part for part in parts if part]), unconfirmed=why)
-
-
-def _loaded(found: Mapping[str, int | None], index: Mapping[str, object] | None) -> Mapping[str, int | None]:
-    """Of a repository's safetensors those that engines load: it may hold the weights in another format beside them."""
-    parts = index.get("weight_map") if index else None
-    wanted = {str(name) for name in parts.values()} if isinstance(parts, dict) else {_WHOLE}
-    return {path: size for path, size in found.items() if path in wanted} or found
-
-
-def _json(hub: Hub, source: HubRepository, path: str) -> Mapping[str, object]:
-    file = hub.describe(source.repository, "main", path)
-    if file.size > _MOST_JSON_BYTES:
-        raise BadModel(f"{_address(file)} is not a usable model: it has {file.size:,} bytes")
-    try:
-        data = json.loads(hub.read(file, 0, file.size))
-    except (ValueError, RecursionError) as error:
-        raise BadModel(f"{_address(file)} is not JSON", hint=f"see {hub.endpoint}/{source.repository}") from error
-    if not isinstance(data, dict):
-        raise BadModel(f"{_address(file)} is no JSON object", hint=f"see {hub.endpoint}/{source.repository}")
-    return data
-
-
-def _missing(source: HubRepository, error: Unavailable) -> Missing:
-    return Missing(
-        f"{source} cannot be read on Hugging Face: {error.reason}",
-        code=error.code,
-        hint=error.hint or "check the network, or give the path of a .gguf file",
-    )

@@ -19,9 +19,10 @@ from mgpu.errors import BadModel, MgpuError, Missing, UsageError
 from mgpu.models.facts import ModelFacts
 from mgpu.models.fetch import fetch
 from mgpu.models.gguf_facts import facts_from_gguf
-from mgpu.models.remote import config_from_hub, gguf_on_hub, header_from_hub
+from mgpu.models.remote import RemoteConfig, RemoteGguf, facts_from_remote, gguf_on_hub, header_from_hub, model_on_hub
 from mgpu.models.source import HubRepository
 from mgpu.models.tensors import GGML_TYPES, Tensor
+from tests.fakes import tiny_llama
 from tests.fakes.hub_server import FakeHub
 from tests.fakes.shapes import SHAPES
 from tests.fakes.sparse_gguf import Entry, make_sparse_gguf, text, u32, write_gguf
@@ -332,23 +333,101 @@ def test_this_machine_is_never_asked_through_a_proxy(
     assert header_from_hub(SOURCE).quantisation == "Q4_K_M"
 
 
-CONFIG = {"model_type": "llama", "num_hidden_layers": 16}
+CONFIG = {**tiny_llama.CONFIG, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
 PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = {"metadata": {"total_size": 30}, "weight_map": {"a": PARTS[0], "b": PARTS[1], "c": PARTS[0]}}
+FOLDER: dict[str, bytes | Path] = {
+    "config.json": json.dumps(CONFIG).encode(),
+    "model.safetensors.index.json": json.dumps(INDEX).encode(),
+    PARTS[0]: bytes(1_000_000),
+    PARTS[1]: bytes(2_000_000),
+    "consolidated.safetensors": bytes(3_000_000),
+    "README.md": b"hello",
+}
+
+
+def folder_on_hub(source: HubRepository = SOURCE) -> RemoteConfig:
+    found = model_on_hub(source)
+    assert isinstance(found, RemoteConfig)
+    return found
 
 
 def test_a_repository_with_safetensors_gives_its_config_and_sizes(hub: FakeHub) -> None:
-    hub.repositories["org/repo"] = {
-        "config.json": json.dumps(CONFIG).encode(),
-        "model.safetensors.index.json": json.dumps(INDEX).encode(),
-        PARTS[0]: bytes(10),
-        PARTS[1]: bytes(20),
-        "consolidated.safetensors": bytes(30),
-        "README.md": b"hello",
-    }
-    found = config_from_hub(SOURCE)
-    assert (found.config, found.index) == (CONFIG, INDEX)
-    assert (found.file_bytes, found.weights_bytes) == ({PARTS[0]: 10, PARTS[1]: 20}, 30)
+    hub.repositories["org/repo"] = FOLDER
+    found = folder_on_hub()
+    assert found.config == CONFIG
+    assert (found.file_bytes, found.weights_bytes) == ({PARTS[0]: 1_000_000, PARTS[1]: 2_000_000}, 3_000_000)
+    facts = facts_from_remote(found, "mine")
+    assert (facts.name, facts.source, facts.file_bytes) == ("mine", "hf:org/repo", 3_000_000)
+    assert (facts.quantisation, len(facts.layers)) == ("awq-int4-g128", tiny_llama.LAYERS)
+    assert hub.served_bytes < 10_000
+
+
+def test_a_second_plan_of_safetensors_asks_only_whether_they_have_changed(hub: FakeHub) -> None:
+    hub.repositories["org/repo"] = FOLDER
+    first = folder_on_hub()
+    questions(hub)
+    assert folder_on_hub() == first
+    assert questions(hub) == ["HEAD org"]
+    hub.repositories["org/repo"] = FOLDER | {PARTS[0]: bytes(7)}
+    hub.commit = "f" * 40
+    assert folder_on_hub().weights_bytes == 2_000_007
+
+
+def test_without_the_hub_safetensors_are_planned_from_what_is_remembered(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["org/repo"] = FOLDER
+    first = folder_on_hub()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = folder_on_hub()
+    assert replace(found, unconfirmed=None) == first
+    assert found.unconfirmed
+    with pytest.raises(Missing):
+        gguf_on_hub(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "kind"),
+    [
+        pytest.param(None, RemoteGguf, id="GGUF where nothing else is asked for"),
+        pytest.param("Q8_0", RemoteGguf, id="GGUF in its quantisation"),
+        pytest.param("AWQ", RemoteConfig, id="safetensors in theirs"),
+        pytest.param("INT4", RemoteConfig, id="safetensors by their usual name"),
+    ],
+)
+def test_of_both_forms_the_quantisation_chooses(
+    hub: FakeHub, tmp_path: Path, quantisation: str | None, kind: type
+) -> None:
+    hub.repositories["org/repo"] = FOLDER | {"m-Q8_0.gguf": small(tmp_path / "m.gguf").read_bytes()}
+    for _ in range(2):  # what is remembered of one form does not hide the other
+        assert isinstance(model_on_hub(HubRepository("org/repo", quantisation)), kind)
+        assert isinstance(model_on_hub(HubRepository("org/repo", "AWQ")), RemoteConfig)
+
+
+@pytest.mark.parametrize(
+    ("others", "hint"),
+    [
+        pytest.param({}, "it has awq-int4-g128 (safetensors)", id="safetensors only"),
+        pytest.param(
+            {"m-Q8_0.gguf": b"", "m-Q4_0.gguf": b"x"}, "it has Q4_0, Q8_0, awq-int4-g128 (safetensors)", id="both"
+        ),
+    ],
+)
+def test_a_quantisation_that_no_form_has_is_answered_with_those_that_are(
+    hub: FakeHub, others: dict[str, bytes], hint: str
+) -> None:
+    hub.repositories["org/repo"] = {**FOLDER, **others}
+    with pytest.raises(UsageError) as raised:
+        model_on_hub(HubRepository("org/repo", "FP8"))
+    assert (raised.value.code, raised.value.hint) == ("quantisation-unknown", hint)
+
+
+def test_weights_of_unknown_size_cannot_be_planned(hub: FakeHub) -> None:
+    remote = RemoteConfig(repository="org/repo", commit="f", config=CONFIG, file_bytes={"a": 1, "b": None})
+    with pytest.raises(Missing, match="how large the weights of hf:org/repo are") as raised:
+        facts_from_remote(remote, "mine")
+    assert raised.value.hint == "fetch them first: mgpu pull hf:org/repo"
 
 
 @pytest.mark.parametrize(
@@ -356,28 +435,60 @@ def test_a_repository_with_safetensors_gives_its_config_and_sizes(hub: FakeHub) 
     [
         pytest.param({"model.safetensors": 10, "consolidated.safetensors": 20}, {"model.safetensors": 10}, id="whole"),
         pytest.param({"weights.safetensors": 10}, {"weights.safetensors": 10}, id="by another name"),
+        pytest.param({"a.safetensors": 10, "consolidated.safetensors": 20}, {"a.safetensors": 10}, id="in parts"),
     ],
 )
 def test_what_engines_load_is_what_counts(hub: FakeHub, files: dict[str, int], loaded: dict[str, int]) -> None:
     hub.repositories["org/repo"] = {"config.json": b"{}", **{path: bytes(size) for path, size in files.items()}}
-    found = config_from_hub(SOURCE)
-    assert (found.file_bytes, found.index) == (loaded, None)
+    assert folder_on_hub().file_bytes == loaded
+
+
+ONE: dict[str, bytes | Path] = {"m.safetensors": b""}
 
 
 @pytest.mark.parametrize(
     ("files", "error", "said"),
     [
-        pytest.param({"config.json": b"{}"}, Missing, "no safetensors", id="no weights"),
-        pytest.param({"m.safetensors": b""}, Missing, "no safetensors with a config.json", id="no config"),
-        pytest.param({"m.safetensors": b"", "config.json": b"{"}, BadModel, "is not JSON", id="half a config"),
-        pytest.param({"m.safetensors": b"", "config.json": b""}, BadModel, "is not JSON", id="an empty config"),
-        pytest.param({"m.safetensors": b"", "config.json": b"[" * 99_999}, BadModel, "is not JSON", id="a deep config"),
-        pytest.param({"m.safetensors": b"", "config.json": b"[]"}, BadModel, "no JSON object", id="a list"),
+        pytest.param({"config.json": b"{}"}, Missing, "it holds config.json", id="no weights"),
+        pytest.param({}, Missing, "it holds nothing", id="nothing"),
+        pytest.param(ONE, Missing, "nor safetensors with a config.json; it holds m.safetensors", id="no config"),
+        pytest.param(
+            {"config.json": b"{}", "pytorch_model.bin": b""}, Missing, "but pytorch_model.bin, a format", id="pickles"
+        ),
+        pytest.param(dict.fromkeys("abcdef", b""), Missing, "a, b, c, d and 2 more", id="other things"),
+        pytest.param(ONE | {"config.json": b"{"}, BadModel, "is not JSON", id="half a config"),
+        pytest.param(ONE | {"config.json": b""}, BadModel, "is not JSON", id="an empty config"),
+        pytest.param(ONE | {"config.json": b"[" * 99_999}, BadModel, "is not JSON", id="a deep config"),
+        pytest.param(ONE | {"config.json": b"[]"}, BadModel, "no JSON object", id="a list"),
+        pytest.param(FOLDER | {PARTS[0]: b""}, None, "", id="all is well"),
+        pytest.param(
+            {path: content for path, content in FOLDER.items() if path != PARTS[1]},
+            Missing,
+            f"no file '{PARTS[1]}', which its index names",
+            id="a part is missing",
+        ),
+        pytest.param(
+            FOLDER | {"model.safetensors.index.json": b'{"weight_map": {"a": ["b"]}}'},
+            BadModel,
+            "not an index of weight files",
+            id="an index that names no files",
+        ),
+        pytest.param(
+            FOLDER | {"model.safetensors.index.json": b'{"weight_map": {"a": "../../b.safetensors"}}'},
+            BadModel,
+            "not an index of weight files",
+            id="an index that leads out",
+        ),
     ],
 )
 def test_what_is_no_model_of_safetensors_is_refused(
-    hub: FakeHub, files: dict[str, bytes | Path], error: type[MgpuError], said: str
+    hub: FakeHub, files: dict[str, bytes | Path], error: type[MgpuError] | None, said: str
 ) -> None:
     hub.repositories["org/repo"] = files
-    with pytest.raises(error, match=said):
-        config_from_hub(SOURCE)
+    if error is None:
+        folder_on_hub()
+        return
+    with pytest.raises(error) as raised:
+        model_on_hub(SOURCE)
+    assert said in raised.value.message
+    assert raised.value.hint or error is BadModel
