@@ -56,7 +56,11 @@ def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE, on_step: On
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Missing(f"{folder} cannot be made: {error.strerror}", code="install-failed") from None
+        raise Missing(
+            f"{folder} cannot be made: {error.strerror}",
+            code="install-failed",
+            hint="set XDG_DATA_HOME to a folder that you may write to",
+        ) from None
     with _only_installation(folder):
         _remove_unfinished(link)
         _check_space(folder, package)

@@ -28,6 +28,10 @@ app = typer.Typer(help="Which engines are installed, what they see and what runs
 # Enough of what an installer said to see why it failed.
 _TAIL_LINES = 12
 _TICK_S = 1.0
+# What pip says in passing, and would be left standing for the minutes it then needs in silence.
+_IN_PASSING = ("INFO:", "Requirement", "Attempting", "Found existing", "Uninstalling", "Successfully uninstalled")
+
+_PLACES = {"package": "from this Python environment", "mgpu": "installed by mgpu"}
 
 Entry = dict[str, Any]
 
@@ -143,8 +147,10 @@ def _shown_work() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]
 
             def on_line(line: str) -> None:
                 nonlocal doing
-                doing = printable(line).strip()
-                tail.append(doing)
+                said = printable(line).strip()
+                tail.append(said)
+                if not said.startswith(_IN_PASSING):
+                    doing = said
                 redraw()
 
             def on_step(text: str) -> None:
@@ -277,9 +283,11 @@ def _lines(entry: Entry) -> Iterator[RenderableType]:
 
     indent = " " * 11
     if entry["installed"]:
-        kind = "   CPU build: it uses no card" if entry["cpu_build"] else ""
-        yield f"{entry['backend']:<10} {entry['version'] or 'installed, version unknown'}{kind}"
-        yield f"{indent}{home_path(Path(entry['path']))}   {entry['note']}"
+        kind = "CPU build: it uses no card" if entry["cpu_build"] else None
+        place = _PLACES.get(entry["found_in"], entry["note"])
+        words = (entry["version"] or "version unknown", kind, place)
+        yield f"{entry['backend']:<10} {' · '.join(word for word in words if word)}"
+        yield indent + home_path(Path(entry["path"]))
     else:
         yield f"{entry['backend']:<10} not installed" + (f": {entry['note']}" if entry["note"] else "")
     for device in entry["devices"] or ():

@@ -1,4 +1,4 @@
-"""`mgpu gpus`, `mgpu backends` and `mgpu` alone, on the rigs of the fake driver library."""
+"""`mgpu gpus` and `mgpu` alone, on the rigs of the fake driver library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from .contract import BACKENDS, MACHINE, PLAN, checked
+from tests.fakes.ollama_running import running_ollama
+
+from .contract import MACHINE, OVERVIEW, PLAN, checked
 from .program import Mgpu
 
 RIGS = sorted((Path(__file__).parents[1] / "machines" / "rigs").glob("*.txt"))
@@ -132,35 +134,6 @@ def test_a_broken_engine_does_not_hide_the_cards(on_rig: Mgpu) -> None:
     assert re.search(r"(?m)^warning .*cannot run here", on_rig("gpus", MGPU_LLAMA_SERVER="/bin/false").err)
 
 
-def test_backends_shows_what_an_engine_sees(mgpu: Mgpu, fake_engine: Path) -> None:
-    engines = checked(mgpu("backends", "--json", FAKE_DEVICES=TWO_4090).json, "backends", BACKENDS)["backends"]
-    llama = next(engine for engine in engines if engine["backend"] == "llama.cpp")
-    assert (llama["installed"], llama["path"], llama["problem"]) == (True, str(fake_engine), None)
-    assert llama["version"] == "0.1.0-dev (build 1, commit 7e4c0a9)"
-    assert [(device["id"], device["total_bytes"]) for device in llama["devices"]] == [
-        ("CUDA0", 24081 << 20),
-        ("CUDA1", 24081 << 20),
-    ]
-    out = mgpu("backends", FAKE_DEVICES=TWO_4090).out
-    assert re.search(r"(?m)^llama\.cpp +0\.1\.0-dev", out)
-    assert re.search(r"(?m)^ +CUDA1 +NVIDIA GeForce RTX 4090 +23\.5 GiB, 23\.0 free$", out)
-
-
-@pytest.mark.parametrize(
-    ("engine", "installed", "problem"),
-    [
-        pytest.param("/bin/false", True, "ended with status 1", id="one that fails"),
-        pytest.param("/nonexistent", False, "not a program", id="one that is not there"),
-    ],
-)
-def test_backends_says_what_is_wrong_with_an_engine(mgpu: Mgpu, engine: str, installed: bool, problem: str) -> None:
-    ended = mgpu("backends", "--json", MGPU_LLAMA_SERVER=engine)
-    llama = checked(ended.json, "backends", BACKENDS)["backends"][0]
-    assert (ended.exit_code, llama["installed"], llama["devices"]) == (0, installed, None)
-    assert problem in llama["problem"]
-    assert problem in mgpu("backends", MGPU_LLAMA_SERVER=engine).out
-
-
 def test_mgpu_alone_says_what_there_is_and_what_to_type(on_rig: Mgpu) -> None:
     ended = on_rig(FAKE_DEVICES=TWO_4090)
     assert ended.exit_code == 0
@@ -168,3 +141,46 @@ def test_mgpu_alone_says_what_there_is_and_what_to_type(on_rig: Mgpu) -> None:
     assert json.loads(on_rig("--json").out)["data"]["gpus"] == 2
     typed = re.findall(r"(?m)^  (mgpu .+?)(?:  |$)", ended.out)
     assert len(typed) >= 4
+
+
+@pytest.mark.parametrize(
+    ("programs", "expected"),
+    [
+        pytest.param((), "llama.cpp -, vLLM -, Ollama -", id="none"),
+        pytest.param(("llama-server", "vllm", "ollama"), "llama.cpp, vLLM 0.32.0, Ollama", id="all"),
+        pytest.param(("vllm",), "llama.cpp -, vLLM 0.32.0, Ollama -", id="one"),
+    ],
+)
+def test_mgpu_alone_names_the_engines(mgpu: Mgpu, tmp_path: Path, programs: tuple[str, ...], expected: str) -> None:
+    for name in ("llama-server", "vllm", "ollama"):
+        path = tmp_path / "engines" / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh\nexit 9\n")  # none is started for this
+        path.chmod(0o755 if name in programs else 0o644)
+    (tmp_path / "engines" / "lib" / "python3.11" / "site-packages" / "vllm-0.32.0.dist-info").mkdir(parents=True)
+    where = {
+        "MGPU_LLAMA_SERVER": str(tmp_path / "engines" / "bin" / "llama-server"),
+        "PATH": f"{tmp_path}/engines/bin",
+        "OLLAMA_HOST": "127.0.0.1:1",
+    }
+    ended = mgpu(**where)
+    assert ended.out.splitlines()[0].endswith(f" · {expected}"), ended
+    data = checked(mgpu("--json", **where).json, "mgpu", OVERVIEW)
+    found = {key: data[key] is not None for key in ("llama_cpp", "vllm", "ollama")}
+    assert found == {key: name in programs for key, name in zip(found, ("llama-server", "vllm", "ollama"), strict=True)}
+    assert data["ollama_url"] is None
+
+
+def test_mgpu_alone_says_that_an_ollama_runs(mgpu: Mgpu, tmp_path: Path) -> None:
+    with running_ollama(tmp_path / "ollama") as server:
+        assert "Ollama 0.32.15 running\n" in mgpu(OLLAMA_HOST=server.url).out
+        assert mgpu("--json", OLLAMA_HOST=server.url).json["data"]["ollama_url"] == server.url
+
+
+def test_mgpu_alone_warns_of_a_wrong_configuration_once(mgpu: Mgpu, own_home: Path) -> None:
+    file = own_home / "config" / "mgpu" / "config.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("engines: [vllm]\n")
+    ended = mgpu()
+    assert ended.exit_code == 0
+    assert ended.err.count("expected a group of keys, found a list") == 1
