@@ -23,7 +23,7 @@ def find_local_folder(repository: str, revision: str = "main") -> Path | None:
     weight file. Asks no network."""
     try:
         folder = cached_snapshot(repository, revision)
-        complete = (folder / CONFIG_NAME).is_file() and _has_tokenizer(folder) and weights_in(folder)
+        complete = (folder / CONFIG_NAME).is_file() and has_tokenizer(folder) and weights_in(folder)
     except (OSError, UnicodeDecodeError, BadModel):  # a cache that cannot be read holds nothing for us
         return None
     return folder if complete else None
@@ -93,6 +93,11 @@ def loaded_files(hub: Hub, repository: str, revision: str, listing: Listing) -> 
     return found
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder holds a tokenizer of any kind."""
+    return any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern))
+
+
 def no_model(repository: str, listing: Listing) -> str:
     """Say that a repository holds no model that can be used, and what it holds instead."""
     paths = list(listing.sizes)
@@ -107,10 +112,6 @@ def no_model(repository: str, listing: Listing) -> str:
 _OTHERS = "give a repository with GGUF files (for llama.cpp) or with safetensors (for vLLM)"
 # One of these is what makes text of tokens: fast, SentencePiece, byte pairs, Mistral's own, OpenAI's.
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(path.is_file() for pattern in _TOKENIZERS for path in folder.glob(pattern))
 
 
 def _pieces(hub: Hub, repository: str, revision: str) -> list[Piece]:

@@ -87,6 +87,16 @@ def gguf_on_hub(source: HubRepository) -> RemoteGguf:
     return _read(source, _gguf_model, _remembered_gguf)
 
 
+def folder_on_hub(source: HubRepository) -> RemoteConfig:
+    """As `model_on_hub`, for repositories with safetensors only: others raise Missing (`not-found`)."""
+    return _read(source, _config_model, _remembered_config)
+
+
+def is_folder_on_hub(source: HubRepository) -> bool:
+    """Whether `model_on_hub` would find safetensors and not a GGUF; no header is read. Raises as it does."""
+    return _read(source, _is_folder, lambda source, known, _: _means_folder(source, known) and known.config is not None)
+
+
 def header_from_hub(source: HubRepository) -> ModelFacts:
     """Return the facts of the model that `gguf_on_hub` finds."""
     return gguf_on_hub(source).facts
@@ -165,6 +175,12 @@ def _current(hub: Hub, source: HubRepository, known: Known | None) -> _Repositor
 def _any_model(hub: Hub, source: HubRepository, repository: _Repository) -> RemoteGguf | RemoteConfig:
     read = _config_model if _means_folder(source, repository.known) else _gguf_model
     return read(hub, source, repository)
+
+
+def _is_folder(hub: Hub, source: HubRepository, repository: _Repository) -> bool:
+    if folder := _means_folder(source, repository.known):
+        _config_model(hub, source, repository)  # whether it can be used, and in that quantisation
+    return folder
 
 
 def _means_folder(source: HubRepository, known: Known) -> bool:
@@ -286,9 +302,12 @@ def _gguf(files: Sequence[RemoteFile], parts: Iterable[tuple[FileStart, GgufHead
 
 
 def _any_remembered(source: HubRepository, known: Known, why: str) -> RemoteGguf | RemoteConfig | None:
-    if _means_folder(source, known):
-        return _config(source, known, why) if known.config is not None else None
-    return _remembered_gguf(source, known, why)
+    read = _remembered_config if _means_folder(source, known) else _remembered_gguf
+    return read(source, known, why)
+
+
+def _remembered_config(source: HubRepository, known: Known, why: str) -> RemoteConfig | None:
+    return _config(source, known, why) if known.config is not None else None
 
 
 def _remembered_gguf(source: HubRepository, known: Known, why: str) -> RemoteGguf | None:
