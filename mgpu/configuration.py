@@ -43,6 +43,14 @@ def engine_setting(backend: str) -> Path | None:
     return file.parent / os.path.expanduser(setting) if setting else None  # noqa: PTH111 - never raises
 
 
+def nearest_engine(word: str) -> str | None:
+    """Return the engine that is meant by a word that is none of `ENGINES`; None where nobody can tell."""
+    from mgpu.profile_errors import nearest
+
+    begun = [name for name in ENGINES if word and name.startswith(word.lower())]
+    return next(iter(begun or nearest(word, ENGINES)), None)
+
+
 def shown_path(path: Path) -> str:
     """Return a path as people write it: the home folder as `~`."""
     home = os.path.expanduser("~")  # noqa: PTH111 - never raises
@@ -71,13 +79,13 @@ def _engines(file: Path) -> dict[str, str]:
 
 
 def _problems(document: Document) -> Iterator[Problem]:
-    from mgpu.profile_errors import Problem, dotted, in_words
+    from mgpu.profile_errors import Problem, dotted, in_words, nearest
 
     def problem(path: KeyPath, text: str) -> Problem:
         return Problem(place=document.place_of(path), key=dotted(path), text=text)
 
     for key in document.data.keys() - {"engines"}:
-        yield problem((key,), _unknown(key, ("engines",)))
+        yield problem((key,), _unknown(("engines",), next(iter(nearest(key, ("engines",))), None)))
     engines = document.data.get("engines")
     if engines is None:  # what is below it is commented out
         return
@@ -87,15 +95,12 @@ def _problems(document: Document) -> Iterator[Problem]:
     for name, value in engines.items():
         path = ("engines", name)
         if name not in ENGINES:
-            yield problem(path, _unknown(name, ENGINES))
+            yield problem(path, _unknown(ENGINES, nearest_engine(name)))
         elif not isinstance(value, str):
             yield problem(path, f"expected the path of a program or of its folder, found {in_words(value)}")
         elif not value.strip() or not value.isprintable():
             yield problem(path, f"{in_words(value)} is not the path of anything")
 
 
-def _unknown(key: str, known: tuple[str, ...]) -> str:
-    from mgpu.profile_errors import nearest
-
-    close = nearest(key, known)
-    return f"unknown key; did you mean '{close[0]}'?" if close else f"unknown key; known are {', '.join(known)}"
+def _unknown(known: tuple[str, ...], close: str | None) -> str:
+    return f"unknown key; did you mean '{close}'?" if close else f"unknown key; known are {', '.join(known)}"

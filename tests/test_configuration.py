@@ -76,6 +76,8 @@ def test_an_engine_is_where_it_says(
             "2:3: engines.llamacpp: unknown key; did you mean 'llama.cpp'?",
             id="a slip in an engine",
         ),
+        pytest.param("engines:\n  llama: /x\n", "did you mean 'llama.cpp'?", id="half an engine's name"),
+        pytest.param("engines:\n  '': /x\n", "unknown key; known are llama.cpp, vllm, ollama", id="an empty key"),
         pytest.param(
             "engines:\n  exl3: /x\n",
             "2:3: engines.exl3: unknown key; known are llama.cpp, vllm, ollama",

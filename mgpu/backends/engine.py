@@ -112,7 +112,7 @@ def _configured(program: Program, setting: Path) -> Engine:
         raise Missing(
             f"{file} sets engines.{program.backend} to a program that {why}: {path}",
             code="engine-missing",
-            hint=f"mend {file}; or {program.install}, and take the line out",
+            hint=f"mend the line in {file} or take it out, then: mgpu backends",
         )
     return Engine(backend=program.backend, path=path, found_in=file)
 
@@ -166,6 +166,7 @@ def engine_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     the secrets that an engine serving a local file has no use for; and none of llama.cpp's own LLAMA_ARG_* variables,
     which would change what was planned (`stray_variables` names them)."""
     secrets = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MGPU_API_KEY", "LLAMA_API_KEY"}
+    secrets |= {"VLLM_API_KEY"}
     base = os.environ if base is None else base
     # mgpu names cards by their place among all cards; CUDA's mask is honoured when cards are chosen instead.
     masks = {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"}

@@ -49,8 +49,7 @@ def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE, on_step: On
     "disk-space", "venv-missing", "install-busy", "install-failed"), EngineFailed (code "engine-broken") when what
     was installed does not answer.
     """
-    if not _SPECIFICATION.fullmatch(package):
-        raise UsageError(f"--package {package[:80]!r} is not a package such as vllm==0.32.0")
+    require_package(package)
     link = vllm_environment()
     folder = link.parent
     try:
@@ -73,6 +72,12 @@ def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE, on_step: On
         _switch(link, environment)
         _remove_unfinished(link)
     return Engine(backend=NAME, path=link / "bin" / "vllm", found_in="mgpu")
+
+
+def require_package(package: str) -> None:
+    """Raise UsageError unless this is the name of a package, with or without a version."""
+    if not _SPECIFICATION.fullmatch(package):
+        raise UsageError(f"--package {package[:80]!r} is not a package such as vllm==0.32.0")
 
 
 def is_cpu_package(package: str) -> bool:

