@@ -13,9 +13,9 @@ from typing import Any
 
 from tests.fakes import vllm_answers as answers
 from tests.fakes.vllm_answers import Answer, Json
-from tests.fakes.vllm_engine import Load
 from tests.fakes.vllm_log_lines import Log
 from tests.fakes.vllm_requests import Choice, Piece, Requests
+from tests.fakes.vllm_worker import Load
 
 _GET_PATHS = ("/health", "/ping", "/version", "/metrics", "/load", "/v1/models")
 _COMPLETIONS = ("/v1/completions", "/v1/chat/completions")

@@ -8,6 +8,7 @@ without a server.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import secrets
 import signal
@@ -40,6 +41,7 @@ def fork(title: str, body: Callable[[], None], *, close: Sequence[socket.socket]
     try:
         for each in close:
             each.close()
+        signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -82,12 +84,13 @@ class Leftovers:
         self.group = group
         self._tracked = [SHARED_MEMORY / f"psm_{secrets.token_hex(4)}" for _ in range(2 * workers)]
         self._semaphores = [SHARED_MEMORY / f"sem.mp-{secrets.token_hex(4)}" for _ in range(workers)]
-        for path in (*self._tracked, *self._semaphores):
-            path.write_bytes(bytes(32 if path in self._semaphores else 4096))
-        if cpu and workers > 1:
-            for rank in range(workers):
-                part = f"{group.name}-tp:0-[0-{workers - 1}]-cpushm_{rank}"
-                (SHARED_MEMORY / part).write_bytes(bytes(4096))
+        parts = [f"{group.name}-tp:0-[0-{workers - 1}]-cpushm_{rank}" for rank in range(workers)]
+        untracked = [SHARED_MEMORY / part for part in parts] if cpu and workers > 1 else []
+        # Those that are forked from this process have it in memory, too.
+        self._mapped = [
+            _shared(path, 32 if path in self._semaphores else 4096)
+            for path in (*self._tracked, *self._semaphores, *untracked)
+        ]
 
     def track(self, close: Sequence[socket.socket]) -> int:
         """Start the resource tracker; return its pid. It works once all that know it have ended."""
@@ -95,6 +98,8 @@ class Leftovers:
 
         def body() -> None:
             os.close(held)
+            for each in self._mapped:
+                each.close()
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
             os.read(alive, 1)
@@ -127,17 +132,24 @@ def children(pid: int) -> dict[int, str]:
     return found
 
 
-def has_ended(pid: int) -> bool:
-    """Whether a child has ended; it is then waited for."""
+def ended(pid: int) -> int | None:
+    """The exit status of a child, as `Popen.returncode` has it; None while it runs."""
     try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
+        found, status = os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
-        return True
+        return 0  # it was asked before
+    return os.waitstatus_to_exitcode(status) if found else None
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def _shared(path: Path, size: int) -> mmap.mmap:
+    path.write_bytes(bytes(size))
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), size)
 
 
 def _call_oneself(title: str) -> None:

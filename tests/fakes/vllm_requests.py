@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from tests.fakes.vllm_engine import STEP
 from tests.fakes.vllm_model import Memory
 from tests.fakes.vllm_options import Settings
+from tests.fakes.vllm_worker import STEP
 
 WORDS = ("I", "am", "a", "made", "up", "answer", "of", "something", "that", "has", "never", "seen", "any", "model")
 _GARBAGE = ("�", "@@", "]}", "\x7f")

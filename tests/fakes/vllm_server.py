@@ -38,13 +38,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from tests.fakes.vllm_engine import Load, start_engine
+from tests.fakes.vllm_engine import start_engine
 from tests.fakes.vllm_http import ROUTES, Server
 from tests.fakes.vllm_log_lines import Log
 from tests.fakes.vllm_model import GIB, Model, card_memory, cpu_memory, read_model
 from tests.fakes.vllm_options import VERSION, Settings, on_cpu, parse, version
-from tests.fakes.vllm_processes import ORPHAN_S, Leftovers, children, has_ended, kill
+from tests.fakes.vllm_processes import ORPHAN_S, Leftovers, children, ended, kill
 from tests.fakes.vllm_requests import Requests
+from tests.fakes.vllm_worker import Load
 
 _ROOT = Path(__file__).parent.parent.parent
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
@@ -52,6 +53,7 @@ _SIGNALS_WHILE_LOADING = 5  # so many SIGTERMs ended the real one while it loade
 _POLL_S = 0.02
 _LINGER_S = 0.3  # 2 s in the real one, in which it says that it is not well
 _LINGER_BUSY_S = 0.05
+_WORKER_DEATH = ("output_handler failed", "sig_kill_worker1_idle")
 
 
 def install(folder: Path, *, version: str = "0.32.0", cpu: bool = False) -> Path:
@@ -105,6 +107,7 @@ class ApiServer:
 
     def run(self) -> NoReturn:
         load, log = self.load, self.log
+        load.pause(0.3)
         try:
             leftovers = Leftovers(load.settings.workers * load.settings.replicas, cpu=load.cpu)
         except OSError as error:
@@ -133,9 +136,9 @@ class ApiServer:
         self.server.begin(load, requests)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": _POLL_S}, daemon=True).start()
         while signal.sigtimedwait(_STOP_SIGNALS, _POLL_S) is None:
-            ended = [pid for pid in self.engines if has_ended(pid)]
-            if ended or requests.dead_since is not None:
-                self._end_as_dead(requests)
+            statuses = [status for pid in self.engines if (status := ended(pid)) is not None]
+            if statuses or requests.dead_since is not None:
+                self._end_as_dead(requests, killed=any(status < 0 for status in statuses))
         log.info("launcher.py:254", "[shutdown] API server: shutdown triggered")
         self._stop(requests)
 
@@ -171,10 +174,11 @@ class ApiServer:
         self.log.replay("fail_kv", 'bin/vllm", line 8', "^RuntimeError: Engine core", of=None)
         os._exit(1)
 
-    def _end_as_dead(self, requests: Requests) -> NoReturn:
+    def _end_as_dead(self, requests: Requests, *, killed: bool) -> NoReturn:
         requests.notice_death()
         deadline = time.monotonic() + 2
-        self.log.replay("sig_kill_worker1_idle", "output_handler failed", "EngineDeadError", of="APIServer")
+        first, recording = ("exited unexpectedly", "sig_kill_enginecore_idle") if killed else _WORKER_DEATH
+        self.log.replay(recording, first, "EngineDeadError", of="APIServer")
         time.sleep(_LINGER_BUSY_S if requests.died_busy else _LINGER_S)
         while requests.open and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -198,7 +202,7 @@ class ApiServer:
             kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + timeout
         left = list(self.engines)
-        while (left := [pid for pid in left if not has_ended(pid)]) and time.monotonic() < deadline:
+        while (left := [pid for pid in left if ended(pid) is None]) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         if left:
             what = f"force killing remaining processes count={len(left)}"
@@ -224,7 +228,7 @@ class ApiServer:
     def _end_engines(self) -> None:
         for pid in self.engines:
             below = children(pid)
-            if not has_ended(pid):
+            if ended(pid) is None:
                 kill(pid)
                 os.waitpid(pid, 0)
             for worker, name in below.items():
