@@ -40,7 +40,7 @@ class EngineCore:
         self.workers: dict[socket.socket, tuple[int, int]] = {}
         self.alone: Worker | None = None
         self.told: signal.Signals | None = None
-        self.draining = False
+        self.stepped = self.draining = False
         self.serving = False
         self.waking, self.woken = socket.socketpair()
 
@@ -159,13 +159,14 @@ class EngineCore:
                     pending.discard(ready)
                     if not pending:
                         last_step = time.monotonic()
+                        self.stepped = self.told is not None
                         self.server.sendall(DONE)
         self.log.info("core.py:1666", "[shutdown] EngineCore: request processing complete; starting resource teardown")
         self.log.info("core.py:1499", "[shutdown] EngineCore: exiting busy loop")
 
     def _leaves(self, *, busy: bool, stuck: bool) -> bool:
         """Whether it was told to end, and does: what is in flight may be waited for."""
-        if self.told is None or stuck:
+        if self.told is None or stuck or (busy and not self.stepped):  # it looks after its next step
             return False
         timeout = self.load.settings.shutdown_timeout_s
         if not self.draining:

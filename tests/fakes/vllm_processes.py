@@ -20,12 +20,12 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 from tests.fakes.vllm_log_lines import leaked
 
 SHARED_MEMORY = Path("/dev/shm")
 ORPHAN_S = 120
+_SWEEP_AFTER_S = 60
 _PR_SET_NAME = 15
 
 
@@ -56,12 +56,6 @@ def fork(title: str, body: Callable[[], None], *, close: Sequence[socket.socket]
         os._exit(status)
 
 
-def wait_for_ever() -> NoReturn:
-    """Do nothing until one is killed, or nobody can be there any more."""
-    time.sleep(ORPHAN_S)
-    os._exit(1)
-
-
 def die_after(seconds: float | None) -> None:
     """Have this process killed in so many seconds, if any."""
     if seconds is not None:
@@ -86,11 +80,9 @@ class Leftovers:
         self._semaphores = [SHARED_MEMORY / f"sem.mp-{secrets.token_hex(4)}" for _ in range(workers)]
         parts = [f"{group.name}-tp:0-[0-{workers - 1}]-cpushm_{rank}" for rank in range(workers)]
         untracked = [SHARED_MEMORY / part for part in parts] if cpu and workers > 1 else []
+        self._all = (*self._tracked, *self._semaphores, *untracked)
         # Those that are forked from this process have it in memory, too.
-        self._mapped = [
-            _shared(path, 32 if path in self._semaphores else 4096)
-            for path in (*self._tracked, *self._semaphores, *untracked)
-        ]
+        self._mapped = [_shared(path, 32 if path in self._semaphores else 4096) for path in self._all]
 
     def track(self, close: Sequence[socket.socket]) -> int:
         """Start the resource tracker; return its pid. It works once all that know it have ended."""
@@ -105,9 +97,31 @@ class Leftovers:
             os.read(alive, 1)
             self._clear()
 
+        self._sweep_later(alive, held, close)
         pid = fork(f"{sys.executable} -c from multiprocessing.resource_tracker import main;main(7)", body, close=close)
         os.close(alive)  # `held` stays open in this process and in those forked from it
         return pid
+
+    def _sweep_later(self, alive: int, held: int, close: Sequence[socket.socket]) -> None:
+        """What no vLLM has: a process of another session that a minute after the end of all, when every test has
+        seen what is left in /dev/shm, removes it."""
+
+        def body() -> None:
+            os.close(held)
+            os.setsid()
+            if os.fork():
+                return
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for descriptor in range(3):
+                os.dup2(nothing, descriptor)
+            for each in self._mapped:
+                each.close()
+            os.read(alive, 1)
+            time.sleep(_SWEEP_AFTER_S)
+            for path in self._all:
+                path.unlink(missing_ok=True)
+
+        os.waitpid(fork("fake vllm: sweeps up", body, close=close), 0)
 
     def _clear(self) -> None:
         for what, paths in (("semaphore", self._semaphores), ("shared_memory", self._tracked)):

@@ -47,7 +47,7 @@ class RunningVllm:
 
     def request(self, method: str, path: str, body: object = None, **headers: str) -> httpx.Response:
         url = f"http://127.0.0.1:{self.port}{path}"
-        return httpx.request(method, url, json=body, headers=headers, timeout=LIMIT_S, trust_env=False)
+        return httpx.request(method, url, json=body, headers=headers, timeout=LIMIT_S, trust_env=False, verify=False)
 
     def get(self, path: str) -> str | None:
         with suppress(httpx.HTTPError):
