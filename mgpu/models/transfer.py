@@ -144,6 +144,7 @@ def download(
                         file.truncate(0)
                         digest, done = hashlib.sha256(), 0
                     file.write(chunk)
+                    file.flush()  # what is counted is in the file, whatever becomes of this process
                     digest.update(chunk)
                     done += len(chunk)
                     if done > size:
@@ -292,6 +293,6 @@ def _stream(
             raise httpx.NetworkError(f"the server answered {response.status_code}")
         if response.status_code not in (200, 206):
             raise Unavailable(f"the server answered {response.status_code} to the download", code="bad-server")
-        for chunk in response.iter_raw(_CHUNK_BYTES):
+        for chunk in response.iter_raw():  # as it comes: a slow link shows progress, and Ctrl-C loses nothing
             yield chunk, start
             start = start or -1  # only the first chunk of an answer may begin anew

@@ -46,6 +46,7 @@ class FakeHub:
     seconds_per_chunk: float = 0.0
     commit: str = COMMIT
     served_bytes: int = 0
+    proxied: int = 0  # requests that came as to a proxy
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     port: int = 0
 
@@ -105,6 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._describe()
 
     def _note(self) -> None:
+        if self.path.startswith("http://"):
+            self.hub.proxied += 1
+            self.path = re.sub("^http://[^/]*", "", self.path) or "/"
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.hub.requests.append((self.command, self.path, headers))
 

@@ -37,11 +37,6 @@ SHARDED: dict[str, bytes | Path] = {
 TOTAL_BYTES = sum(len(content) for content in SHARDED.values() if isinstance(content, bytes))
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgpu.models.transfer._CHUNK_BYTES", 1 << 16)
-
-
 @pytest.fixture
 def sharded(hub: FakeHub) -> FakeHub:
     hub.repositories["org/repo"] = dict(SHARDED)
@@ -233,7 +228,26 @@ def test_connections_that_break_are_taken_up_where_they_broke(sharded: FakeHub) 
 
 def test_a_slow_link_is_waited_for(sharded: FakeHub) -> None:
     sharded.seconds_per_chunk = 0.1
+    seen: list[int] = []
+    folder = fetch_folder("org/repo", on_progress=lambda progress: seen.append(progress.done_bytes))
+    assert contents(folder) == SHARDED
+    assert any(1000 < done < SHARD_BYTES for done in seen)  # it is told before the first file is whole
+
+
+def test_a_hub_elsewhere_is_asked_through_the_proxy(sharded: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("HTTP_PROXY", sharded.endpoint)
     assert contents(fetch_folder("org/repo")) == SHARDED
+    assert sharded.proxied > 0
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_this_machine_is_never_asked_through_a_proxy(
+    sharded: FakeHub, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, sharded.endpoint)
+    fetch_folder("org/repo")
+    assert sharded.proxied == 0
 
 
 def test_a_disk_that_fills_up_half_way_leaves_what_is_there(sharded: FakeHub, caches: Path) -> None:

@@ -63,10 +63,7 @@ def test_a_model_belongs_to_the_profile_that_names_its_repository(tiny: dict[str
     assert (found.profile, found.argument) == ("smollm2-135m", "hf:org/repo")  # the name alone would mean its GGUF
 
 
-def test_what_was_broken_off_is_partial(
-    hub: FakeHub, tiny: dict[str, bytes | Path], caches: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mgpu.models.transfer._CHUNK_BYTES", 1 << 16)
+def test_what_was_broken_off_is_partial(hub: FakeHub, tiny: dict[str, bytes | Path]) -> None:
     hub.stalls_after_bytes = 1 << 18
     with pytest.raises(KeyboardInterrupt):
         fetch_folder("org/repo", on_progress=lambda each: interrupt(each) if each.done_bytes > 1 << 18 else None)
