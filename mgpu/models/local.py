@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,11 +49,13 @@ def _in_hub_cache(owners: Owners) -> Iterator[LocalModel]:
                     seen.add(content)
                     owner = owners.of_file(repository, names[0], content.name)
                     yield from _model(Path(stem).stem, [snapshot / name for name in names], repository, owner)
+        begun: list[LocalModel] = []
         for path in listed(folder / "blobs", "*.incomplete"):
             checksum = path.name.split(".")[0]
             known = described.get(checksum)
             owner = owners.of_file(repository, known.path if known else None, checksum)
-            yield from _unfinished(path, repository, owner, known)
+            begun += _unfinished(path, repository, owner, known)
+        yield from _joined(begun)
 
 
 def _in_own_cache(owners: Owners) -> Iterator[LocalModel]:
@@ -99,6 +102,21 @@ def _model(name: str, files: Sequence[Path], repository: str | None, owner: Owne
         state=state,
         problem=problem,
     )
+
+
+def _joined(begun: Iterable[LocalModel]) -> Iterator[LocalModel]:
+    """The parts of a split model, which come side by side, as one."""
+    models: dict[str, LocalModel] = {}
+    for part in begun:
+        if first := models.get(part.argument):
+            part = replace(
+                first,
+                bytes=first.bytes + part.bytes,
+                total_bytes=first.total_bytes and part.total_bytes and first.total_bytes + part.total_bytes,
+                last_used=max(first.last_used, part.last_used),
+            )
+        models[part.argument] = part
+    yield from models.values()
 
 
 def _unfinished(path: Path, repository: str, owner: Owner | None, known: RemoteFile | None) -> Iterator[LocalModel]:

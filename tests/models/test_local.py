@@ -112,11 +112,26 @@ def test_what_was_broken_off_is_partial(
         with pytest.raises(KeyboardInterrupt):
             fetch(HubRepository("org/repo", name), on_progress=interrupt)
     known, unknown = sorted(local_models(), key=lambda model: model.total_bytes is None)
+    assert known.path
+    assert unknown.path
     assert (known.name, known.argument, known.state) == ("a-Q4_0", "hf:org/repo:Q4_0", "partial")
     assert known.bytes == known.path.stat().st_size < len(content) == known.total_bytes
     # Nobody has planned it, so that the name of what was begun is not known.
     assert (unknown.argument, unknown.state, unknown.total_bytes) == ("hf:org/repo", "partial", None)
     assert unknown.path.name.startswith(unknown.name)
+
+
+def test_the_begun_parts_of_a_split_model_are_one(hub: FakeHub, content: bytes) -> None:
+    names = [f"big-Q4_0-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
+    hub.repositories["org/repo"] = {name: content + name.encode() for name in names}
+    hub.stalls_after_bytes = 1 << 16
+    with pytest.raises(KeyboardInterrupt):
+        fetch(
+            HubRepository("org/repo"), on_progress=lambda each: interrupt(each) if each.done_bytes > 1 << 17 else None
+        )
+    (found,) = local_models()
+    assert (found.argument, found.state, found.total_bytes) == ("hf:org/repo", "partial", None)
+    assert found.bytes > 1 << 17
 
 
 def test_what_others_have_broken_off_is_partial_if_it_is_a_gguf(caches: Path, content: bytes) -> None:
