@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import secrets
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from mgpu.backends.backend import Backend, DeviceMemory, Get, Launch, Serving
+from mgpu.backends.engine import LLAMA_CPP
+from mgpu.backends.llama_cpp_failure import diagnose
+from mgpu.backends.llama_cpp_log import Phase, buffers_by_device, parse_line
+from mgpu.backends.llama_cpp_metrics import sample_from_text
+from mgpu.backends.samples import Sample
 from mgpu.errors import UsageError
-from mgpu.planning.candidates import Candidate
+from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.planning.memory import padded_ctx_tokens
 from mgpu.planning.wants import Wants
 
@@ -79,28 +83,6 @@ _ALL_LAYERS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """A command to start: `argv`, what `env` adds to the engine's environment, and the names in it that are secret."""
-
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
-    secrets: frozenset[str] = frozenset()
-
-    def shell_command(self) -> str:
-        """Return the command quoted for a POSIX shell; secret values are taken from variables of the same name."""
-        settings = [
-            # `:?` makes the shell refuse an empty one: a server without a key is not what was asked for.
-            f'{name}="${{{name}:?}}"' if name in self.secrets else f"{name}={shlex.quote(value)}"
-            for name, value in self.env.items()
-        ]
-        return " ".join([*settings, shlex.join(self.argv)])
-
-    def public_env(self) -> dict[str, str]:
-        """Return `env` with secret values hidden, for reports."""
-        return {name: "***" if name in self.secrets else value for name, value in self.env.items()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineArguments:
     """What follows `--`: `rpc` servers, the memory switches the planner knows, and all else as it was typed."""
 
@@ -151,35 +133,29 @@ def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[Engin
     return EngineArguments(rest=tuple(rest), rpc=rpc), wants
 
 
-def build_launch(
-    candidate: Candidate,
-    *,
-    program: Path | str,
-    model: Path | str,
-    name: str,
-    host: str,
-    port: int,
-    arguments: EngineArguments,
-    api_key: str | None = None,
-) -> Launch:
+def build_launch(candidate: Candidate, serving: Serving) -> Launch:
     """Return the llama-server command that runs `candidate` exactly as planned.
 
     Nothing is left for llama-server to adjust (`--fit off`): devices are named, since it drops a missing one in
     silence, and layers are dealt by `-ts` in whole units, which llama.cpp's own arithmetic gives back exactly.
-    NVIDIA cards are pinned by UUID, which renumbers them. Raises UsageError for a key that HTTP cannot carry.
+    NVIDIA cards are pinned by UUID, which renumbers them. Raises UsageError for a key that HTTP cannot carry, and
+    what `read_engine_arguments` raises.
     """
+    arguments, _ = read_engine_arguments(serving.arguments, candidate.wants)
+    api_key = serving.api_key
     if api_key and (not api_key.isprintable() or api_key != api_key.strip()):
         raise UsageError("the API key begins or ends with a blank, or holds a line break: no client could send it")
     used = [device for device in candidate.devices if not device.idle]
-    pinned = bool(used) and all(device.uuid and device.device.startswith("CUDA") for device in used)
+    pinned = _pinned(used)
     env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if any(d.device.startswith("CUDA") for d in used) else {}
     if pinned:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in used)
-    names = [f"CUDA{i}" if pinned else device.device for i, device in enumerate(used)]
+    names = _names(used)
     units = [device.layers + device.head for device in used]
     wants = candidate.wants
 
-    argv = [str(program), "-m", str(model), "--alias", name, "--host", host, "--port", str(port)]
+    argv = [str(serving.program), "-m", serving.model, "--alias", serving.name]
+    argv += ["--host", serving.host, "--port", str(serving.port)]
     if arguments.rpc:
         argv += ["--rpc", arguments.rpc]
     if used:
@@ -199,3 +175,53 @@ def build_launch(
         # Of a single key llama-server writes the last four characters to its log, of several only how many.
         env[API_KEY_VARIABLE] = api_key if "," in api_key else f"{api_key},{secrets.token_hex(16)}"
     return Launch(argv=tuple(argv), env=env, secrets=frozenset({API_KEY_VARIABLE} if api_key else ()))
+
+
+def memory(lines: Sequence[str], candidate: Candidate) -> dict[int, DeviceMemory]:
+    """Return what the log says was allocated on each card that it names, by its place in `candidate.devices`."""
+    buffers = buffers_by_device(lines)
+    used = [(index, device) for index, device in enumerate(candidate.devices) if not device.idle]
+    names = _names([device for _, device in used])
+    return {
+        index: DeviceMemory(
+            weights_bytes=buffers[name].weights_bytes,
+            kv_bytes=buffers[name].kv_bytes,
+            compute_bytes=buffers[name].compute_bytes,
+        )
+        for (index, _), name in zip(used, names, strict=True)
+        if name in buffers
+    }
+
+
+def phase(line: str) -> str | None:
+    """Return what a log line says has begun, None for most lines."""
+    event = parse_line(line)
+    return event.name if isinstance(event, Phase) else None
+
+
+def sample(at: float, get: Get) -> Sample | None:
+    """Read the engine's counters at second `at`; None when it does not answer."""
+    metrics = get("/metrics")
+    return None if metrics is None else sample_from_text(at, metrics, get("/slots"))
+
+
+def _pinned(used: Sequence[PlannedDevice]) -> bool:
+    """Whether the cards are NVIDIA's, which are chosen by UUID and renumbered by that."""
+    return bool(used) and all(device.uuid and device.device.startswith("CUDA") for device in used)
+
+
+def _names(used: Sequence[PlannedDevice]) -> list[str]:
+    """What llama-server calls these cards once only they are visible to it."""
+    pinned = _pinned(used)
+    return [f"CUDA{i}" if pinned else device.device for i, device in enumerate(used)]
+
+
+BACKEND = Backend(
+    name=LLAMA_CPP,
+    launch=build_launch,
+    ready_path="/health",
+    phase=phase,
+    diagnose=diagnose,
+    memory=memory,
+    sample=sample,
+)

@@ -10,12 +10,12 @@ import os
 import pwd
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from mgpu.backends import llama_cpp_metrics, ollama_failure, ollama_log
-from mgpu.backends.backend import Backend, Get, Launch, Sample, Serving
-from mgpu.backends.engine import OLLAMA_PROGRAM, Engine, find, require
+from mgpu.backends import llama_cpp, ollama_failure, ollama_log
+from mgpu.backends.backend import Backend, Get, Launch, Serving
+from mgpu.backends.engine import OLLAMA_PROGRAM, Engine, engine_environment, find, require
+from mgpu.backends.samples import Sample
 from mgpu.errors import UsageError
 from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.units import MIB
@@ -175,19 +175,25 @@ def _setting(argument: str) -> tuple[str, str]:
 def sample(at: float, get: Get) -> Sample | None:
     """Return a reading at second `at`. The counters are those of the model's llama-server: where `get` asks Ollama
     itself, which counts nothing, all of them are unknown. None when nobody answers."""
-    metrics = get("/metrics")
-    if metrics is None:
-        return Sample(at=at) if get("/api/version") is not None else None
-    return Sample(**asdict(llama_cpp_metrics.sample(at, metrics, get("/slots"))))
+    counted = llama_cpp.sample(at, get)
+    return counted or (Sample(at=at) if get("/api/version") is not None else None)
+
+
+def environment() -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the environment an Ollama of mgpu's is started in, and the names of the user's variables left out."""
+    kept, _ = clean_environment(engine_environment())
+    return kept, clean_environment(os.environ)[1]
 
 
 BACKEND = Backend(
     name=OLLAMA,
+    environment=environment,
     launch=build_launch,
     ready_path="/api/version",
     phase=ollama_log.phase,
     diagnose=ollama_failure.diagnose,
     memory=ollama_log.memory,
+    tells_every_card=False,  # what it says is verified as a whole, by ollama_placement
     sample=sample,
     # It ends its llama-servers first, which took up to 1.7 s.
     stop_grace_s=10.0,

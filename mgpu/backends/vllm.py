@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mgpu.backends.backend import Backend, Launch, Serving
+from mgpu.backends.engine import Engine
 from mgpu.backends.vllm_failure import diagnose
 from mgpu.backends.vllm_log import device_memory, phase
 from mgpu.backends.vllm_metrics import sample
@@ -130,9 +131,22 @@ def temporary_folder(folder: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"mgpu-{digest}"
 
 
+def fitted(launch: Launch, engine: Engine) -> Launch:
+    """Return what of `launch` the installed vLLM knows; blocks for ten seconds when it is asked for the first time.
+
+    Raises EngineFailed (code "engine-too-old", "engine-broken").
+    """
+    from mgpu.backends.vllm_program import fit_to_help, installed_version, serve_help
+
+    return fit_to_help(launch, serve_help(engine), installed_version(engine.path))
+
+
 BACKEND = Backend(
     name=NAME,
     launch=build_launch,
+    fitted=fitted,
+    temporary_folder=temporary_folder,
+    tells_every_card=False,
     ready_path="/health",
     phase=phase,
     diagnose=diagnose,

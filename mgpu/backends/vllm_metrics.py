@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mgpu.backends.backend import Get, Sample
-from mgpu.backends.llama_cpp_metrics import parse_metrics
+from mgpu.backends.backend import Get
+from mgpu.backends.samples import Sample, parse_metrics
 
 METRICS_PATH = "/metrics"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from mgpu.backends.llama_cpp_log import HOST, DeviceBuffers
 from mgpu.errors import UsageError
 
 if TYPE_CHECKING:
+    from mgpu.cli.options import PlannerOptions
     from mgpu.cli.prepare import Prepared
     from mgpu.planning.candidates import PlannedDevice
 
@@ -45,16 +46,25 @@ class Exact:
         return max((abs(each) for each in differences if each is not None), default=None)
 
 
-def require_devices_that_can_be_asked(machine: str | None) -> None:
-    """Raise UsageError for a simulated machine, Missing where there is no engine to ask."""
+def for_exact(options: PlannerOptions, machine: str | None) -> PlannerOptions:
+    """Return `options` with llama.cpp as the engine: it alone can be asked.
+
+    Raises UsageError for a simulated machine and for another engine, Missing where there is none to ask.
+    """
     from mgpu.backends.engine import require_llama_server
+    from mgpu.cli.options import Backend
 
     if machine is not None:
         raise UsageError(
             "--exact asks the engine about devices that are here; those of --machine cannot be asked",
             hint="leave out one of --exact and --machine",
         )
+    if options.backend not in (Backend.auto, Backend.llama_cpp):
+        raise UsageError(
+            f"--exact asks llama-server, and {options.backend} has no way to be asked", hint="leave --exact out"
+        )
     require_llama_server()
+    return replace(options, backend=Backend.llama_cpp)
 
 
 def ask_engine(prepared: Prepared) -> Exact:
@@ -62,8 +72,8 @@ def ask_engine(prepared: Prepared) -> Exact:
 
     Raises Missing, EngineFailed.
     """
-    from mgpu.backends.engine import require_llama_server
-    from mgpu.backends.llama_cpp import build_launch
+    from mgpu.backends import load_backend
+    from mgpu.backends.engine import LLAMA_CPP, require_llama_server
     from mgpu.backends.llama_cpp_projection import devices_of
     from mgpu.running.projection import project, work_folder
 
@@ -71,15 +81,10 @@ def ask_engine(prepared: Prepared) -> Exact:
     engine = prepared.engine or require_llama_server()
     begun = time.monotonic()
     with work_folder() as folder:
-        launch = build_launch(
-            candidate,
-            program=engine.path,
-            model=_model_file(prepared, folder),
-            name=prepared.name,
-            host="127.0.0.1",
-            port=0,  # any: nobody will ask it anything
-            arguments=prepared.arguments,
-        )
+        # Port 0 is any: nobody will ask it anything.
+        serving = prepared.serving(LLAMA_CPP, name=prepared.name, host="127.0.0.1", port=0, folder=folder, api_key=None)
+        serving = replace(serving, program=engine.path, model=str(_model_file(prepared, folder)))
+        launch = load_backend(LLAMA_CPP).launch(candidate, serving)
         found = project(launch, folder)
     used = [device for device in candidate.devices if not device.idle]
     compared = [
@@ -112,11 +117,12 @@ def _model_file(prepared: Prepared, folder: Path) -> Path:
     """A file with the model's header: the model itself where it is on disk, else a sparse one."""
     from mgpu.models.sparse import make_sparse_gguf, write_starts
 
-    if prepared.path:
-        return prepared.path
-    if prepared.model.remote:
-        return write_starts(folder, prepared.model.remote.starts)
-    profile, quantisation = prepared.model.profile, prepared.model.facts.quantisation
+    weights = prepared.weights
+    if weights.path:
+        return weights.path
+    if weights.remote:
+        return write_starts(folder, weights.remote.starts)
+    profile, quantisation = prepared.model.profile, weights.facts.quantisation
     assert profile
     assert quantisation
     return make_sparse_gguf(folder / "model.gguf", profile.model, quantisation, name=prepared.name)

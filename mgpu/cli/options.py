@@ -8,15 +8,38 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgpu.errors import Missing, UsageError
-from mgpu.planning.wants import DEFAULT_HEADROOM_BYTES, Wants
+from mgpu.errors import UsageError
+from mgpu.planning.wants import DEFAULT_HEADROOM_BYTES, Goal, Wants
 from mgpu.units import MIB, parse_bytes, parse_tokens
 
+if TYPE_CHECKING:
+    from mgpu.planning.vllm_memory import VllmWants
+
 _PANEL = "Planning"
+_DEFAULT_UBATCH = 512
+# llama.cpp's own tensor split is experimental, and not planned yet.
+# What only some engines know, with what to do instead.
+_FOR_VLLM = {
+    "--tensor-parallel": "--gpus N splits the layers over N cards",
+    "--pipeline-parallel": "--gpus N splits the layers over N cards",
+    "--replicas": "leave it out",
+    "--kv-type fp8": "--kv-type q8_0 takes nearly the same memory",
+    "--split-mode tensor": "leave --split-mode out for a layer split",
+}
+_NOT_FOR_VLLM = {
+    "--kv-type q8_0": "--kv-type fp8 takes nearly the same memory",
+    "--kv-type q4_0": "--kv-type fp8 is the smallest that it has",
+    "--split-mode layer": "--pipeline-parallel N gives each card whole layers",
+    "--tensor-split": "its cards take equal parts; of unequal ones mgpu makes a pipeline",
+    "--ubatch": "-- --max-num-batched-tokens N is the nearest to it",
+    "--flash-attn": "-- --attention-backend NAME chooses how it computes attention",
+    "--offload allow": "-- --cpu-offload-gb N is the nearest to it",
+}
+_NOT_FOR_OLLAMA = ("--ubatch",)
 
 
 class Backend(StrEnum):
@@ -26,6 +49,9 @@ class Backend(StrEnum):
     llama_cpp = "llama.cpp"
     vllm = "vllm"
     ollama = "ollama"
+
+
+BACKENDS = (Backend.llama_cpp, Backend.vllm, Backend.ollama)
 
 
 class KvType(StrEnum):
@@ -66,9 +92,13 @@ def _option(flag: str, text: str, **more: Any) -> Any:  # typer's own OptionInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerOptions:
-    """The options as typed; `wants` checks and converts them."""
+    """The options as typed. What only some engines know narrows the choice among them: `refused_by` says which."""
 
     backend: Annotated[Backend, _option("--backend", "Engine to use.")] = Backend.auto
+    goal: Annotated[
+        Goal | None,
+        _option("--for", "One user's latency, or many users' throughput (default: latency unless --parallel)."),
+    ] = None
     gpus: Annotated[
         str | None, _option("--gpus", "Cards: a count (2), all, none, or a list (0,1 or gpu1 or GPU-3f…).")
     ] = None
@@ -80,7 +110,16 @@ class PlannerOptions:
     tensor_split: Annotated[
         str | None, _option("--tensor-split", "Proportions per card, such as 3,1 (default: balanced by memory).")
     ] = None
-    ubatch: Annotated[int, _option("--ubatch", "Tokens of a prompt computed at once.", min=1, max=65536)] = 512
+    tensor_parallel: Annotated[
+        int | None, _option("--tensor-parallel", "vLLM: cards that each layer is cut over.", min=1, max=64)
+    ] = None
+    pipeline_parallel: Annotated[
+        int | None, _option("--pipeline-parallel", "vLLM: stages of layers, one after the other.", min=1, max=64)
+    ] = None
+    replicas: Annotated[int, _option("--replicas", "vLLM: engines behind one address.", min=1, max=64)] = 1
+    ubatch: Annotated[int, _option("--ubatch", "Tokens of a prompt computed at once.", min=1, max=65536)] = (
+        _DEFAULT_UBATCH
+    )
     flash_attn: Annotated[FlashAttention, _option("--flash-attn", "Flash attention.")] = FlashAttention.auto
     headroom: Annotated[str, _option("--headroom", "Memory to leave free on each card.")] = (
         f"{DEFAULT_HEADROOM_BYTES // MIB}MiB"
@@ -88,37 +127,75 @@ class PlannerOptions:
     offload: Annotated[Offload, _option("--offload", "Allow layers in host memory (slow).")] = Offload.forbid
 
     def wants(self) -> Wants:
-        """Return the options as the planner takes them. Raises UsageError; Missing for an engine mgpu cannot start."""
-        if self.backend not in (Backend.auto, Backend.llama_cpp):
-            raise Missing(
-                f"this version of mgpu starts llama.cpp only, not {self.backend}",
-                code="backend-unsupported",
-                hint="leave --backend out, or --backend llama.cpp",
-            )
-        if self.kv_type == KvType.fp8:
-            raise UsageError("llama.cpp has no fp8 KV cache", hint="--kv-type q8_0 takes nearly the same memory")
-        if self.split_mode == SplitMode.tensor:
-            raise UsageError(
-                "this version of mgpu plans no tensor split for llama.cpp (it is experimental there)",
-                hint="leave --split-mode out for a layer split",
-            )
-        if self.flash_attn == FlashAttention.off and self.kv_type != KvType.f16:
-            raise UsageError(
-                f"llama.cpp cannot quantise the KV cache ({self.kv_type}) without flash attention",
-                hint="leave --flash-attn out, or --kv-type f16",
-            )
+        """Return the options as llama.cpp's and Ollama's planner takes them. Raises UsageError."""
         return Wants(
-            ctx_tokens=parse_tokens(self.ctx, option="--ctx") if self.ctx is not None else None,
-            parallel=self.parallel or 1,
-            kv_type_k=self.kv_type.value,
-            kv_type_v=self.kv_type.value,
+            **self._shared_wants(),
             ubatch=self.ubatch,
             flash_attention=self.flash_attn.value,
-            split_mode=self.split_mode.value if self.split_mode else None,
             tensor_split=_proportions(self.tensor_split) if self.tensor_split is not None else None,
-            headroom_bytes=parse_bytes(self.headroom, option="--headroom"),
             offload=self.offload == Offload.allow,
         )
+
+    def vllm_wants(self) -> VllmWants:
+        """Return the options as vLLM's planner takes them. Raises UsageError."""
+        from mgpu.planning.vllm_memory import VllmWants
+
+        return VllmWants(
+            **self._shared_wants(),
+            tensor_parallel=self.tensor_parallel,
+            pipeline_parallel=self.pipeline_parallel,
+            replicas=self.replicas,
+        )
+
+    def refused_by(self, backend: str) -> UsageError | None:
+        """Return what `backend` cannot do of what was asked for, None if it can do all."""
+        from mgpu.planning.choice import TITLES
+
+        title, given = TITLES[backend], {option for option, is_given in self._given().items() if is_given}
+        if backend != Backend.vllm and (only := given.intersection(_FOR_VLLM)):
+            option = min(only)
+            return UsageError(
+                f"{option} is vLLM's: {title} has no such thing", hint=f"{_FOR_VLLM[option]}; or --backend vllm"
+            )
+        if backend == Backend.vllm and (others := given.intersection(_NOT_FOR_VLLM)):
+            option = min(others)
+            return UsageError(f"vLLM knows no {option}", hint=_NOT_FOR_VLLM[option])
+        if backend == Backend.ollama and (others := given.intersection(_NOT_FOR_OLLAMA)):
+            option = min(others)
+            return UsageError(f"Ollama knows no {option}", hint=f"leave {option} out: Ollama decides that by itself")
+        if self.flash_attn == FlashAttention.off and self.kv_type in (KvType.q8_0, KvType.q4_0):
+            return UsageError(
+                f"{title} cannot quantise the KV cache ({self.kv_type}) without flash attention",
+                hint="leave --flash-attn out, or --kv-type f16",
+            )
+        return None
+
+    def _shared_wants(self) -> dict[str, Any]:
+        return {
+            "ctx_tokens": parse_tokens(self.ctx, option="--ctx") if self.ctx is not None else None,
+            "parallel": self.parallel or 1,
+            "kv_type_k": self.kv_type.value,
+            "kv_type_v": self.kv_type.value,
+            "split_mode": self.split_mode.value if self.split_mode else None,
+            "headroom_bytes": parse_bytes(self.headroom, option="--headroom"),
+        }
+
+    def _given(self) -> dict[str, bool]:
+        """Every option that not all engines know, and whether it was given."""
+        return {
+            "--tensor-parallel": self.tensor_parallel is not None,
+            "--pipeline-parallel": self.pipeline_parallel is not None,
+            "--replicas": self.replicas != 1,
+            "--kv-type fp8": self.kv_type == KvType.fp8,
+            "--kv-type q8_0": self.kv_type == KvType.q8_0,
+            "--kv-type q4_0": self.kv_type == KvType.q4_0,
+            "--split-mode tensor": self.split_mode == SplitMode.tensor,
+            "--split-mode layer": self.split_mode == SplitMode.layer,
+            "--tensor-split": self.tensor_split is not None,
+            "--ubatch": self.ubatch != _DEFAULT_UBATCH,
+            "--flash-attn": self.flash_attn != FlashAttention.auto,
+            "--offload allow": self.offload == Offload.allow,
+        }
 
 
 def _proportions(text: str) -> tuple[float, ...]:
@@ -162,5 +239,10 @@ MachineOption = Annotated[
     typer.Option("--machine", help="Another machine: 2x4090, 4090+4080, 4xA100-80, or a snapshot file."),
 ]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A profile, a .gguf file, hf:ORG/REPO[:QUANT].", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A profile, a .gguf file, a model folder, hf:ORG/REPO[:QUANT], ollama:NAME[:TAG].",
+        show_default=False,
+    ),
 ]

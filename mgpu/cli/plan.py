@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +13,7 @@ from mgpu.cli.options import JsonOption, MachineOption, ModelArgument, PlannerOp
 from mgpu.cli.result import Result
 
 if TYPE_CHECKING:
+    from mgpu.backends.backend import Launch
     from mgpu.cli.prepare import Prepared
     from mgpu.planning.candidates import Candidate
 
@@ -26,13 +29,13 @@ def plan(
     json: JsonOption = False,
 ) -> Result:
     """Plan MODEL on this machine or another: memory per card, the split, what fits. Engine arguments follow --."""
-    from mgpu.cli.exact import ask_engine, exact_data, require_devices_that_can_be_asked
+    from mgpu.cli.exact import ask_engine, exact_data, for_exact
     from mgpu.cli.prepare import prepare
     from mgpu.cli.views.exact import above_exact
     from mgpu.cli.views.plan import plan_screen
 
     if exact:
-        require_devices_that_can_be_asked(machine)
+        options = for_exact(options, machine)
     prepared = prepare(model, options, machine=machine, engine_arguments=context.obj or ())
     fits = prepared.plan.best is not None
     asked = ask_engine(prepared) if exact else None
@@ -99,6 +102,7 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
         },
         "machine": to_json(plan.machine),
         "best": plan.best,
+        "why": plan.why,
         "candidates": [candidate_data(prepared, candidate) for candidate in plan.candidates],
         "fixes": [{"change": fix.change, "candidate": candidate_data(prepared, fix.candidate)} for fix in plan.fixes],
         "not_modelled": list(plan.not_modelled),
@@ -106,33 +110,30 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
 
 
 def candidate_data(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
-    """Return one candidate of the contract, with the command that would run it."""
-    from mgpu.backends.llama_cpp import build_launch
+    """Return one candidate of the contract, with the command that would run it (none for what is illegal)."""
     from mgpu.machine.snapshot import to_json
-    from mgpu.running.ports import FIRST_PORT
-    from mgpu.running.state import name_from
 
-    launch = build_launch(
-        candidate,
-        program=prepared.engine.path if prepared.engine else "llama-server",
-        model=_model_file(prepared, candidate),
-        name=name_from(prepared.name),
-        host="127.0.0.1",
-        port=FIRST_PORT,
-        arguments=prepared.arguments,
-    )
     data = to_json(candidate)
     assert isinstance(data, dict)
     data.pop("wants")
     for ledger, device in zip(data["devices"], candidate.devices, strict=True):
         ledger |= {"total_bytes": device.total_bytes, "spare_bytes": device.spare_bytes}
     data["host"] |= {"total_bytes": candidate.host.total_bytes, "spare_bytes": candidate.host.spare_bytes}
-    return {**data, "argv": list(launch.argv), "env": launch.public_env()}
+    launch = None if candidate.verdict == "illegal" else _launch(prepared, candidate)
+    return {**data, "argv": list(launch.argv) if launch else [], "env": launch.public_env() if launch else {}}
 
 
-def _model_file(prepared: Prepared, candidate: Candidate) -> str:
-    """The file of the candidate's quantisation: on disk, or as `run` will fetch it."""
-    if prepared.path and candidate.quant == prepared.plan.model.quantisation:
-        return str(prepared.path)
-    files = prepared.source.files if prepared.source and candidate.quant == prepared.plan.model.quantisation else ()
-    return files[0] if files else f"{prepared.name}-{candidate.quant}.gguf"
+def _launch(prepared: Prepared, candidate: Candidate) -> Launch:
+    from mgpu.backends import load_backend
+    from mgpu.running.ports import FIRST_PORT
+    from mgpu.running.state import name_from, state_path
+
+    name = name_from(prepared.name)
+    backend = load_backend(candidate.backend)
+    folder = state_path() / name if backend.temporary_folder else Path()
+    serving = prepared.serving(
+        candidate.backend, name=name, host="127.0.0.1", port=FIRST_PORT, folder=folder, api_key=None
+    )
+    if candidate.quant != prepared.weights_by_engine[candidate.backend].facts.quantisation:  # a way out
+        serving = replace(serving, model=f"{prepared.name}-{candidate.quant}.gguf")
+    return backend.launch(candidate, serving)

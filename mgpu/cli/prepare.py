@@ -1,66 +1,95 @@
-"""From words on the command line to a plan: model, machine, cards, wishes. Shared by `plan` and `run`."""
+"""From words on the command line to a plan: model, machine, engines, cards, wishes. Shared by `plan` and `run`."""
 
 from __future__ import annotations
 
-import difflib
-import os
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mgpu.backends.engine import INSTALL_LLAMA_CPP, DeviceQuery, Engine, find_llama_server, stray_variables
-from mgpu.backends.llama_cpp import EngineArguments, read_engine_arguments
-from mgpu.cli.options import PlannerOptions
-from mgpu.errors import BadModel, EngineFailed, MgpuError, Missing, UsageError
-from mgpu.machine.probe import probe, select_gpus, with_engine_devices
+from mgpu.backends.backend import Serving
+from mgpu.backends.engine import LLAMA_CPP, DeviceQuery, Engine, find_llama_server
+from mgpu.cli.engines import Way, eligible, find_engine, find_way, read_arguments
+from mgpu.cli.options import Backend, PlannerOptions
+from mgpu.errors import EngineFailed, Missing
+from mgpu.machine.probe import probe, with_engine_devices
 from mgpu.machine.simulate import simulate
-from mgpu.machine.snapshot import Gpu, Machine
-from mgpu.models.facts import ModelFacts
-from mgpu.models.source import GgufFile, HubRepository, ModelFolder, ProfileName, in_quantisation, parse_model
-from mgpu.planning.plan import Plan, make_plan
-from mgpu.planning.wants import Wants
-
-if TYPE_CHECKING:
-    from mgpu.models.hub import HubFiles
-    from mgpu.models.remote import RemoteGguf
-    from mgpu.profile import GgufSource, Profile
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedModel:
-    """A model as it was found: by a `profile`, on disk at `path`, or on the hub (`remote`)."""
-
-    name: str
-    facts: ModelFacts
-    profile: Profile | None = None
-    path: Path | None = None
-    remote: RemoteGguf | None = None
+from mgpu.machine.snapshot import Machine
+from mgpu.models.forms import Model, Weights, find_model
+from mgpu.models.source import ModelFolder, ModelSource, parse_model
+from mgpu.planning.choice import TITLES, Offer, Preference, choose, preference
+from mgpu.planning.plan import Plan
+from mgpu.planning.wants import Goal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A plan and all it was made of. `engine` is None when none is installed or the machine is simulated;
-    `path` is the model's file when it is on disk, else `source` says where to get it. `argument` is MODEL as typed."""
+    """A plan and all it was made of: the `ways` by engine and the `weights` each would load.
 
-    name: str
+    `argument` is MODEL as typed. `engines` are the installed ones (none where the machine is simulated).
+    """
+
     argument: str
-    model: PreparedModel
+    model: Model
     plan: Plan
-    wants: Wants
-    gpus: tuple[Gpu, ...]
-    arguments: EngineArguments
-    engine: Engine | None
-    source: GgufSource | HubFiles | None
-    path: Path | None
+    ways: Mapping[str, Way]
+    weights_by_engine: Mapping[str, Weights]
+    simulated: bool
     warnings: tuple[str, ...]
 
-    def planned_again(self, path: Path) -> Prepared:
-        """Return the same plan made from the header of the file that is now at `path`."""
-        from mgpu.models.gguf_facts import facts_from_gguf
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.model.name
 
-        facts = replace(facts_from_gguf(path), name=self.name)
-        return replace(self, path=path, plan=make_plan(facts, self.plan.machine, self.gpus, self.wants))
+    @property
+    def backend(self) -> str:
+        """The engine that was chosen."""
+        return self.plan.chosen.backend
+
+    @property
+    def engine(self) -> Engine | None:
+        """The chosen engine's program; None when it is not installed, or the machine is simulated."""
+        return None if self.simulated else self.ways[self.backend].engine
+
+    @property
+    def weights(self) -> Weights:
+        """The form of the model that the chosen engine loads."""
+        return self.weights_by_engine[self.backend]
+
+    def serving(self, backend: str, *, name: str, host: str, port: int, folder: Path, api_key: str | None) -> Serving:
+        """Return what the engine called `backend` is to serve, and where."""
+        engine = None if self.simulated else self.ways[backend].engine
+        return Serving(
+            program=engine.path if engine else Path(_PROGRAMS[backend]),
+            model=self.weights_by_engine[backend].label,
+            name=name,
+            host=host,
+            port=port,
+            folder=folder,
+            arguments=self.ways[backend].arguments,
+            api_key=api_key,
+        )
+
+    def fetched(self, path: Path) -> Prepared:
+        """Return the same plan for the chosen engine, made from the model that is now at `path`."""
+        from mgpu.models.gguf_facts import facts_from_gguf
+        from mgpu.models.hf import facts_from_folder
+
+        facts = facts_from_folder(path) if path.is_dir() else facts_from_gguf(path)
+        weights = replace(self.weights, facts=replace(facts, name=self.name), path=path)
+        way = replace(self.ways[self.backend], weights=(weights,))
+        offer, _ = way.offer(self.plan.machine, self.model)
+        plan = choose([offer], Preference(order=(self.backend,), why=""), self.plan.machine)
+        return replace(
+            self,
+            plan=replace(plan, why=self.plan.why),
+            ways={self.backend: way},
+            weights_by_engine={self.backend: weights},
+        )
+
+
+_PROGRAMS = {"llama.cpp": "llama-server", "vllm": "vllm", "ollama": "ollama"}
 
 
 def prepare(
@@ -77,167 +106,131 @@ def prepare(
     for what is not there.
     """
     source = parse_model(model)
-    arguments, wants = read_engine_arguments(engine_arguments, options.wants())
-    # The engine takes as long to list its devices as all the rest: it is asked first and heard last.
-    simulated = machine is not None
-    engine = None if simulated else find_llama_server()
-    query = DeviceQuery(engine, rpc=arguments.rpc) if engine else None
-    try:
+    options.wants()  # what was typed wrong is said first
+    with _asked_for_devices(source, options, engine_arguments, simulated=machine is not None) as query:
         found = probe() if machine is None else simulate(machine)
-        prepared_model = _model(source, options.quant)
-        facts, profile = prepared_model.facts, prepared_model.profile
-        warnings = []
-        if query:
-            assert engine
-            try:
-                found = with_engine_devices(found, query.devices(), backend=engine.backend)
-            except EngineFailed as error:
-                if must_run:
-                    raise
-                found = _assumed_names(found)
-                warnings.append(f"planned as if llama.cpp saw every card: {error.message}")
-        else:
-            found = _assumed_names(found)
-            if not simulated:
-                warnings.append(f"llama.cpp is not installed (planned as if it saw every card): {INSTALL_LLAMA_CPP}")
-        if prepared_model.remote and prepared_model.remote.unconfirmed:
-            warnings.append(f"planned from what was read of {source} before: {prepared_model.remote.unconfirmed}")
-        if found.driver and found.driver.problem:
-            warnings.append(found.driver.problem)
-        if stray := [name for name in stray_variables() if name != "LLAMA_ARG_RPC"]:
-            warnings.append(f"not passed to the engine: {', '.join(stray)}; give its own flags after --")
-        if profile and _shadows_shipped(profile.name):
-            warnings.append(f"your own profile {profile.name} is used instead of the one that ships with mgpu")
-        if unplanned := arguments.unplanned:
-            warnings.append(f"the memory that {', '.join(unplanned)} takes is not in the plan")
-        gpus, remarks = _cards(found, options.gpus, simulated=simulated)
-        warnings += remarks
-    finally:
-        if query:
-            query.close()
-    if wants.tensor_split and len(wants.tensor_split) != len(gpus):
-        raise UsageError(
-            f"--tensor-split has {len(wants.tensor_split)} proportions for {len(gpus)} cards",
-            hint="give one for each card that --gpus chooses",
-        )
-    if profile:
-        wants = replace(
-            wants,
-            ctx_tokens=wants.ctx_tokens or profile.ctx,
-            parallel=options.parallel or profile.parallel,
-        )
-    plan = make_plan(facts, found, gpus, wants)
-    if plan.best is None and profile:
-        plan = make_plan(facts, found, gpus, wants, other_quantisations=tuple(_others(profile, facts)))
+        prepared = find_model(source, options.quant)
+        backends = eligible(prepared, options, engine_arguments)
+        engines = _installed(backends, simulated=machine is not None)
+        found, warnings = _with_devices(found, query, engines, backends, must_run=must_run)
+    if found.driver and found.driver.problem:
+        warnings.append(found.driver.problem)
+    if prepared.profile and _shadows_shipped(prepared.profile.name):
+        warnings.append(f"your own profile {prepared.profile.name} is used instead of the one that ships with mgpu")
+    ways = _ways(backends, prepared, found, options, engine_arguments, engines)
+    offers, weights = {}, {}
+    for backend, way in ways.items():
+        offers[backend], weights[backend] = way.offer(found, prepared)
+    plan = choose(tuple(offers.values()), _preferred(ways, tuple(offers.values()), options), found)
+    if options.backend == Backend.auto and len(offers) == 1 and not engine_arguments:
+        plan = replace(plan, why=f"{TITLES[plan.chosen.backend]} is the engine for {prepared.kind}")
+    elif len(offers) == 1:
+        plan = replace(plan, why=None)
+    chosen = plan.chosen.backend
+    if machine is None and engines[chosen] is None:
+        warnings.append(f"{TITLES[chosen]} is not installed (planned as if it were): {ways[chosen].install}")
+    if unconfirmed := weights[chosen].unconfirmed:
+        warnings.append(f"planned from what was read of {source} before: {unconfirmed}")
     return Prepared(
-        name=prepared_model.name,
         argument=model,
-        model=prepared_model,
+        model=prepared,
         plan=plan,
-        wants=wants,
-        gpus=gpus,
-        arguments=arguments,
-        engine=engine,
-        source=_source(prepared_model),
-        path=prepared_model.path,
-        warnings=tuple(warnings),
+        ways=ways,
+        weights_by_engine=weights,
+        simulated=machine is not None,
+        warnings=(*warnings, *ways[chosen].remarks),
     )
 
 
-def _model(source: object, quant: str | None) -> PreparedModel:
-    match source:
-        case ProfileName(name):
-            return _profiled(name, quant)
-        case GgufFile(path) | ModelFolder(path):
-            return _from_file(path, quant)
-        case HubRepository():
-            return _on_hub(source, quant)
-        case _:
-            raise Missing(
-                f"{source} is not supported by this version of mgpu",
-                code="source-unsupported",
-                hint="use a profile (mgpu profiles list) or the path of a .gguf file",
-            )
+@contextlib.contextmanager
+def _asked_for_devices(
+    source: ModelSource, options: PlannerOptions, engine_arguments: Sequence[str], *, simulated: bool
+) -> Iterator[DeviceQuery | None]:
+    """A query for llama.cpp's devices, which takes as long as all the rest: asked first and heard last. None where
+    nobody needs its answer."""
+    engine = None
+    if not simulated and options.backend != Backend.vllm and not isinstance(source, ModelFolder):
+        engine = find_llama_server()
+    if engine is None:
+        yield None
+        return
+    query = DeviceQuery(engine, rpc=read_arguments(LLAMA_CPP, engine_arguments, options).rpc)
+    with contextlib.closing(query):
+        yield query
 
 
-def _from_file(path: Path, quant: str | None) -> PreparedModel:
-    from mgpu.models.gguf_facts import facts_from_gguf
-
-    if path.is_dir():
-        raise BadModel(
-            f"{path} is a folder; llama.cpp, the engine this version of mgpu starts, wants one .gguf file",
-            hint=f"ls {path}/*.gguf",
-        )
-    if quant:
-        raise UsageError(f"--quant {quant} chooses among a profile's files; {path} is one file", hint="leave it out")
-    facts = facts_from_gguf(path)
-    name = path.name.removesuffix(".gguf")
-    return PreparedModel(name=name, facts=replace(facts, name=name), path=path.absolute())
+def _installed(backends: Sequence[str], *, simulated: bool) -> dict[str, Engine | None]:
+    """The engines that are installed. A setting that names none is an error only where it matters."""
+    engines: dict[str, Engine | None] = {}
+    for backend in backends:
+        try:
+            engines[backend] = find_engine(backend)
+        except Missing:
+            if not simulated:
+                raise
+            engines[backend] = None
+    return engines
 
 
-def _on_hub(source: HubRepository, quant: str | None) -> PreparedModel:
-    """The model from its file where it is on disk, else from the first megabytes of it on the hub."""
-    from mgpu.models.fetch import find_local
-    from mgpu.models.gguf_facts import facts_from_gguf
-    from mgpu.models.remote import gguf_on_hub
-
-    wanted = in_quantisation(source, quant)
-    name = wanted.repository.split("/")[1].removesuffix("-GGUF")
-    if path := find_local(wanted):
-        return PreparedModel(name=name, facts=replace(facts_from_gguf(path), name=name), path=path)
-    remote = gguf_on_hub(wanted)
-    return PreparedModel(name=name, facts=replace(remote.facts, name=name), remote=remote)
-
-
-def _profiled(name: str, quant: str | None) -> PreparedModel:
-    from mgpu.models.fetch import find_local
-    from mgpu.models.gguf_facts import facts_from_gguf
-    from mgpu.models.shape import facts_from_shape
-    from mgpu.profile import load_profile
-
-    profile = load_profile(name).profile
-    wanted, source = choose_quantisation(profile, quant)
-    path = find_local(source, quantisation=wanted)
-    facts = replace(facts_from_gguf(path), name=name) if path else facts_from_shape(name, profile.model, wanted)
-    return PreparedModel(name=name, facts=facts, profile=profile, path=path)
+def _with_devices(
+    machine: Machine,
+    query: DeviceQuery | None,
+    engines: dict[str, Engine | None],
+    backends: Sequence[str],
+    *,
+    must_run: bool,
+) -> tuple[Machine, list[str]]:
+    """The machine with llama.cpp's names of its cards, or the likely ones where it cannot be asked."""
+    if query is None:
+        return _assumed_names(machine), []
+    try:
+        return with_engine_devices(machine, query.devices(), backend=LLAMA_CPP), []
+    except EngineFailed as error:
+        others = [backend for backend in backends if backend != LLAMA_CPP and engines[backend]]
+        if must_run and LLAMA_CPP in backends and not others:
+            raise
+        if others and LLAMA_CPP in engines:
+            engines[LLAMA_CPP] = None
+        return _assumed_names(machine), [f"planned as if llama.cpp saw every card: {error.message}"]
 
 
-def choose_quantisation(profile: Profile, quant: str | None) -> tuple[str, GgufSource]:
-    """Return the quantisation that `--quant` means (None: the profile's own choice) and where it is to be had.
+def _ways(
+    backends: Sequence[str],
+    model: Model,
+    machine: Machine,
+    options: PlannerOptions,
+    engine_arguments: Sequence[str],
+    engines: Mapping[str, Engine | None],
+) -> dict[str, Way]:
+    """What each engine's plan is made of. Raises what keeps the first one from running where no other can."""
+    ways: dict[str, Way] = {}
+    problems: list[Missing] = []
+    for backend in backends:
+        try:
+            way = find_way(backend, model, machine, options, engine_arguments, engines[backend])
+        except Missing as problem:
+            problems.append(problem)
+            continue
+        ways[backend] = way
+    # Nobody installs vLLM for a CPU that others run the model on.
+    if len(ways) > 1 and Backend.vllm in ways and not ways[Backend.vllm].gpus and not ways[Backend.vllm].engine:
+        del ways[Backend.vllm]
+    if not ways:
+        raise problems[0]
+    return ways
 
-    Raises UsageError if the profile has none by that name.
-    """
-    wanted = profile.default_quantisation if quant is None else quant.upper()
-    if wanted not in profile.quantisations:
-        there = list(profile.quantisations)
-        near = difflib.get_close_matches(wanted, there, n=1, cutoff=0.3)
-        raise UsageError(
-            f"profile {profile.name} has no quantisation {quant}; it has {', '.join(there)}",
-            hint=f"--quant {near[0] if near else profile.default_quantisation}",
-        )
-    return wanted, next(source for name, source in profile.quantisations.items() if name == wanted)
 
-
-def _source(model: PreparedModel) -> GgufSource | HubFiles | None:
-    """Where the model's files are to be had, None if it is a file of the user's."""
-    if model.remote:
-        return model.remote.files
-    files = model.profile.quantisations.items() if model.profile else ()
-    return next((source for quantisation, source in files if quantisation == model.facts.quantisation), None)
+def _preferred(ways: Mapping[str, Way], offers: Sequence[Offer], options: PlannerOptions) -> Preference:
+    gpus = max((way.gpus for way in ways.values()), key=len)
+    parallel = max(way.wants.parallel for way in ways.values())
+    goal = options.goal or (Goal.latency if parallel == 1 else Goal.throughput)
+    return preference(goal, parallel, gpus, offers)
 
 
 def _shadows_shipped(name: str) -> bool:
     from mgpu.profile import shipped_profile_folder, user_profile_folder
 
     return all((folder / f"{name}.yaml").is_file() for folder in (user_profile_folder(), shipped_profile_folder()))
-
-
-def _others(profile: Profile, facts: ModelFacts) -> Iterator[ModelFacts]:
-    from mgpu.models.shape import facts_from_shape
-
-    for quantisation in profile.quantisations:
-        if quantisation != facts.quantisation:
-            yield facts_from_shape(profile.name, profile.model, quantisation)
 
 
 def _assumed_names(machine: Machine) -> Machine:
@@ -252,43 +245,3 @@ def _assumed_names(machine: Machine) -> Machine:
             counts[kind] += 1
         gpus.append(gpu)
     return replace(machine, gpus=tuple(gpus))
-
-
-def _cards(machine: Machine, selection: str | None, *, simulated: bool) -> tuple[tuple[Gpu, ...], list[str]]:
-    """The cards to plan on, and what to tell the user about those left out."""
-    option, remarks = "--gpus", []
-    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if selection is None and mask is not None and not simulated and any(map(_takes_cuda, machine.gpus)):
-        option, selection = "CUDA_VISIBLE_DEVICES", _unmasked(mask)
-        remarks.append(f"{option}={mask}: planned on {'no card' if selection == 'none' else f'{selection} only'}")
-    try:
-        chosen = select_gpus(machine, selection)
-    except MgpuError as error:
-        error.message = error.message.replace("--gpus", option, 1)
-        raise
-    if selection is None and (left := [gpu for gpu in machine.gpus if gpu.integrated and gpu not in chosen]):
-        remarks.append(f"gpu{left[0].index} ({left[0].name}) is integrated and left out; --gpus all includes it")
-    unseen = [gpu for gpu in chosen if not gpu.engine_devices]
-    if not unseen:
-        return chosen, remarks
-    names = ", ".join(f"gpu{gpu.index} ({gpu.name})" for gpu in unseen)
-    if selection not in (None, "all"):
-        raise Missing(
-            f"llama.cpp does not see {names}: this build lacks their driver's interface, or it is hidden from it",
-            code="gpu-unseen",
-            hint="mgpu backends shows what it sees; a build with CUDA or ROCm sees these cards",
-        )
-    remarks.append(f"llama.cpp does not see {names}; mgpu backends shows what it sees")
-    return tuple(gpu for gpu in chosen if gpu.engine_devices), remarks
-
-
-def _takes_cuda(gpu: Gpu) -> bool:
-    return gpu.vendor == "nvidia" or any(device.startswith("CUDA") for device in gpu.engine_devices)
-
-
-def _unmasked(mask: str) -> str:
-    """CUDA_VISIBLE_DEVICES as --gpus takes it: its numbers are indices, and nothing or -1 hides every card."""
-    items = [item.strip() for item in mask.split(",")]
-    if items[0] in ("", "-1"):
-        return "none"
-    return ",".join(f"gpu{item}" if item.isdecimal() else item for item in items)

@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mgpu.cli.options import JsonOption, ModelArgument, PlannerOptions, with_planner_options
+from mgpu.cli.options import Backend, JsonOption, ModelArgument, PlannerOptions, with_planner_options
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result
-from mgpu.errors import EngineFailed, Interrupted, NoAnswer, UsageError
+from mgpu.errors import EngineFailed, Interrupted, Missing, NoAnswer, UsageError
 
 if TYPE_CHECKING:
-    from mgpu.backends.engine import Engine
-    from mgpu.backends.llama_cpp import Launch
     from mgpu.cli.prepare import Prepared
     from mgpu.cli.screens import RunScreen
-    from mgpu.running.client import EngineClient
-    from mgpu.running.process import EngineProcess
+    from mgpu.cli.serving import Endpoint, Session
+    from mgpu.running.ollama_attach import Attached
 
 # Set by the main program before the command is called: `run` speaks while it works.
 output = Output(as_json=False)
 
-_KEY_VARIABLES = ("MGPU_API_KEY", "LLAMA_API_KEY")
-_PORT_ATTEMPTS = 5
-# Between a broken connection and the end of a process that first writes a backtrace.
-_BREAKING_S = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """Where and how to serve; `port` is None when any free one will do."""
-
-    host: str
-    port: int | None
-    name: str
-    name_chosen: bool
-    api_key: str | None
-    stall_s: float
+_KEY_VARIABLES = ("MGPU_API_KEY", "LLAMA_API_KEY", "VLLM_API_KEY")
 
 
 @with_planner_options
@@ -71,9 +51,11 @@ def run(
     json: JsonOption = False,
 ) -> Result | None:
     """Run MODEL: plan, fetch, start, prove that it answers, then follow it until Ctrl-C. Engine arguments follow --."""
+    from mgpu.cli.engines import require_engine
     from mgpu.cli.prepare import prepare
     from mgpu.cli.process_title import hide_argument
     from mgpu.cli.screens import RunScreen
+    from mgpu.cli.serving import Endpoint, attached, started
     from mgpu.running.ports import check_host, choose_port, is_loopback
     from mgpu.running.state import check_name, instance_folder, name_from
 
@@ -82,7 +64,7 @@ def run(
     if ask is not None and not ask.strip():
         raise UsageError("--ask is empty", hint='for example --ask "Why is the sky blue?"')
     prepared = prepare(model, options, engine_arguments=context.obj or (), must_run=True)
-    serving = Serving(
+    endpoint = Endpoint(
         host=check_host(host),
         port=port,
         name=check_name(name) if name is not None else name_from(prepared.name),
@@ -92,25 +74,26 @@ def run(
     )
     screen = RunScreen(output, asked=ask is not None, interval_s=interval)
     if dry_run:
-        return _dry_run(prepared, serving, _engine(prepared, needed=False))
+        return _dry_run(prepared, endpoint)
     screen.warn(prepared.warnings)
-    if not serving.api_key and not is_loopback(serving.host):
-        screen.warn([f"--host {serving.host} lets everybody in the network use this server: set MGPU_API_KEY"])
-    engine = _engine(prepared, needed=True)
-    assert engine
+    if not endpoint.api_key and not is_loopback(endpoint.host):
+        screen.warn([f"--host {endpoint.host} lets everybody in the network use this server: set MGPU_API_KEY"])
+    running = _running_ollama(prepared, endpoint, screen)
+    if running is None:
+        require_engine(prepared.backend)
     _require_fit(prepared)
     # An unusable port is said before gigabytes are fetched for it.
-    choose_port(serving.host, serving.port)
+    choose_port(endpoint.host, endpoint.port)
     screen.planned(prepared)
-    with instance_folder(serving.name, chosen=serving.name_chosen) as (instance, folder):
+    with instance_folder(endpoint.name, chosen=endpoint.name_chosen) as (instance, folder):
         # Held before gigabytes are fetched: a name in use is said at once.
-        prepared = _with_file(prepared, screen)
-        serving = replace(serving, name=instance)
-        with _started(prepared, serving, engine, folder, screen) as (process, client):
+        prepared = _with_weights(prepared, screen)
+        endpoint = replace(endpoint, name=instance)
+        with attached(prepared, running, screen) if running else started(prepared, endpoint, folder, screen) as session:
             if ask is not None:
-                _ask(process, client, ask, max_tokens, screen)
+                _ask(session, ask, max_tokens, screen)
             else:
-                _follow(process, client, screen)
+                _follow(session, screen)
     return None
 
 
@@ -124,10 +107,32 @@ def _api_key(option: str | None) -> str | None:
     return None
 
 
-def _engine(prepared: Prepared, *, needed: bool) -> Engine | None:
-    from mgpu.backends.engine import require_llama_server
+def _running_ollama(prepared: Prepared, endpoint: Endpoint, screen: RunScreen) -> Attached | None:
+    """The Ollama that already runs, where that is the chosen engine: it is used as it is.
 
-    return prepared.engine or (require_llama_server() if needed else None)
+    Raises Missing where something else answers at the address that the user's OLLAMA_HOST names.
+    """
+    if prepared.backend != Backend.ollama:
+        return None
+    from mgpu.backends.ollama import INSTALL_OLLAMA
+    from mgpu.running.ollama_attach import HOST_VARIABLE, Foreign, attach
+
+    found = attach()
+    if isinstance(found, Foreign):
+        if os.environ.get(HOST_VARIABLE) or prepared.engine is None:
+            raise Missing(
+                f"there is no Ollama at {found.url}: {found.why}",
+                code="not-ollama",
+                hint=f"unset {HOST_VARIABLE}, or set it to where Ollama runs" if prepared.engine else INSTALL_OLLAMA,
+            )
+        screen.warn([f"{found.url} is not Ollama: {found.why}; mgpu starts one of its own on another port"])
+        return None
+    if found and endpoint.port is not None:
+        raise UsageError(
+            f"an Ollama runs at {found.url} and is used as it is: --port {endpoint.port} cannot move it",
+            hint="leave --port out, or stop that Ollama and mgpu starts one of its own",
+        )
+    return found
 
 
 def _require_fit(prepared: Prepared) -> None:
@@ -144,122 +149,51 @@ def _require_fit(prepared: Prepared) -> None:
     )
 
 
-def _dry_run(prepared: Prepared, serving: Serving, engine: Engine | None) -> Result:
+def _dry_run(prepared: Prepared, endpoint: Endpoint) -> Result:
     """Return the command that would be started, quoted for a shell."""
+    from mgpu.cli.serving import build_launch
     from mgpu.running.ports import choose_port
+    from mgpu.running.state import state_path
 
     _require_fit(prepared)
-    port = choose_port(serving.host, serving.port)
-    model = prepared.path or _file_name(prepared)
-    program: Path | str = engine.path if engine else "llama-server"
-    launch = _launch(prepared, serving, program=program, model=model, port=port)
-    data = {"argv": list(launch.argv), "env": launch.public_env(), "fetched": prepared.path is not None}
-    notes = () if prepared.path else (f"the model is not here yet: mgpu run fetches {model}",)
+    port = choose_port(endpoint.host, endpoint.port)
+    launch = build_launch(prepared, endpoint, port=port, folder=state_path() / endpoint.name)
+    here = prepared.weights.path is not None
+    data = {"argv": list(launch.argv), "env": launch.public_env(), "fetched": here}
+    notes = () if here else (f"the model is not here yet: mgpu run fetches {prepared.weights.label}",)
     return Result(
         command="run", data=data, screen=lambda _: (launch.shell_command(),), warnings=(*prepared.warnings, *notes)
     )
 
 
-def _file_name(prepared: Prepared) -> str:
-    files = prepared.source.files if prepared.source else ()
-    return files[0] if files else f"{prepared.name}.gguf"
+def _with_weights(prepared: Prepared, screen: RunScreen) -> Prepared:
+    """Fetch the model where it is not here yet, and plan again from what it really is. Ollama fetches its tags."""
+    from mgpu.models.forms import HubFolder
+    from mgpu.models.source import OllamaTag
 
-
-def _launch(prepared: Prepared, serving: Serving, *, program: Path | str, model: Path | str, port: int) -> Launch:
-    from mgpu.backends.llama_cpp import build_launch
-
-    return build_launch(
-        prepared.plan.chosen,
-        program=program,
-        model=model,
-        name=serving.name,
-        host=serving.host,
-        port=port,
-        arguments=prepared.arguments,
-        api_key=serving.api_key,
-    )
-
-
-def _with_file(prepared: Prepared, screen: RunScreen) -> Prepared:
-    """Fetch the model where it is not here yet, and plan again from the file's own header."""
-    if prepared.path:
+    weights = prepared.weights
+    if weights.path or isinstance(weights.source, OllamaTag):
         return prepared
-    from mgpu.models.fetch import fetch
-
-    assert prepared.source
+    assert weights.source
     with screen.fetching() as on_progress:
-        path = fetch(prepared.source, quantisation=prepared.plan.model.quantisation, on_progress=on_progress)
-    prepared = prepared.planned_again(path)
+        if isinstance(weights.source, HubFolder):
+            from mgpu.models.folder import fetch_folder
+
+            path = fetch_folder(weights.source.repository, weights.source.revision, on_progress=on_progress)
+        else:
+            from mgpu.models.fetch import fetch
+
+            path = fetch(weights.source, quantisation=weights.facts.quantisation, on_progress=on_progress)
+    prepared = prepared.fetched(path)
     _require_fit(prepared)
     return prepared
 
 
-@contextlib.contextmanager
-def _started(
-    prepared: Prepared, serving: Serving, engine: Engine, folder: Path, screen: RunScreen
-) -> Iterator[tuple[EngineProcess, EngineClient]]:
-    """The engine, started, ready and proven; stopped on the way out. A port lost to a race is replaced."""
-    from mgpu.backends.engine import engine_environment
-    from mgpu.running.client import EngineClient
-    from mgpu.running.ports import choose_port, client_host
-    from mgpu.running.process import EngineProcess
-    from mgpu.running.reaper import watch
-    from mgpu.running.start import EngineDied
-    from mgpu.running.state import rotate
-
-    assert prepared.path
-    log_path = folder / "engine.log"
-    for attempt in range(1, _PORT_ATTEMPTS + 1):
-        port = choose_port(serving.host, serving.port)
-        launch = _launch(prepared, serving, program=engine.path, model=prepared.path, port=port)
-        rotate(log_path)
-        begun = time.monotonic()
-        url = f"http://{client_host(serving.host)}:{port}"
-        process = EngineProcess.start(launch.argv, env=engine_environment() | dict(launch.env), log_path=log_path)
-        # A parent-death signal reaches the engine alone; what it starts, or what it is a script for, needs the reaper.
-        with process, watch(process.pid), EngineClient(url, api_key=serving.api_key) as client:
-            try:
-                screen.started(process, engine)
-                _prove(process, client, prepared, screen, serving.stall_s)
-                screen.ready(serving.name, url, process, prepared.plan.chosen, time.monotonic() - begun)
-                yield process, client
-                return
-            except EngineDied as died:
-                if died.code != "port-in-use" or serving.port is not None or attempt == _PORT_ATTEMPTS:
-                    raise
-            finally:
-                _stop(process, serving.name, screen)
-
-
-def _stop(process: EngineProcess, name: str, screen: RunScreen) -> None:
-    if process.poll() is None:
-        screen.stopping(name)
-        begun = time.monotonic()
-        process.stop()
-        screen.stopped(name, time.monotonic() - begun)
-
-
-def _prove(process: EngineProcess, client: EngineClient, prepared: Prepared, screen: RunScreen, stall_s: float) -> None:
-    """Wait until the model is loaded, see that every planned card holds its part, and get one real answer."""
-    from mgpu.backends.llama_cpp_log import buffers_by_device
-    from mgpu.running.readiness import BUSY_STALL_FACTOR
-    from mgpu.running.start import wait_until_ready
-
-    with screen.loading(prepared.plan.model.file_bytes) as on_loading:
-        wait_until_ready(process, client, on_loading, stall_s=stall_s)
-    try:
-        # A device that hangs in its first computation looks busy and says nothing.
-        canary = client.canary(patience_s=stall_s * BUSY_STALL_FACTOR)
-    except EngineFailed as error:
-        raise _cause(process, error) from None
-    screen.checked(prepared.plan.chosen, buffers_by_device(process.log_lines()), canary)
-
-
-def _ask(process: EngineProcess, client: EngineClient, text: str, max_tokens: int | None, screen: RunScreen) -> None:
+def _ask(session: Session, text: str, max_tokens: int | None, screen: RunScreen) -> None:
     from mgpu.running.client import Answer, Thought
 
     try:
-        for piece in client.ask(text, max_tokens=max_tokens):
+        for piece in session.link.ask(text, max_tokens=max_tokens):
             if isinstance(piece, Answer):
                 screen.answered(piece)
             elif isinstance(piece, Thought):
@@ -268,33 +202,26 @@ def _ask(process: EngineProcess, client: EngineClient, text: str, max_tokens: in
                 screen.answer_text(piece)
     except EngineFailed as error:
         screen.answer_broke_off()
-        raise _cause(process, error) from None
+        raise session.cause(error) from None
     except KeyboardInterrupt:
         screen.answer_broke_off()
         raise
 
 
-def _cause(process: EngineProcess, error: EngineFailed) -> EngineFailed:
-    """What ended the engine, where a request failed because of that."""
-    from mgpu.running.start import death
-
-    # The connection breaks a moment before the process is gone.
-    gone = error.code == "engine-died" and process.wait(_BREAKING_S) is not None
-    return death(process) if gone else error
-
-
-def _follow(process: EngineProcess, client: EngineClient, screen: RunScreen) -> None:
+def _follow(session: Session, screen: RunScreen) -> None:
     """Show the engine's state until Ctrl-C (Interrupted) or its end (EngineDied)."""
-    from mgpu.backends.llama_cpp_metrics import rates
+    from mgpu.backends.samples import rates
     from mgpu.running.start import death
 
-    previous = client.sample()
+    previous = session.link.sample()
     try:
         with screen.following() as show:
             while True:
-                if process.wait(screen.sample_every_s) is not None:
-                    raise death(process)
-                current = client.sample()
+                if session.process is None:
+                    time.sleep(screen.sample_every_s)
+                elif session.process.wait(screen.sample_every_s) is not None:
+                    raise death(session.process, session.backend)
+                current = session.link.sample()
                 show(current, rates(previous, current) if previous and current else None)
                 previous = current or previous
     except KeyboardInterrupt:

@@ -19,13 +19,14 @@ from mgpu.cli.views.words import sizes
 from mgpu.units import gib, seconds
 
 if TYPE_CHECKING:
+    from mgpu.backends.backend import DeviceMemory
     from mgpu.backends.engine import Engine
-    from mgpu.backends.llama_cpp_log import DeviceBuffers
-    from mgpu.backends.llama_cpp_metrics import Rates, Sample
+    from mgpu.backends.samples import Rates, Sample
     from mgpu.cli.prepare import Prepared
     from mgpu.models.fetch import Progress
     from mgpu.planning.candidates import Candidate
     from mgpu.running.client import Answer, Canary
+    from mgpu.running.ollama_attach import Attached
     from mgpu.running.process import EngineProcess
     from mgpu.running.start import Loading
 
@@ -44,7 +45,7 @@ class RunScreen:
         self._out = out
         self._asked = asked
         self._interval_s = interval_s
-        self._buffers: Mapping[str, DeviceBuffers] = {}
+        self._memory: Mapping[int, DeviceMemory] = {}
         self._candidate: Candidate | None = None
         self._ready_at = time.monotonic()
         self._answering = False
@@ -64,8 +65,17 @@ class RunScreen:
     def planned(self, prepared: Prepared) -> None:
         """Say what is going to be started."""
         candidate = prepared.plan.chosen
-        self._event("planned", model=prepared.name, quant=candidate.quant, ctx_tokens=candidate.ctx_tokens)
+        self._event(
+            "planned",
+            model=prepared.name,
+            backend=candidate.backend,
+            quant=candidate.quant,
+            ctx_tokens=candidate.ctx_tokens,
+            why=prepared.plan.why,
+        )
         self._step("plan", view.plan_line(candidate))
+        if prepared.plan.why:
+            self._step("engine", prepared.plan.why)
         for reason in candidate.reasons:
             self._step("", reason)
 
@@ -95,6 +105,16 @@ class RunScreen:
         self._event("started", pid=process.pid, log_path=str(process.log_path))
         self._step("start", f"{engine.path.name}, pid {process.pid}, log {view.home_path(process.log_path)}")
 
+    def asking_for_flags(self, engine: Engine) -> None:
+        """Say that the program is asked what it knows, which may take a while."""
+        self._step("flags", f"asking {engine.path.name} which it knows, once for each version")
+
+    def attached(self, found: Attached) -> None:
+        """Say which engine is used that somebody else started."""
+        held = ", ".join(model.name for model in found.loaded or ()) or "nothing"
+        self._event("attached", url=found.url, version=found.version, loaded=[m.name for m in found.loaded or ()])
+        self._step("attach", f"Ollama {found.version} at {found.url}, which holds {held}; used as it is")
+
     @contextlib.contextmanager
     def loading(self, file_bytes: int) -> Iterator[Callable[[Loading], None]]:
         """Show how loading goes on; yields what to call with its progress."""
@@ -109,27 +129,42 @@ class RunScreen:
 
             yield on_loading
 
-    def checked(self, candidate: Candidate, buffers: Mapping[str, DeviceBuffers], canary: Canary) -> None:
-        """Say what the engine really allocated and that it answered; warn where that is not what was planned."""
-        self._candidate, self._buffers = candidate, buffers
+    def checked(
+        self, candidate: Candidate, memory: Mapping[int, DeviceMemory], canary: Canary, complaints: Sequence[str]
+    ) -> None:
+        """Say what the engine really allocated and that it answered; warn of the `complaints` about that."""
+        self._candidate, self._memory = candidate, memory
         self._event(
             "checked",
-            devices=view.actual_data(candidate, buffers),
+            devices=view.actual_data(candidate, memory),
             answer_seconds=round(canary.seconds, 3),
             generation_tok_s=canary.generation_tok_s,
         )
-        self._step("check", view.check_line(candidate, buffers, canary))
-        self.warn(view.complaints(candidate, buffers, canary))
+        self._step("check", view.check_line(candidate, memory, canary))
+        self.warn(complaints)
 
-    def ready(self, name: str, url: str, process: EngineProcess, candidate: Candidate, took_s: float) -> None:
-        """Print the ready line: scripts wait for it."""
+    def ready(
+        self,
+        name: str,
+        url: str,
+        process: EngineProcess | None,
+        candidate: Candidate,
+        took_s: float,
+        *,
+        model: str | None = None,
+    ) -> None:
+        """Print the ready line: scripts wait for it. `model` is what clients must ask for, where it is not `name`."""
         self._ready_at = time.monotonic()
-        cards = sum(1 for device in candidate.devices if device.layers or device.head)
+        cards = sum(1 for device in candidate.devices if not device.idle)
         used = "CPU" if not cards else f"{cards} GPU" + ("s" if cards > 1 else "")
-        line = f"ready: {name} on {url}/v1  ({candidate.backend}, {used}, pid {process.pid}, {seconds(took_s)})"
-        self._event("ready", name=name, url=f"{url}/v1", pid=process.pid, seconds=round(took_s, 3))
+        pid = process.pid if process else None
+        whose = f"pid {pid}" if pid else "not started by mgpu"
+        line = f"ready: {name} on {url}/v1  ({candidate.backend}, {used}, {whose}, {seconds(took_s)})"
+        self._event("ready", name=name, url=f"{url}/v1", model=model or name, pid=pid, seconds=round(took_s, 3))
         if not self._out.as_json:
             self._out.lines(line, error=self._asked)
+            if model and model != name:
+                self._step("model", f"clients ask for {model}")
 
     def answer_text(self, piece: str) -> None:
         """Write a piece of an answer as it comes."""
@@ -174,8 +209,8 @@ class RunScreen:
                 history.append((rates.generation_tok_s if rates else None) or 0.0)
                 up_s = time.monotonic() - self._ready_at
                 assert self._candidate
-                self._event("status", **view.status_data(sample, rates, up_s, self._candidate, self._buffers))
-                cards = view.cards_line(self._candidate, self._buffers)
+                self._event("status", **view.status_data(sample, rates, up_s, self._candidate, self._memory))
+                cards = view.cards_line(self._candidate, self._memory)
                 if terminal:
                     draw(lambda width: view.status_lines(sample, rates, up_s, tuple(history), cards, width))
                 elif not self._out.as_json:
@@ -191,7 +226,7 @@ class RunScreen:
 
     def stopped(self, name: str, took_s: float) -> None:
         """Say that it has ended and what it gave back."""
-        held = sum(buffers.total_bytes for device, buffers in self._buffers.items() if device != "host")
+        held = sum(memory.total_bytes for memory in self._memory.values())
         self._event("stopped", name=name, seconds=round(took_s, 3), freed_bytes=held)
         freed = f", {gib(held)} given back" if held else ""
         self._out.note(f"stopped in {seconds(took_s)}{freed}")

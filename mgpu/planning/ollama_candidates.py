@@ -69,7 +69,7 @@ def ollama_candidates(facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], 
     the single card it would take by itself; with the split mode "none" only the latter. The ledgers are those of
     llama.cpp, which it runs; `wants.headroom_bytes` is the margin kept free on each card (LLAMA_ARG_FIT_TARGET).
     """
-    notes, wants = _adjusted(facts, wants)
+    notes = []
     usable = [_named(gpu, machine) for gpu in gpus if _library(gpu)]
     unusable = [gpu for gpu in gpus if not _library(gpu)]
     if unusable:
@@ -101,19 +101,16 @@ def ollama_candidates(facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], 
     )
 
 
-def _adjusted(facts: ModelFacts, wants: Wants) -> tuple[list[str], Wants]:
-    """What Ollama does differently from what is wanted, in words, and the wishes as it takes them."""
-    notes = []
+def _refusals(facts: ModelFacts, wants: Wants) -> tuple[str, ...]:
+    """What Ollama would do otherwise than is wanted, without a word: that is not done."""
+    found = []
     if wants.parallel > 1 and facts.architecture.startswith(_ONE_USER):
-        notes.append(
-            f"Ollama serves one user at a time with {facts.architecture}: --parallel {wants.parallel} has no effect"
-        )
-        wants = replace(wants, parallel=1)
-    asked = wants.ctx_tokens or 0
-    if facts.context_length and asked > facts.context_length:
-        notes.append(f"Ollama lowers --ctx {asked} to the {facts.context_length} tokens the model was trained on")
-        wants = replace(wants, ctx_tokens=facts.context_length)
-    return notes, wants
+        found.append(f"Ollama serves one user at a time with {facts.architecture}, not {wants.parallel}")
+    if facts.context_length and (wants.ctx_tokens or 0) > facts.context_length:
+        found.append(f"Ollama gives a user {facts.context_length} tokens at most, all the model was trained on")
+    if wants.kv_type_k != wants.kv_type_v:
+        found.append(f"Ollama has one type for the whole KV cache, not {wants.kv_type_k} and {wants.kv_type_v}")
+    return tuple(found)
 
 
 def _ctx(facts: ModelFacts, wants: Wants) -> int:
@@ -131,9 +128,8 @@ def _placed(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], host: Host, 
         low, high = (middle, high) if tried.verdict == "fits" else (low, middle - 1)
     largest = low * CTX_GRANULARITY
     candidate = replace(candidate, max_ctx_tokens=largest)
-    if wants.kv_type_k != wants.kv_type_v:
-        why = f"Ollama has one type for the whole KV cache, not {wants.kv_type_k} and {wants.kv_type_v}"
-        candidate = replace(candidate, verdict="illegal", reasons=(why,))
+    if refusals := _refusals(facts, wants):
+        candidate = replace(candidate, verdict="illegal", reasons=refusals)
     return candidate
 
 
@@ -224,6 +220,11 @@ def _largest_group(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
         groups.setdefault(_library(gpu), []).append(gpu)
     largest = max(groups.values(), key=lambda group: sum(gpu.free_bytes or 0 for gpu in group), default=[])
     return tuple(largest)
+
+
+def can_use(gpu: Gpu) -> bool:
+    """Whether Ollama has a library for this card."""
+    return bool(_library(gpu))
 
 
 def _library(gpu: Gpu) -> str:

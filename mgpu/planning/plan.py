@@ -32,13 +32,15 @@ class Fix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The candidate asked for and what would do as well; `best` indexes the one to run, None when none fits."""
+    """The candidates, the one to run first; `best` indexes it, None when none fits. `why` says in one line why that
+    engine, None where there was no choice."""
 
     model: ModelFacts
     machine: Machine
     candidates: tuple[Candidate, ...]
     best: int | None
     fixes: tuple[Fix, ...]
+    why: str | None = None
     not_modelled: tuple[str, ...] = NOT_MODELLED
 
     @property

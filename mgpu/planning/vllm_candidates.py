@@ -8,6 +8,7 @@ from dataclasses import replace
 from mgpu.machine.snapshot import Gpu, Host
 from mgpu.models.facts import ModelFacts
 from mgpu.planning.candidates import Candidate
+from mgpu.planning.plan import Fix
 from mgpu.planning.tensor_parallel import best_shape
 from mgpu.planning.vllm_memory import BLOCK_TOKENS, VllmWants
 from mgpu.planning.vllm_placement import vllm_candidate
@@ -47,6 +48,27 @@ def vllm_candidates(facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], ho
     if best_single.verdict == "fits" or not found:
         found.append(best_single)
     return tuple(sorted(found, key=lambda candidate: candidate.verdict != "fits"))
+
+
+def vllm_fixes(
+    facts: ModelFacts, others: Sequence[ModelFacts], wants: VllmWants, gpus: Sequence[Gpu], host: Host
+) -> tuple[Fix, ...]:
+    """Return the cheapest changes that make the model fit, mildest first; `others` are the same model in other
+    quantisations. Each was planned again."""
+    largest = vllm_candidates(facts, wants, gpus, host)[0].max_ctx_tokens or 0
+    tries: list[tuple[str, ModelFacts, VllmWants]] = []
+    if largest >= _SMALLEST_USEFUL_CTX:
+        tries.append((f"--ctx {largest}", facts, replace(wants, ctx_tokens=largest)))
+    if wants.kv_type_k == "f16" and gpus:
+        tries.append(("--kv-type fp8", facts, replace(wants, kv_type_k="fp8", kv_type_v="fp8")))
+    smaller = sorted((other for other in others if other.file_bytes < facts.file_bytes), key=lambda o: -o.file_bytes)
+    tries += [(f"--quant {(other.quantisation or '').partition('-')[0]}", other, wants) for other in smaller]
+    fixes = []
+    for change, changed, other_wants in tries:
+        best = vllm_candidates(changed, other_wants, gpus, host)[0]
+        if best.verdict == "fits":
+            fixes.append(Fix(change=change, candidate=best))
+    return tuple(fixes)
 
 
 def _with_context(

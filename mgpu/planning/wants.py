@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from mgpu.units import MIB
 
@@ -24,6 +25,13 @@ KV_ELEMENT_BYTES = {
 DEFAULT_HEADROOM_BYTES = 256 * MIB
 # Asked for when nobody says how much context is wanted; lowered if that makes the model fit.
 DEFAULT_CTX_TOKENS = 8192
+
+
+class Goal(StrEnum):
+    """What a plan is for: the shortest answer to one user, or the most tokens to many."""
+
+    latency = "latency"
+    throughput = "throughput"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

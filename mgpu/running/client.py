@@ -7,9 +7,10 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from mgpu.backends.llama_cpp_metrics import Sample, sample
+from mgpu.backends.backend import Backend
+from mgpu.backends.samples import Sample
 from mgpu.errors import EngineFailed
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ class Canary:
         return (len(self.text) > 3 and len(set(self.text)) == 1) or (len(words) > 3 and len(set(words)) == 1)
 
 
+class Refused(EngineFailed):
+    """An answer with an HTTP status that means no."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"the engine refused the request (HTTP {status}): {message}", code="wrong-answer")
+        self.status = status
+
+
 class Thought(str):
     """A piece of what a model thinks before it answers."""
 
@@ -56,19 +65,38 @@ class Answer:
     finish_reason: str | None
 
 
-class EngineClient:
-    """A connection to one engine; a context manager. Proxies in the environment are ignored: the engine is local.
+class Link(Protocol):
+    """A connection to a running engine and the one model in it that is meant."""
 
-    `api_key` may be several, separated by commas, as llama-server takes them; the first is used.
+    def is_up(self) -> bool:
+        """Whether the engine says that it takes requests (which is no proof that it can compute)."""
+
+    def canary(self, *, patience_s: float | None = None) -> Canary:
+        """Ask for a few tokens and return the answer; wait `patience_s` for it at most. Raises EngineFailed."""
+
+    def sample(self) -> Sample | None:
+        """Return a reading of the engine's counters now, None when it does not answer."""
+
+    def ask(self, text: str, *, max_tokens: int | None = None) -> Iterator[str | Answer]:
+        """Stream one chat answer: its text piece by piece, and at the end an Answer. Raises EngineFailed."""
+
+
+class EngineClient:
+    """A connection to one engine, which serves `model`; a context manager.
+
+    Proxies in the environment are ignored: the engine is local. `api_key` may be several, separated by commas, as
+    llama-server takes them; the first is used.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+    def __init__(self, url: str, backend: Backend, *, model: str, api_key: str | None = None) -> None:
         import httpx
 
         headers = httpx.Headers(
             {"Authorization": f"Bearer {api_key.split(',')[0]}"} if api_key else {}, encoding="utf-8"
         )
         self._http = httpx.Client(base_url=url, headers=headers, timeout=_POLL_TIMEOUT_S, trust_env=False)
+        self._backend = backend
+        self._model = model
 
     def __enter__(self) -> Self:
         return self
@@ -77,13 +105,8 @@ class EngineClient:
         self._http.close()
 
     def is_up(self) -> bool:
-        """Whether /health answers 200: the model is loaded (which is no proof that it can compute)."""
-        import httpx
-
-        try:
-            return self._http.get("/health").status_code == 200
-        except httpx.HTTPError:
-            return False
+        """Whether the engine says that its model is loaded (which is no proof that it can compute)."""
+        return self._get(self._backend.ready_path) is not None
 
     def canary(self, *, patience_s: float | None = None) -> Canary:
         """Ask for a few tokens and return the answer; wait `patience_s` for it at most.
@@ -91,30 +114,18 @@ class EngineClient:
         Raises EngineFailed (code "wrong-answer" for anything but a completion, "engine-died" when the connection
         breaks, "no-answer" when none comes).
         """
-        body = {"prompt": _CANARY_PROMPT, "n_predict": _CANARY_TOKENS, "temperature": 0, "cache_prompt": False}
+        body = {"model": self._model, "prompt": _CANARY_PROMPT, "max_tokens": _CANARY_TOKENS, "temperature": 0}
         begun = time.monotonic()
-        reply = self._post("/completion", body, patience_s or _ANSWER_TIMEOUT_S)
-        text = reply.get("content")
+        reply = self._post("/v1/completions", body, patience_s or _ANSWER_TIMEOUT_S)
+        seconds = time.monotonic() - begun
+        text = _first(reply.get("choices")).get("text")
         if not isinstance(text, str):
             raise EngineFailed("the engine answered with something that is not a completion", code="wrong-answer")
-        return Canary(
-            text=text,
-            seconds=time.monotonic() - begun,
-            generation_tok_s=_number(_timings(reply).get("predicted_per_second")),
-        )
+        return Canary(text=text, seconds=seconds, generation_tok_s=_number(_timings(reply).get("predicted_per_second")))
 
     def sample(self) -> Sample | None:
         """Return a reading of the engine's counters now, None when it does not answer."""
-        import httpx
-
-        try:
-            metrics = self._http.get("/metrics")
-            slots = self._http.get("/slots")
-        except httpx.HTTPError:
-            return None
-        if metrics.status_code != 200:
-            return None
-        return sample(time.monotonic(), metrics.text, slots.text if slots.status_code == 200 else None)
+        return self._backend.sample(time.monotonic(), self._get)
 
     def ask(self, text: str, *, max_tokens: int | None = None) -> Iterator[str | Answer]:
         """Stream one chat answer, of `max_tokens` at most: its text piece by piece, what a reasoning model thinks
@@ -123,13 +134,17 @@ class EngineClient:
         Raises EngineFailed as `canary` does.
         """
         body = {
+            "model": self._model,
             "messages": [{"role": "user", "content": text}],
             "stream": True,
             "stream_options": {"include_usage": True},
             **({"max_tokens": max_tokens} if max_tokens else {}),
         }
         timings: dict[str, Any] = {}
+        usage: dict[str, Any] = {}
         finish_reason = None
+        begun = time.monotonic()
+        first_at = None
         with (
             _engine_errors(),
             self._http.stream("POST", "/v1/chat/completions", json=body, timeout=_ANSWER_TIMEOUT_S) as reply,
@@ -140,22 +155,29 @@ class EngineClient:
             for line in reply.iter_lines():
                 chunk = _chunk(line)
                 timings = _timings(chunk) or timings
+                usage = _object(chunk.get("usage")) or usage
                 choice = _first(chunk.get("choices"))
                 finish_reason = choice.get("finish_reason") or finish_reason
                 delta = _object(choice.get("delta"))
-                if thought := delta.get("reasoning_content"):
+                thought, piece = delta.get("reasoning_content") or delta.get("reasoning"), delta.get("content")
+                if (thought or piece) and first_at is None:
+                    first_at = time.monotonic()
+                if thought:
                     yield Thought(thought)
-                if piece := delta.get("content"):
+                if piece:
                     yield str(piece)
                 if line == "data: [DONE]":
                     break
-        yield Answer(
-            prompt_tokens=_whole(timings.get("prompt_n")),
-            generated_tokens=_whole(timings.get("predicted_n")),
-            prompt_tok_s=_number(timings.get("prompt_per_second")),
-            generation_tok_s=_number(timings.get("predicted_per_second")),
-            finish_reason=finish_reason,
-        )
+        yield _answer(timings, usage, finish_reason, _Clock(begun, first_at, time.monotonic()))
+
+    def _get(self, path: str) -> str | None:
+        import httpx
+
+        try:
+            reply = self._http.get(path)
+        except httpx.HTTPError:
+            return None
+        return reply.text if reply.status_code == 200 else None
 
     def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         with _engine_errors():
@@ -163,6 +185,45 @@ class EngineClient:
             if reply.status_code != 200:
                 raise _refused(reply)
         return _parsed(reply.text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """When a question was asked, and when the first and the last piece of its answer came (monotonic seconds)."""
+
+    asked_at: float
+    first_at: float | None
+    last_at: float
+
+    def prompt_rate(self, tokens: int | None) -> float | None:
+        """Tokens of the prompt per second until the first piece."""
+        return _per_second(tokens, self.first_at - self.asked_at) if self.first_at else None
+
+    def generation_rate(self, tokens: int | None) -> float | None:
+        """Tokens per second after the first one, which the prompt's time brought forth."""
+        return _per_second(tokens - 1, self.last_at - self.first_at) if tokens and self.first_at else None
+
+
+def _answer(timings: dict[str, Any], usage: dict[str, Any], finish_reason: Any, clock: _Clock) -> Answer:
+    """The end of an answer by the engine's own clock where it tells (llama-server does), else by ours."""
+    prompt = _whole(timings.get("prompt_n", usage.get("prompt_tokens")))
+    generated = _whole(timings.get("predicted_n", usage.get("completion_tokens")))
+    if timings:
+        prompt_rate = _number(timings.get("prompt_per_second"))
+        generation_rate = _number(timings.get("predicted_per_second"))
+    else:
+        prompt_rate, generation_rate = clock.prompt_rate(prompt), clock.generation_rate(generated)
+    return Answer(
+        prompt_tokens=prompt,
+        generated_tokens=generated,
+        prompt_tok_s=prompt_rate,
+        generation_tok_s=generation_rate,
+        finish_reason=finish_reason,
+    )
+
+
+def _per_second(tokens: int | None, seconds: float) -> float | None:
+    return tokens / seconds if tokens and seconds > 0 else None
 
 
 @contextlib.contextmanager
@@ -182,9 +243,9 @@ def _engine_errors() -> Iterator[None]:
         raise EngineFailed("the engine closed the connection without an answer", code="engine-died") from None
 
 
-def _refused(reply: httpx.Response) -> EngineFailed:
+def _refused(reply: httpx.Response) -> Refused:
     message = _error_message(_parsed(reply.text)) or reply.text[:_LONGEST_MESSAGE]
-    return EngineFailed(f"the engine refused the request (HTTP {reply.status_code}): {message}", code="wrong-answer")
+    return Refused(reply.status_code, message)
 
 
 def _chunk(line: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,9 +48,11 @@ def attach(host: str | None = None) -> Attached | Foreign | None:
 
     Only asks; blocks a few seconds at most. Raises UsageError when the address makes no sense.
     """
+    url = server_url(host if host is not None else os.environ.get(HOST_VARIABLE, ""))
+    if not _listens(url):
+        return None
     import httpx
 
-    url = server_url(host if host is not None else os.environ.get(HOST_VARIABLE, ""))
     try:
         with httpx.stream("GET", f"{url}/api/version", timeout=_TIMEOUT_S, trust_env=False) as reply:
             body = _beginning(reply)
@@ -95,6 +98,18 @@ def server_url(host: str) -> str:
             hint="for example 127.0.0.1:11434",
         )
     return f"{scheme}://{client_host(name)}:{port}{parts.path.rstrip('/')}"
+
+
+def _listens(url: str) -> bool:
+    """Whether anything takes a connection there: found out in no time, without the libraries for the rest."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or 0), timeout=_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _beginning(reply: httpx.Response) -> bytes:

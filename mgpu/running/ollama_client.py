@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from mgpu.backends import llama_cpp_metrics
-from mgpu.backends.backend import Sample
+from mgpu.backends import llama_cpp
 from mgpu.backends.failure import shorten
 from mgpu.backends.ollama_failure import explain_load, explain_pull
 from mgpu.backends.ollama_placement import LoadedModel
+from mgpu.backends.samples import Sample
 from mgpu.errors import EngineFailed, MgpuError
 from mgpu.models.transfer import OnProgress, Progress, steadily
-from mgpu.running.client import Answer, Canary
+from mgpu.running.client import Answer, Canary, Thought
 
 if TYPE_CHECKING:
     import httpx
+    import ollama
 
 Record = TypeVar("Record")
 FOR_EVER = -1
@@ -51,6 +51,7 @@ class OllamaClient:
         # One list of certificates for all connections, since reading it takes longer than all else here.
         certificates = httpx.create_ssl_context(trust_env=False)
         settings: dict[str, Any] = {"follow_redirects": False, "trust_env": False, "verify": certificates}
+        self._settings = settings
         self._http = httpx.Client(base_url=self.url, timeout=_POLL_TIMEOUT_S, **settings)
         self._quick = ollama.Client(self.url, timeout=_POLL_TIMEOUT_S, **settings)
         self._patient = ollama.Client(self.url, timeout=_timeout(_ANSWER_TIMEOUT_S), **settings)
@@ -62,8 +63,7 @@ class OllamaClient:
     def __exit__(self, *_: object) -> None:
         self._http.close()
         for client in (self._quick, self._patient, self._loading):
-            connections: httpx.Client = client._client  # older releases have no close()
-            connections.close()
+            _connections(client).close()
 
     def is_up(self) -> bool:
         """Whether Ollama answers: it takes requests, and has loaded nothing yet."""
@@ -141,31 +141,39 @@ class OllamaClient:
         with _errors(lambda text: explain_load(model, text)):
             self._patient.generate(model, "", keep_alive=0)
 
-    def canary(self, model: str) -> Canary:
-        """Ask for a few tokens and return the answer. Raises as `load` does: the model is loaded if need be."""
+    def canary(self, model: str, *, patience_s: float | None = None) -> Canary:
+        """Ask for a few tokens and return the answer, waiting `patience_s` for it at most. Raises as `load` does: the
+        model is loaded if need be."""
+        import ollama
+
         begun = time.monotonic()
         options = {"num_predict": _CANARY_TOKENS, "temperature": 0}
-        with _errors(lambda text: explain_load(model, text)):
-            reply = self._patient.generate(model, _CANARY_PROMPT, options=options, keep_alive=self._keep_alive)
+        timeout = _timeout(patience_s or _ANSWER_TIMEOUT_S)
+        client = ollama.Client(self.url, timeout=timeout, **self._settings)
+        with _errors(lambda text: explain_load(model, text)), contextlib.closing(_connections(client)):
+            reply = client.generate(model, _CANARY_PROMPT, options=options, keep_alive=self._keep_alive)
             return Canary(
                 text=reply.response or getattr(reply, "thinking", None) or "",
                 seconds=time.monotonic() - begun,
                 generation_tok_s=_rate(reply.eval_count, reply.eval_duration),
             )
 
-    def chat(self, model: str, text: str) -> Iterator[str | Answer]:
-        """Stream one answer: its text piece by piece, and at the end an Answer.
+    def chat(self, model: str, text: str, *, max_tokens: int | None = None) -> Iterator[str | Answer]:
+        """Stream one answer, of `max_tokens` at most: its text piece by piece, what a reasoning model thinks as
+        Thoughts before it, and at the end an Answer.
 
         Of a repeated prompt the server counts the tokens it knew already, but not the time for them: the prompt's
         rate is then too high. Raises as `load` does.
         """
         last = None
         messages = [{"role": "user", "content": text}]
-        chunks = self._patient.chat(model, messages, stream=True, keep_alive=self._keep_alive)
+        options = {"num_predict": max_tokens} if max_tokens else None
+        chunks = self._patient.chat(model, messages, stream=True, options=options, keep_alive=self._keep_alive)
         for chunk in _one_by_one(chunks, lambda said: explain_load(model, said)):
             last = chunk
-            # Models that reason stream their thoughts apart; both are what the user waits for.
-            if piece := getattr(chunk.message, "thinking", None) or chunk.message.content:
+            if thought := getattr(chunk.message, "thinking", None):
+                yield Thought(thought)
+            if piece := chunk.message.content:
                 yield piece
         if last is None or not last.done:
             raise EngineFailed("Ollama broke off its answer", code="engine-died")
@@ -183,22 +191,18 @@ class OllamaClient:
         Ollama itself counts nothing. `runner_port` is what `runner_port(log lines)` found; the child answers because
         it was started with LLAMA_ARG_ENDPOINT_METRICS.
         """
-        import httpx
-
         if runner_port is None:
             return None
-        root = f"http://127.0.0.1:{runner_port}"
+        return llama_cpp.sample(time.monotonic(), lambda path: self._got(f"http://127.0.0.1:{runner_port}{path}"))
+
+    def _got(self, url: str) -> str | None:
+        import httpx
+
         try:
-            metrics = self._http.get(f"{root}/metrics")
-            slots = self._http.get(f"{root}/slots")
+            reply = self._http.get(url)
         except httpx.HTTPError:
             return None
-        if metrics.status_code != 200:
-            return None
-        reading = llama_cpp_metrics.sample(
-            time.monotonic(), metrics.text, slots.text if slots.status_code == 200 else None
-        )
-        return Sample(**asdict(reading))
+        return reply.text if reply.status_code == 200 else None
 
     def has_blob(self, digest: str) -> bool:
         """Whether the server has a file with this digest ("sha256:…")."""
@@ -225,6 +229,12 @@ class OllamaClient:
             made = self._patient.create(model, files=files, parameters=dict(parameters or {}) or None)
         if made.status != "success":
             raise explain(f"it ended with {made.status!r}")
+
+
+def _connections(client: ollama.Client) -> httpx.Client:
+    """What an official client talks through; older releases cannot be closed themselves."""
+    connections: httpx.Client = client._client
+    return connections
 
 
 def _one_by_one(

@@ -18,13 +18,19 @@ from mgpu.errors import EngineFailed, Missing
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_S = 0.02
 _LOG_PART_BYTES = 4 << 20
-# llama-server waits for a client that never hangs up on a first SIGTERM and leaves at once on a second one;
-# an engine stuck in its driver hears only SIGKILL.
-STOP_STAGES: tuple[tuple[signal.Signals, float], ...] = (
-    (signal.SIGTERM, 3.0),
-    (signal.SIGTERM, 2.0),
-    (signal.SIGKILL, 10.0),
-)
+Stages = tuple[tuple[signal.Signals, float], ...]
+
+
+def stop_stages(grace_s: float) -> Stages:
+    """Return the signals that end an engine, each with the seconds it is given: `grace_s` for the first, polite one.
+
+    llama-server waits for a client that never hangs up on a first SIGTERM and leaves at once on a second one; an
+    engine stuck in its driver hears only SIGKILL.
+    """
+    return (signal.SIGTERM, grace_s), (signal.SIGTERM, 2.0), (signal.SIGKILL, 10.0)
+
+
+STOP_STAGES = stop_stages(3.0)
 
 
 class EngineProcess:

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mgpu.backends.backend import Launch
 from mgpu.backends.engine import engine_environment
-from mgpu.backends.llama_cpp import Launch
 from mgpu.backends.llama_cpp_failure import diagnose
 from mgpu.backends.llama_cpp_log import DeviceBuffers
 from mgpu.backends.llama_cpp_projection import projecting, projection, refusal

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from mgpu.backends.backend import Backend
 from mgpu.backends.failure import Failure
-from mgpu.backends.llama_cpp_failure import diagnose
-from mgpu.backends.llama_cpp_log import PHASES, Phase, parse_line
 from mgpu.errors import EngineFailed
-from mgpu.running.client import EngineClient
+from mgpu.running.client import Link
 from mgpu.running.process import EngineProcess
 from mgpu.running.readiness import DEFAULT_STALL_S, Signs, begin, observe, stalled
 
+if TYPE_CHECKING:
+    import psutil
+
 _POLL_S = 0.05
+# The last phase of every engine: it takes requests.
+_LISTENING = "listening"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,24 +45,70 @@ class EngineDied(EngineFailed):
 
 def wait_until_ready(
     engine: EngineProcess,
-    client: EngineClient,
+    client: Link,
+    backend: Backend,
     on_loading: Callable[[Loading], None],
     *,
     stall_s: float = DEFAULT_STALL_S,
 ) -> None:
-    """Block until the engine says that its model is loaded, and it is this engine that says so: another may have
+    """Block until the engine says that it can take requests, and it is this engine that says so: another may have
     been faster at the port.
 
     Raises EngineDied when it ends, EngineFailed (code "stalled") when it makes no progress for `stall_s` seconds.
     """
+    _wait(
+        engine,
+        backend,
+        lambda phase: client.is_up() and (phase == _LISTENING or _listens(engine)),
+        on_loading,
+        stall_s=stall_s,
+    )
+
+
+def wait_for(
+    task: Callable[[], None],
+    engine: EngineProcess,
+    backend: Backend,
+    on_loading: Callable[[Loading], None],
+    *,
+    stall_s: float = DEFAULT_STALL_S,
+) -> None:
+    """Do `task`, a request that the engine answers when it has loaded something, while its progress is shown.
+
+    Raises what the task raises, and as `wait_until_ready` does.
+    """
+    problems: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            task()
+        except BaseException as problem:  # it is the caller's, who waits for it below
+            problems.append(problem)
+
+    # A daemon, since nothing but the engine's answer ends it: after Ctrl-C the engine is stopped, and that does.
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    _wait(engine, backend, lambda _: not thread.is_alive(), on_loading, stall_s=stall_s)
+    if problems:
+        raise problems[0]
+
+
+def _wait(
+    engine: EngineProcess,
+    backend: Backend,
+    done: Callable[[str], bool],
+    on_loading: Callable[[Loading], None],
+    *,
+    stall_s: float,
+) -> None:
     begun = time.monotonic()
     watch = begin(Signs(), begun)
-    log = _Tail(engine)
+    log = _Tail(engine, backend)
     while True:
         if engine.poll() is not None:
-            raise death(engine)
+            raise death(engine, backend)
         log.read()
-        if client.is_up() and (log.phase == PHASES[-1] or _listens(engine)):
+        if done(log.phase):
             return
         signs = _signs(engine)
         now = time.monotonic()
@@ -71,17 +123,18 @@ def wait_until_ready(
         time.sleep(_POLL_S)
 
 
-def death(engine: EngineProcess) -> EngineDied:
+def death(engine: EngineProcess, backend: Backend) -> EngineDied:
     """Return why an engine that has ended did so."""
     status = engine.poll()
-    return EngineDied(diagnose(engine.log_lines(), status), status, engine)
+    return EngineDied(backend.diagnose(engine.log_lines(), status), status, engine)
 
 
 class _Tail:
     """The last phase named in a growing log."""
 
-    def __init__(self, engine: EngineProcess) -> None:
+    def __init__(self, engine: EngineProcess, backend: Backend) -> None:
         self._path = engine.log_path
+        self._phase_of = backend.phase
         self._offset = 0
         self.phase = "starting"
 
@@ -95,9 +148,7 @@ class _Tail:
         whole, newline, _ = new.rpartition(b"\n")
         self._offset += len(whole) + len(newline)
         for line in whole.decode(errors="replace").splitlines():
-            event = parse_line(line)
-            if isinstance(event, Phase):
-                self.phase = event.name
+            self.phase = self._phase_of(line) or self.phase
 
 
 def _listens(engine: EngineProcess) -> bool:
@@ -115,28 +166,44 @@ def _listens(engine: EngineProcess) -> bool:
 
 
 def _signs(engine: EngineProcess) -> Signs:
-    """Signs of life; all zero when the engine is just gone."""
+    """Signs of life of the engine and what it started; all zero when it is just gone."""
     import psutil
 
     try:
         process = psutil.Process(engine.pid)
+        everybody = [process, *process.children(recursive=True)]
+        log_bytes = engine.log_path.stat().st_size
+    except (psutil.Error, OSError):
+        return Signs()
+    each = [signs for one in everybody if (signs := _signs_of(one))]
+    return Signs(
+        log_bytes=log_bytes,
+        read_bytes=sum(signs.read_bytes for signs in each),
+        resident_bytes=sum(signs.resident_bytes for signs in each),
+        cpu_s=sum(signs.cpu_s for signs in each),
+    )
+
+
+def _signs_of(process: psutil.Process) -> Signs | None:
+    import psutil
+
+    try:
         with process.oneshot():
             cpu = process.cpu_times()
             return Signs(
-                log_bytes=engine.log_path.stat().st_size,
                 read_bytes=_read_bytes(process),
                 resident_bytes=process.memory_info().rss,
                 cpu_s=cpu.user + cpu.system,
             )
     except (psutil.Error, OSError):
-        return Signs()
+        return None
 
 
-def _read_bytes(process: object) -> int:
+def _read_bytes(process: psutil.Process) -> int:
     import psutil
 
     try:
-        counters = process.io_counters()  # type: ignore[attr-defined]  # absent on some systems
+        counters = process.io_counters()
     except (psutil.Error, AttributeError, OSError):
         return 0
     return int(counters.read_bytes)

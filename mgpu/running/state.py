@@ -31,16 +31,21 @@ def name_from(text: str) -> str:
     return re.sub(r"\.{2,}", ".", cleaned)[:56].rstrip("._-") or "model"
 
 
-def state_folder() -> Path:
-    """Return the folder of all instances (XDG state folder), created with mode 0700."""
+def state_path() -> Path:
+    """Return where the folder of all instances is (XDG state folder), whether it is there or not. Raises Missing."""
     import platformdirs
 
     try:
-        folder = platformdirs.user_state_path("mgpu")
+        return platformdirs.user_state_path("mgpu")
     except RuntimeError:  # no HOME, and no entry for this user
         raise Missing(
             "this user has no home folder to keep state in", code="state-folder", hint="set HOME or XDG_STATE_HOME"
         ) from None
+
+
+def state_folder() -> Path:
+    """Return the folder of all instances, created with mode 0700. Raises Missing where that cannot be."""
+    folder = state_path()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -22,7 +22,8 @@ import pytest
 
 from mgpu.backends.llama_cpp_failure import diagnose
 from mgpu.backends.llama_cpp_log import PHASES, DeviceBuffers, Phase, buffers_by_device, parse_line
-from mgpu.backends.llama_cpp_metrics import parse_metrics, sample
+from mgpu.backends.llama_cpp_metrics import sample_from_text
+from mgpu.backends.samples import parse_metrics
 from tests.fakes.llama_server import install
 from tests.fakes.llama_server_options import options
 
@@ -335,7 +336,7 @@ def test_metrics_have_the_recorded_names_and_count_answers_when_they_end(start: 
     )
     with running.open({**ENDLESS, "stream": True}):
         until(lambda: decoded(running.json("/slots")[0]) > 5)
-        busy = sample(0.0, running.request("GET", "/metrics")[1], running.request("GET", "/slots")[1])
+        busy = sample_from_text(0.0, running.request("GET", "/metrics")[1], running.request("GET", "/slots")[1])
         assert (busy.running, busy.generation_tokens_total) == (1, 0)
         assert busy.unfinished_tokens > 5
         assert busy.kv_used is not None
@@ -348,7 +349,7 @@ def test_metrics_have_the_recorded_names_and_count_answers_when_they_end(start: 
 def test_requests_wait_for_a_slot(start: Start) -> None:
     running = start("--metrics", "-np", "1")
     with running.open({**ENDLESS, "stream": True}), running.open(HELLO):
-        until(lambda: sample(0.0, running.request("GET", "/metrics")[1]).waiting == 1)
+        until(lambda: sample_from_text(0.0, running.request("GET", "/metrics")[1]).waiting == 1)
         assert running.request("GET", "/slots?fail_on_no_slot=1")[0] == 503
         assert running.request("GET", "/health")[0] == 200
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from mgpu.backends.backend import Launch, Serving
 from mgpu.backends.llama_cpp import (
     API_KEY_VARIABLE,
     EngineArguments,
-    Launch,
     build_launch,
     read_engine_arguments,
 )
@@ -61,16 +61,18 @@ def candidate(gpus: Sequence[Gpu], wants: Wants | None = None) -> Candidate:
 
 
 def launch(planned: Candidate, arguments: EngineArguments | None = None, **changes: str | None) -> Launch:
-    return build_launch(
-        planned,
-        program="llama-server",
+    words = arguments or EngineArguments()
+    serving = Serving(
+        program=Path("llama-server"),
         model=changes.get("model") or "m.gguf",
         name="llama",
         host="127.0.0.1",
         port=8080,
-        arguments=arguments or EngineArguments(),
+        folder=Path(),
+        arguments=(*(("--rpc", words.rpc) if words.rpc else ()), *words.rest),
         api_key=changes.get("api_key"),
     )
+    return build_launch(planned, serving)
 
 
 PINNED = (card("CUDA1", uuid="GPU-1b"), card("CUDA3", uuid="GPU-3d"))

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgpu.backends.llama_cpp_metrics import Rates, Sample, SlotUse, parse_metrics, parse_slots, rates, sample
+from mgpu.backends.llama_cpp_metrics import SlotUse, parse_slots, sample_from_text
+from mgpu.backends.samples import Rates, Sample, parse_metrics, rates
 
 from . import recorded
 
@@ -74,7 +75,7 @@ def test_deeply_nested_json_is_survived() -> None:
 
 
 def test_a_recorded_busy_engine_becomes_a_sample() -> None:
-    taken = sample(12.5, recorded.text("metrics_busy.txt"), recorded.text("slots_busy.json"))
+    taken = sample_from_text(12.5, recorded.text("metrics_busy.txt"), recorded.text("slots_busy.json"))
     assert taken == Sample(
         at=12.5,
         running=1,
@@ -89,8 +90,8 @@ def test_a_recorded_busy_engine_becomes_a_sample() -> None:
 
 
 def test_the_end_of_a_request_moves_its_tokens_without_a_jump() -> None:
-    busy = sample(0.0, recorded.text("metrics_busy.txt"), recorded.text("slots_busy.json"))
-    done = sample(10.0, recorded.text("metrics.txt"), "[]")
+    busy = sample_from_text(0.0, recorded.text("metrics_busy.txt"), recorded.text("slots_busy.json"))
+    done = sample_from_text(10.0, recorded.text("metrics.txt"), "[]")
     # 41 + 61 unfinished became 241: 139 tokens in 10 s, not 200.
     assert rates(busy, done).generation_tok_s == pytest.approx(13.9)
 
@@ -134,4 +135,4 @@ def test_two_samples_give_rates(previous: Sample, current: Sample, expected: Rat
 
 
 def test_an_engine_that_answers_nothing_useful_gives_an_empty_sample() -> None:
-    assert sample(1.0, "garbage", "garbage") == Sample(at=1.0)
+    assert sample_from_text(1.0, "garbage", "garbage") == Sample(at=1.0)

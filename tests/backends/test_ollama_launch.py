@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.backends.backend import Sample, Serving
+from mgpu.backends.backend import Serving
 from mgpu.backends.ollama import (
     BACKEND,
     OLLAMA_VARIABLE,
@@ -17,6 +17,7 @@ from mgpu.backends.ollama import (
     require_ollama,
     sample,
 )
+from mgpu.backends.samples import Sample
 from mgpu.errors import Missing, UsageError
 from mgpu.planning.candidates import Candidate
 from mgpu.planning.wants import Wants

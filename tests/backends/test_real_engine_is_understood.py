@@ -26,7 +26,8 @@ from mgpu.backends.llama_cpp_log import (
     buffers_by_device,
     parse_line,
 )
-from mgpu.backends.llama_cpp_metrics import rates, sample
+from mgpu.backends.llama_cpp_metrics import sample_from_text
+from mgpu.backends.samples import rates
 from tests.fakes.devices import (
     NO_VULKAN,
     fake_rpc_devices,
@@ -133,10 +134,10 @@ def test_real_rpc_devices_load_serve_and_stop(serve: Serve) -> None:
         assert buffers["RPC0"].kv_bytes == 4 * 1024 * 2 * 8 * 64 * 2
         assert buffers["RPC1"].weights_bytes > 0
 
-        before = sample(time.monotonic(), server.get("/metrics"), server.get("/slots"))
+        before = sample_from_text(time.monotonic(), server.get("/metrics"), server.get("/slots"))
         status, _ = server.ask("POST", "/completion", {"prompt": "a b", "n_predict": 4, "ignore_eos": True})
         assert status == 200
-        after = sample(time.monotonic(), server.get("/metrics"), server.get("/slots"))
+        after = sample_from_text(time.monotonic(), server.get("/metrics"), server.get("/slots"))
         assert after.generation_tokens_total == 4
         assert rates(before, after).generation_tok_s > 0  # type: ignore[operator]
         server.process.terminate()
@@ -207,7 +208,7 @@ def test_a_device_that_hangs_in_a_request_leaves_health_green(serve: Serve) -> N
         with socket.create_connection(("127.0.0.1", server.port)) as request:
             head = b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
             request.sendall(head + body)
-            until(lambda: sample(0.0, server.get("/metrics")).running == 1)
+            until(lambda: sample_from_text(0.0, server.get("/metrics")).running == 1)
             assert server.ready()
             server.process.terminate()
             # Whether its port closes now depends on where the engine waits for the device.

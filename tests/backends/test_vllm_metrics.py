@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgpu.backends.backend import Sample
+from mgpu.backends.samples import Sample
 from mgpu.backends.vllm_metrics import sample, sample_from_text
 
 from . import recorded_vllm as recorded

@@ -111,9 +111,10 @@ DEVICE = exactly(
     spare_bytes=COUNT,
     basis=TEXT,
 )
+BACKEND = {"enum": ["llama.cpp", "vllm", "ollama"]}
 CANDIDATE = exactly(
-    backend={"const": "llama.cpp"},
-    split_mode={"enum": ["layer", "tensor", "none"]},
+    backend=BACKEND,
+    split_mode={"enum": ["layer", "tensor", "pipeline", "none"]},
     tensor_parallel=COUNT,
     pipeline_parallel=COUNT,
     replicas=COUNT,
@@ -172,6 +173,7 @@ PLAN = exactly(
     model=MODEL,
     machine=MACHINE,
     best=maybe(COUNT),
+    why=maybe(TEXT),
     candidates={**listed(CANDIDATE), "minItems": 1},
     fixes=listed(exactly(change=TEXT, candidate=CANDIDATE)),
     not_modelled=listed(TEXT),
@@ -214,7 +216,10 @@ OVERVIEW = exactly(
 NOTHING: Json = {"type": "null"}
 
 EVENTS: dict[str, Json] = {
-    "planned": exactly(event=TEXT, at=TIME, model=TEXT, quant=maybe(TEXT), ctx_tokens=COUNT),
+    "planned": exactly(
+        event=TEXT, at=TIME, model=TEXT, backend=BACKEND, quant=maybe(TEXT), ctx_tokens=COUNT, why=maybe(TEXT)
+    ),
+    "attached": exactly(event=TEXT, at=TIME, url=TEXT, version=TEXT, loaded=listed(TEXT)),
     "started": exactly(event=TEXT, at=TIME, pid=COUNT, log_path=TEXT),
     "loading": exactly(event=TEXT, at=TIME, phase=TEXT),
     "checked": exactly(
@@ -236,7 +241,7 @@ EVENTS: dict[str, Json] = {
         generation_tok_s=maybe(NUMBER),
     ),
     "warning": exactly(event=TEXT, at=TIME, message=TEXT),
-    "ready": exactly(event=TEXT, at=TIME, name=TEXT, url=TEXT, pid=COUNT, seconds=NUMBER),
+    "ready": exactly(event=TEXT, at=TIME, name=TEXT, url=TEXT, model=TEXT, pid=maybe(COUNT), seconds=NUMBER),
     "answer": exactly(event=TEXT, at=TIME, text=TEXT),
     "answered": exactly(
         event=TEXT,

@@ -102,19 +102,19 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         pytest.param("{files}/folder.gguf", 3, "is a folder", "*.gguf", id="a folder named like a file"),
         pytest.param("{files}/tensors.gguf", 3, "1,000,000,000,000,000,000 tensors", "", id="10^18 tensors"),
         pytest.param("{files}/string.gguf", 3, "points past the file", "", id="a string longer than its file"),
-        pytest.param("{files}/nowhere/model", 3, "there is no file", "", id="a path that is not there"),
+        pytest.param("{files}/nowhere/model", 3, "no file or folder", "check the path", id="a path that is not there"),
         pytest.param("''", 2, "MODEL is empty", "mgpu profiles list", id="an empty name"),
         pytest.param("a..b", 2, "neither a profile's name nor a path", "", id="a name that is none"),
         pytest.param("'a\nb'", 2, "cannot be printed", "", id="a line break"),
         pytest.param(f"{'x' * 600}.gguf", 2, "605 characters long", "", id="a name of six hundred characters"),
         pytest.param("https://huggingface.co/a/b", 2, "web address", "hf:a/b", id="a web address"),
         pytest.param("hf:a", 2, "is not hf:ORG/REPO", "for example", id="half a repository"),
-        pytest.param("ollama:a", 3, "not supported", ".gguf file", id="a tag of Ollama's, not yet"),
+        pytest.param("ollama:a", 3, "ollama:a:latest cannot be read", "", id="a registry out of reach"),
         pytest.param(
             "llama-80b", 2, "no profile 'llama-80b'; the nearest are llama-8b", "mgpu profiles list", id="a slip"
         ),
         pytest.param("llama-8b --quant Q4_K_N", 2, "no quantisation Q4_K_N", "--quant Q4_K_M", id="no such file"),
-        pytest.param("{tiny} --quant Q4_K_M", 2, "is one file", "leave it out", id="a choice among one file"),
+        pytest.param("{tiny} --quant Q4_K_M", 2, "is one model", "leave it out", id="a choice among one file"),
         # Profiles
         pytest.param("a-list", 2, "a-list.yaml:1:1: is a list", "profiles check", id="a profile that is a list"),
         pytest.param("twice", 2, "twice.yaml:…name: is set twice", "profiles check", id="a key set twice"),
@@ -166,13 +166,13 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         pytest.param("{tiny} --parallel 0", 2, "--parallel", "mgpu plan --help", id="nobody at a time"),
         pytest.param("{tiny} --parallel many", 2, "--parallel", "mgpu plan --help", id="users in words"),
         pytest.param("{tiny} --kv-type q9_0", 2, "--kv-type…q9_0…q8_0", "--help", id="an unknown KV type"),
-        pytest.param("{tiny} --kv-type fp8", 2, "no fp8", "--kv-type q8_0", id="a KV type of another engine"),
+        pytest.param("{tiny} --kv-type fp8", 2, "--kv-type fp8 is vLLM's", "q8_0", id="a KV type of another engine"),
         pytest.param("{tiny} --split-mode row", 2, "--split-mode…row…layer", "--help", id="an unknown split"),
         pytest.param(
-            "{tiny} --split-mode tensor", 2, "no tensor split", "layer split", id="a split that is not planned"
+            "{tiny} --split-mode tensor", 2, "tensor is vLLM's", "layer split", id="a split of another engine"
         ),
         pytest.param("{tiny} --backend exllama", 2, "--backend…exllama…llama.cpp", "--help", id="an unknown engine"),
-        pytest.param("{tiny} --backend vllm", 3, "starts llama.cpp only", "--backend", id="an engine, not yet"),
+        pytest.param("{tiny} --backend vllm", 3, "vllm wants safetensors", "--backend", id="another engine's form"),
         pytest.param(
             "{tiny} --flash-attn off --kv-type q8_0", 2, "without flash attention", "f16", id="a contradiction"
         ),

@@ -116,8 +116,8 @@ def test_a_snapshot_makes_the_same_machine_elsewhere(on_rig: Mgpu, mgpu: Mgpu, t
     planned_there, planned_here = (
         checked(entry.json, "plan", PLAN)
         for entry in (
-            on_rig("plan", "llama-8b", "--json", FAKE_DEVICES=TWO_4090),
-            mgpu("plan", "llama-8b", "--machine", snapshot, "--json", **elsewhere),
+            on_rig("plan", "llama-8b", "--backend", "llama.cpp", "--json", FAKE_DEVICES=TWO_4090),
+            mgpu("plan", "llama-8b", "--backend", "llama.cpp", "--machine", snapshot, "--json", **elsewhere),
         )
     )
     for plan in (planned_there, planned_here):

@@ -44,7 +44,7 @@ def test_the_ready_line_and_the_status_are_on_stdout_and_the_steps_on_stderr(mgp
     pattern = r"ready \d+:\d\d   0 running, 0 waiting   0\.0 tok/s   prompt 0\.0 tok/s   KV 0%(   gpu0 .* GiB)?"
     assert all(re.fullmatch(pattern, line) for line in status), status
     steps = dict.fromkeys(line.split()[0] for line in ended.err.splitlines())  # a port may be lost to another: twice
-    assert list(steps) == ["plan", "start", "check", "stop"]
+    assert list(steps) == ["plan", "engine", "start", "check", "stop"]
     assert re.search(r"(?m)^check +gpu0 \d\.\d\d of \d\.\d\d, gpu1 \d\.\d\d of \d\.\d\d GiB planned", ended.err)
     assert re.search(r"(?m)^stop +tiny … stopped in \d.* s, \d\.\d\d GiB given back$", ended.err)
     assert ended.exit_code == 130

@@ -19,8 +19,8 @@ import pytest
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from mgpu.backends.llama_cpp_log import DeviceBuffers
-from mgpu.backends.llama_cpp_metrics import Rates, Sample
+from mgpu.backends.backend import DeviceMemory
+from mgpu.backends.samples import Rates, Sample
 from mgpu.cli.output import Output
 from mgpu.cli.views.machine import machine_screen
 from mgpu.cli.views.plan import plan_screen
@@ -135,10 +135,10 @@ def test_a_machine_keeps_its_width_and_its_numbers(render: Render, machine: Mach
 @pytest.mark.parametrize("width", WIDTHS)
 def test_what_is_redrawn_never_wraps(width: int) -> None:
     candidate = PLANS["two cards"].chosen
-    buffers = {device.device: DeviceBuffers(weights_bytes=21 << 30) for device in candidate.devices}
+    held = dict.fromkeys(range(len(candidate.devices)), DeviceMemory(weights_bytes=21 << 30))
     sample = Sample(at=1.0, running=3, waiting=2, kv_used=0.34)
     rates = Rates(prompt_tok_s=312.0, generation_tok_s=19.1)
-    cards = cards_line(candidate, buffers)
+    cards = cards_line(candidate, held)
     long_name = "Llama-3.3-70B-Instruct-Some-Finetune-Q4_K_M-00001-of-00002.gguf"
     progress = Progress(stage="downloading", name=long_name, done_bytes=26_400_000_000, total_bytes=42_500_000_000)
     loading = Loading(phase="reserving compute buffers", mapped_bytes=41 << 30, seconds=9.0)

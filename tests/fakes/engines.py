@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from mgpu.backends.llama_cpp import BACKEND
 from mgpu.running.client import EngineClient
 from mgpu.running.process import EngineProcess
 from tests.fakes.devices import free_port
@@ -16,6 +17,11 @@ from tests.fakes.llama_server import install
 
 LIMIT_S = 30
 _MODEL_BYTES = 100 << 20
+
+
+def connect(url: str, *, api_key: str | None = None) -> EngineClient:
+    """A client of a llama-server."""
+    return EngineClient(url, BACKEND, model="model", api_key=api_key)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -41,7 +47,7 @@ def fake_engine(
     env = environment | ({"LLAMA_API_KEY": api_key} if api_key else {})
     with (
         EngineProcess.start(argv, env=env, log_path=folder / "engine.log") as process,
-        EngineClient(f"http://127.0.0.1:{port}", api_key=api_key) as client,
+        connect(f"http://127.0.0.1:{port}", api_key=api_key) as client,
     ):
         yield process, client
 

@@ -210,32 +210,23 @@ def test_without_a_card_it_runs_on_the_cpu() -> None:
     assert (candidate.verdict, candidate.devices, candidate.backend) == ("fits", (), "ollama")
 
 
+def test_four_users_get_the_whole_context_each() -> None:
+    candidate = planned(facts("smollm2-135m"), cards(24), Wants(parallel=4))[0]
+    assert (candidate.verdict, candidate.ctx_tokens, candidate.parallel) == ("fits", 8192, 4)
+
+
 @pytest.mark.parametrize(
-    ("wants", "ctx_tokens", "parallel", "reason"),
+    ("architecture", "wants", "reason"),
     [
-        pytest.param(
-            Wants(ctx_tokens=65536), 8192, 1, "lowers --ctx 65536 to the 8192", id="more than it was trained on"
-        ),
-        pytest.param(Wants(parallel=4), 8192, 4, None, id="four users"),
+        pytest.param("llama", Wants(ctx_tokens=1 << 20), "131072 tokens at most", id="more than it was trained on"),
+        pytest.param("qwen3next", Wants(parallel=4), "one user at a time", id="users, where there can be only one"),
+        pytest.param("llama", Wants(kv_type_v="q8_0"), "one type for the whole KV cache", id="two types of cache"),
     ],
 )
-def test_context_is_what_ollama_makes_of_it(wants: Wants, ctx_tokens: int, parallel: int, reason: str | None) -> None:
-    candidate = planned(facts("smollm2-135m"), cards(24), wants)[0]
-    assert (candidate.ctx_tokens, candidate.parallel) == (ctx_tokens, parallel)
-    assert reason is None or any(reason in each for each in candidate.reasons)
-
-
-def test_some_architectures_serve_one_user_at_a_time() -> None:
-    model = replace(facts("llama-3.1-8b"), architecture="qwen3next")
-    candidate = planned(model, cards(24), Wants(parallel=4))[0]
-    assert candidate.parallel == 1
-    assert any("--parallel 4 has no effect" in reason for reason in candidate.reasons)
-
-
-def test_two_types_of_cache_are_illegal() -> None:
-    candidate = planned(facts("llama-3.1-8b"), cards(24), Wants(kv_type_k="f16", kv_type_v="q8_0"))[0]
+def test_what_ollama_would_change_in_silence_is_illegal(architecture: str, wants: Wants, reason: str) -> None:
+    candidate = planned(replace(facts("llama-3.1-8b"), architecture=architecture), cards(24), wants)[0]
     assert candidate.verdict == "illegal"
-    assert any("one type for the whole KV cache" in reason for reason in candidate.reasons)
+    assert any(reason in each for each in candidate.reasons)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 
 from mgpu.errors import EngineFailed
 from mgpu.running import client as clients
-from mgpu.running.client import Answer, Canary, EngineClient
+from mgpu.running.client import Answer, Canary
 from tests.fakes.devices import free_port
-from tests.fakes.engines import LIMIT_S, fake_engine, http_answer, scripted_engine, until
+from tests.fakes.engines import LIMIT_S, connect, fake_engine, http_answer, scripted_engine, until
 from tests.fakes.llama_server_engine import WORDS
 
 FIRST_WORDS = " ".join(WORDS[:8])
@@ -42,7 +42,7 @@ def test_an_engine_that_still_loads_is_not_up_and_has_no_counters(tmp_path: Path
 def test_an_engine_that_is_not_there_is_not_up() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
-        with EngineClient(f"http://127.0.0.1:{silent.getsockname()[1]}") as client:
+        with connect(f"http://127.0.0.1:{silent.getsockname()[1]}") as client:
             assert not client.is_up()
             assert client.sample() is None
             with pytest.raises(EngineFailed) as failed:
@@ -113,7 +113,7 @@ def test_one_token_repeated(text: str, repeated: bool) -> None:
 
 @pytest.mark.parametrize("keys", ["k1", "k1,k2", "schlüssel"])
 def test_the_api_key_is_sent(keys: str, tmp_path: Path) -> None:
-    with scripted_engine({"/health": http_answer("")}) as (url, requests), EngineClient(url, api_key=keys) as client:
+    with scripted_engine({"/health": http_answer("")}) as (url, requests), connect(url, api_key=keys) as client:
         assert client.is_up()
     assert requests[0]["authorization"].encode("latin-1").decode() == f"Bearer {keys.split(',')[0]}"
 
@@ -123,7 +123,7 @@ def test_an_engine_with_keys_answers_its_own_client_only(tmp_path: Path) -> None
     with fake_engine(tmp_path, "--metrics", port=port, api_key="k1,k2") as (_, client):
         until(client.is_up)
         assert client.canary().text == FIRST_WORDS
-        with EngineClient(f"http://127.0.0.1:{port}", api_key="wrong") as stranger:
+        with connect(f"http://127.0.0.1:{port}", api_key="wrong") as stranger:
             assert stranger.is_up()
             assert stranger.sample() is None
             with pytest.raises(EngineFailed, match="Invalid API Key") as failed:
@@ -136,8 +136,9 @@ NOT_A_COMPLETION = {
     "text": http_answer("hello"),
     "nothing": http_answer(""),
     "a list": http_answer("[1]"),
-    "no content": http_answer("{}"),
-    "content that is no text": http_answer('{"content": 5}'),
+    "no choices": http_answer("{}"),
+    "choices of another shape": http_answer('{"choices": [5]}'),
+    "text that is no text": http_answer('{"choices": [{"text": 5}]}'),
     "nested without end": http_answer(DEEP),
     "bytes": http_answer(b"\xff\xfe\x00"),
     "an error without a body": http_answer("", 500),
@@ -150,8 +151,8 @@ NOT_A_COMPLETION = {
 @pytest.mark.parametrize("what", NOT_A_COMPLETION)
 def test_what_is_no_completion_is_a_wrong_answer(what: str) -> None:
     with (
-        scripted_engine({"/completion": NOT_A_COMPLETION[what]}) as (url, _),
-        EngineClient(url) as client,
+        scripted_engine({"/v1/completions": NOT_A_COMPLETION[what]}) as (url, _),
+        connect(url) as client,
         pytest.raises(EngineFailed) as failed,
     ):
         client.canary()
@@ -171,7 +172,7 @@ def test_what_is_no_completion_is_a_wrong_answer(what: str) -> None:
     ],
 )
 def test_a_connection_that_breaks_is_a_dead_engine(answer: bytes) -> None:
-    with scripted_engine({"/completion": answer, "/health": answer}) as (url, _), EngineClient(url) as client:
+    with scripted_engine({"/v1/completions": answer, "/health": answer}) as (url, _), connect(url) as client:
         assert not client.is_up() or answer.startswith(b"HTTP/1.1 200 OK\r\nContent-L")
         with pytest.raises(EngineFailed) as failed:
             client.canary()
@@ -179,8 +180,8 @@ def test_a_connection_that_breaks_is_a_dead_engine(answer: bytes) -> None:
 
 
 def test_an_empty_answer_is_an_answer() -> None:
-    answer = http_answer('{"content": "", "timings": "none"}')
-    with scripted_engine({"/completion": answer}) as (url, _), EngineClient(url) as client:
+    answer = http_answer('{"choices": [{"text": ""}], "timings": "none"}')
+    with scripted_engine({"/v1/completions": answer}) as (url, _), connect(url) as client:
         canary = client.canary()
     assert (canary.text, canary.generation_tok_s) == ("", None)
 
@@ -225,12 +226,23 @@ STREAMS: dict[str, tuple[tuple[object, ...], str, str | None]] = {
 @pytest.mark.parametrize("what", STREAMS)
 def test_streams_of_all_kinds_are_read(what: str) -> None:
     chunks, text, finish_reason = STREAMS[what]
-    with scripted_engine({"/v1/chat/completions": stream(*chunks)}) as (url, _), EngineClient(url) as client:
+    with scripted_engine({"/v1/chat/completions": stream(*chunks)}) as (url, _), connect(url) as client:
         *pieces, last = client.ask("?")
     assert "".join(map(str, pieces)) == text
     assert last == Answer(
         prompt_tokens=None, generated_tokens=None, prompt_tok_s=None, generation_tok_s=None, finish_reason=finish_reason
     )
+
+
+def test_an_engine_that_counts_but_does_not_time_is_timed_here() -> None:
+    counted = {"choices": [], "usage": {"prompt_tokens": 12, "completion_tokens": 3}}
+    answer = stream(delta(content="a"), delta(content="b"), END, counted, "data: [DONE]")
+    with scripted_engine({"/v1/chat/completions": answer}) as (url, _), connect(url) as client:
+        *_, last = client.ask("?")
+    assert isinstance(last, Answer)
+    assert (last.prompt_tokens, last.generated_tokens) == (12, 3)
+    assert (last.prompt_tok_s or 0) > 0
+    assert (last.generation_tok_s or 0) > 0
 
 
 ERRORS = {
@@ -245,7 +257,7 @@ ERRORS = {
 def test_a_stream_that_breaks_off_says_why_after_its_text(what: str) -> None:
     error, why = ERRORS[what]
     answer = stream(delta(content="yes"), error)
-    with scripted_engine({"/v1/chat/completions": answer}) as (url, _), EngineClient(url) as client:
+    with scripted_engine({"/v1/chat/completions": answer}) as (url, _), connect(url) as client:
         pieces = client.ask("?")
         assert next(pieces) == "yes"
         with pytest.raises(EngineFailed, match=why) as failed:
@@ -258,7 +270,7 @@ def test_a_stream_that_is_cut_is_a_dead_engine() -> None:
     cut = stream(delta(content="yes"), END)[:-10]
     with (
         scripted_engine({"/v1/chat/completions": cut}) as (url, _),
-        EngineClient(url) as client,
+        connect(url) as client,
         pytest.raises(EngineFailed) as failed,
     ):
         list(client.ask("?"))

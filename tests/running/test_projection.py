@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.backends.llama_cpp import Launch
+from mgpu.backends.backend import Launch
 from mgpu.errors import EngineFailed, Missing
 from mgpu.running.projection import project, work_folder
 
@@ -89,7 +89,7 @@ def test_an_interrupt_leaves_neither_engine_nor_files(tmp_path: Path) -> None:
     script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 1000\n")
     script.chmod(0o755)
     program = (
-        "import sys; from mgpu.backends.llama_cpp import Launch; from mgpu.running.projection import *\n"
+        "import sys; from mgpu.backends.backend import Launch; from mgpu.running.projection import *\n"
         "with work_folder() as folder:\n"
         f"    project(Launch(argv=({str(script)!r}, '--fit', 'off'), env={{}}), folder)\n"
     )

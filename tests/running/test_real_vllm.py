@@ -17,8 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from mgpu.backends.backend import Sample, Serving
+from mgpu.backends.backend import Serving
 from mgpu.backends.engine import Engine, engine_environment
+from mgpu.backends.samples import Sample
 from mgpu.backends.vllm import BACKEND
 from mgpu.backends.vllm_log import PHASES, kv_tokens
 from mgpu.backends.vllm_program import fit_to_help, installed_version, serve_help

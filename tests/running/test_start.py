@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from mgpu.backends.llama_cpp import BACKEND
 from mgpu.backends.llama_cpp_log import PHASES
 from mgpu.errors import EngineFailed
-from mgpu.running.client import EngineClient
 from mgpu.running.process import EngineProcess
 from mgpu.running.start import EngineDied, Loading, death, wait_until_ready
 from tests.fakes.devices import free_port
-from tests.fakes.engines import LIMIT_S, fake_engine
+from tests.fakes.engines import LIMIT_S, connect, fake_engine
 
 TWO_CARDS = "CUDA0: RTX 4090 (24081 MiB, 23600 MiB free); CUDA1: RTX 4090 (24081 MiB, 23600 MiB free)"
 
@@ -21,7 +21,7 @@ TWO_CARDS = "CUDA0: RTX 4090 (24081 MiB, 23600 MiB free); CUDA1: RTX 4090 (24081
 def test_waiting_ends_when_the_model_is_loaded(tmp_path: Path) -> None:
     seen: list[Loading] = []
     with fake_engine(tmp_path, FAKE_FAIL="slow-load:0.5") as (process, client):
-        wait_until_ready(process, client, seen.append)
+        wait_until_ready(process, client, BACKEND, seen.append)
         assert client.is_up()
         assert process.poll() is None
     assert {loading.phase for loading in seen} <= {"starting", *PHASES}
@@ -47,7 +47,7 @@ def test_a_death_while_loading_is_explained(
 ) -> None:
     with fake_engine(tmp_path, FAKE_FAIL=fault, FAKE_DEVICES=TWO_CARDS) as (process, client):
         with pytest.raises(EngineDied) as died:
-            wait_until_ready(process, client, lambda _: None)
+            wait_until_ready(process, client, BACKEND, lambda _: None)
         lines = process.log_lines()
     error = died.value
     assert (error.code, error.exit_status, error.exit_code) == (code, status, 4)
@@ -60,9 +60,9 @@ def test_a_death_while_loading_is_explained(
 
 def test_a_death_while_serving_is_explained(tmp_path: Path) -> None:
     with fake_engine(tmp_path, FAKE_FAIL="die-after-ready", FAKE_DEVICES=TWO_CARDS) as (process, client):
-        wait_until_ready(process, client, lambda _: None)
+        wait_until_ready(process, client, BACKEND, lambda _: None)
         assert process.wait(LIMIT_S) == -6
-        died = death(process)
+        died = death(process, BACKEND)
     assert (died.code, died.failure.device) == ("device-lost", "CUDA1")
 
 
@@ -77,10 +77,10 @@ def test_an_engine_that_makes_no_progress_is_given_up(script: str, why: str, tmp
     command = [sys.executable, "-ISc", script]
     with (
         EngineProcess.start(command, env={}, log_path=tmp_path / "engine.log") as process,
-        EngineClient(f"http://127.0.0.1:{free_port()}") as client,
+        connect(f"http://127.0.0.1:{free_port()}") as client,
     ):
         with pytest.raises(EngineFailed, match=f"while starting: {why}") as failed:
-            wait_until_ready(process, client, lambda _: None, stall_s=0.3)
+            wait_until_ready(process, client, BACKEND, lambda _: None, stall_s=0.3)
         assert failed.value.code == "stalled"
         assert process.poll() is None, "stopping it is the caller's part"
 
@@ -91,6 +91,6 @@ def test_the_phase_that_hangs_is_named(tmp_path: Path) -> None:
         fake_engine(tmp_path, FAKE_FAIL="hang-loading") as (process, client),
         pytest.raises(EngineFailed, match="stopped making progress while devices") as failed,
     ):
-        wait_until_ready(process, client, seen.append, stall_s=0.5)
+        wait_until_ready(process, client, BACKEND, seen.append, stall_s=0.5)
     assert failed.value.code == "stalled"
     assert seen[-1].phase == "devices"

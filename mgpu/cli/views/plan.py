@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mgpu.cli.views.words import card_name, cell_gib, fitting, plain_table
 from mgpu.planning.candidates import Candidate, PlannedDevice
+from mgpu.planning.choice import TITLES
 from mgpu.planning.plan import Plan
+from mgpu.planning.vllm_memory import DEFAULT_UTILISATION, VllmWants, model_bytes
+from mgpu.planning.vllm_placement import planned_kv_tokens
 from mgpu.units import gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+# Where facts begin, behind their labels.
+_INDENT = 12
 VERDICT_WORDS = {
     "fits": ("FITS", "bold green"),
     "fits-with-offload": ("FITS WITH OFFLOAD", "bold yellow"),
     "does-not-fit": ("DOES NOT FIT", "bold red"),
     "illegal": ("ILLEGAL", "bold red"),
     "unavailable": ("UNAVAILABLE", "bold red"),
+}
+_SHORT_VERDICTS = {
+    "fits": "fits",
+    "fits-with-offload": "offload",
+    "unavailable": "not installed",
+    "does-not-fit": "does not fit",
+    "illegal": "illegal",
 }
 
 
@@ -36,33 +49,52 @@ def plan_screen(name: str, plan: Plan, width: int, *, explain: bool = False) -> 
     yield ledger(chosen, width)
     yield ""
     for label, text in _facts(plan, chosen):
-        yield f"  {label:<9} {text}"
+        yield from _hanging(label, text, width)
     if explain:
         yield ""
         yield from (f"  {line}" for line in explanation(plan, chosen))
     if len(plan.candidates) > 1:
         yield ""
-        yield from _other_ways(plan)
+        yield from _other_ways(plan, width)
     if plan.fixes:
         yield ""
         yield from _fixes(plan)
+
+
+def _hanging(label: str, text: str, width: int) -> Iterator[str]:
+    """A fact with its label, on as many lines as it needs."""
+    first, *more = textwrap.wrap(text, max(width - _INDENT, 20), break_on_hyphens=False, break_long_words=False) or [""]
+    yield f"  {label:<9} {first}"
+    yield from (f"{'':{_INDENT}}{line}" for line in more)
 
 
 def headline(name: str, candidate: Candidate) -> str:
     """Return the plan in one line: model, quantisation, context, users, engine and split."""
     users = "1 user" if candidate.parallel == 1 else f"{candidate.parallel} users"
     each = "" if candidate.parallel == 1 else " each"
-    parts = (name, candidate.quant or "?", f"{candidate.ctx_tokens} tokens{each}", users, candidate.backend)
-    return " · ".join((*parts, _split_words(candidate)))
+    parts = (name, candidate.quant or "?", f"{candidate.ctx_tokens} tokens{each}", users, TITLES[candidate.backend])
+    return " · ".join((*parts, split_words(candidate)))
 
 
-def _split_words(candidate: Candidate) -> str:
-    used = [device for device in candidate.devices if device.layers or device.head]
-    if not used:
-        return "CPU"
-    if len(used) == 1:
-        return f"gpu{used[0].gpu} alone"
-    return f"{candidate.split_mode} split over {len(used)} cards"
+def split_words(candidate: Candidate) -> str:
+    """Return how the model lies on the cards: "layer split over 2 cards", "tensor parallel 2", "gpu0 alone", "CPU"."""
+    shape, cards = shape_words(candidate), len([device for device in candidate.devices if not device.idle])
+    if not candidate.devices or not (cards or candidate.verdict == "illegal"):
+        return f"CPU, {shape}" if shape else "CPU"
+    if not shape:
+        return ", ".join(f"gpu{device.gpu}" for device in candidate.devices if not device.idle) + " alone"
+    return f"{shape} over {cards} cards" if candidate.backend != "vllm" else shape
+
+
+def shape_words(candidate: Candidate) -> str:
+    """Return how the model is divided: "layer split", "tensor parallel 2 × pipeline of 2"; "" where it is not."""
+    if candidate.backend != "vllm":
+        used = [device for device in candidate.devices if not device.idle]
+        return f"{candidate.split_mode} split" if len(used) > 1 else ""
+    parts = [f"tensor parallel {candidate.tensor_parallel}"] if candidate.tensor_parallel > 1 else []
+    parts += [f"pipeline of {candidate.pipeline_parallel}"] if candidate.pipeline_parallel > 1 else []
+    parts += [f"{candidate.replicas} replicas"] if candidate.replicas > 1 else []
+    return " × ".join(parts)
 
 
 def ledger(candidate: Candidate, width: int) -> RenderableType:
@@ -100,8 +132,10 @@ def _layers(device: PlannedDevice) -> str:
 
 
 def _facts(plan: Plan, candidate: Candidate) -> Iterator[tuple[str, str]]:
+    if plan.why:
+        yield "engine", plan.why
     bound = candidate.speed.bound_tok_s
-    if candidate.verdict == "does-not-fit":
+    if candidate.verdict in ("does-not-fit", "illegal"):
         pass  # the speed of what cannot run would only raise hopes
     elif bound is not None:
         # Rounded down: what is printed as a bound must not be above it.
@@ -121,6 +155,9 @@ def _facts(plan: Plan, candidate: Candidate) -> Iterator[tuple[str, str]]:
 
 def explanation(plan: Plan, candidate: Candidate) -> Iterator[str]:
     """Yield the sums behind the ledger, to be checked by hand."""
+    if candidate.backend == "vllm":
+        yield from _vllm_sums(plan, candidate)
+        return
     facts, wants = plan.model, candidate.wants
     total = sum(layer.weights_bytes for layer in facts.layers)
     yield f"weights   {len(facts.layers)} layers {gib(total)} + head {gib(facts.head_bytes)} on the cards;"
@@ -138,20 +175,73 @@ def explanation(plan: Plan, candidate: Candidate) -> Iterator[str]:
     yield f"headroom  {gib(wants.headroom_bytes)} of the spare memory is kept on each card"
 
 
-def _other_ways(plan: Plan) -> Iterator[RenderableType]:
-    table = plain_table([("other ways", "left"), ("", "left"), ("tokens/s at most", "right"), ("", "left")])
-    for candidate in plan.candidates:
-        if candidate is plan.chosen:
-            continue
+def _vllm_sums(plan: Plan, candidate: Candidate) -> Iterator[str]:
+    facts, wants = plan.model, candidate.wants
+    assert isinstance(wants, VllmWants)
+    parts = candidate.tensor_parallel
+    cut = f", each layer cut into {parts} parts" if parts > 1 else ""
+    yield f"weights   {gib(model_bytes(facts))} in all{cut} (from {facts.source})"
+    layer = facts.layers[0]
+    yield (
+        f"KV        per layer and token {max(1, layer.kv_heads // parts)} heads on each card ×"
+        f" ({layer.key_length} K + {layer.value_length} V) {candidate.kv_type}"
+    )
+    held = f"{planned_kv_tokens(candidate, facts)} tokens in all"
+    yield f"          {held}, {candidate.ctx_tokens} for each of {candidate.parallel} users at most"
+    if not candidate.devices:
+        return
+    share = wants.gpu_memory_utilization or DEFAULT_UTILISATION
+    yield f"share     vLLM takes {share:g} of what CUDA sees of a card (98 % of the driver's figure);"
+    yield "          what weights, compute and runtime leave of that is KV cache"
+    yield "compute   activations of a batch and what CUDA and NCCL hold, measured: 0.3 to 0.7 GiB"
+    yield "runtime   CUDA graphs, measured: 0.1 to 0.7 GiB; none with -- --enforce-eager"
+
+
+def _other_ways(plan: Plan, width: int) -> Iterator[RenderableType]:
+    others = [candidate for candidate in plan.candidates if candidate is not plan.chosen]
+    yield fitting(
+        width, lambda: _ways_table(plan, others, narrow=False), lambda: _ways_table(plan, others, narrow=True)
+    )
+    for candidate in others:
+        if candidate.verdict == "illegal":
+            first, *more = candidate.reasons
+            sizes = [reason for reason in more if reason.startswith("tensor parallel sizes")]
+            yield ""
+            yield from _hanging("illegal", f"{_name(candidate)}: {'; '.join((first, *sizes))}", width)
+
+
+def _ways_table(plan: Plan, others: Sequence[Candidate], *, narrow: bool) -> Table:
+    table = plain_table(
+        [("other ways", "left"), ("", "left"), ("at most", "right"), *([] if narrow else [("", "left")])],
+    )
+    for candidate in others:
         bound = candidate.speed.bound_tok_s
-        used = ",".join(f"gpu{device.gpu}" for device in candidate.devices) or "none"
-        table.add_row(
-            f"{candidate.backend}, {_split_words(candidate)}",
-            VERDICT_WORDS[candidate.verdict][0].lower(),
-            f"{math.floor(bound)}" if bound else "?",
-            f"--gpus {used}",
-        )
-    yield table
+        cells = [
+            _name(candidate) if narrow else f"{_name(candidate)}, {candidate.quant or '?'}",
+            _SHORT_VERDICTS[candidate.verdict],
+            f"{math.floor(bound)} tok/s" if bound and candidate.verdict not in ("does-not-fit", "illegal") else "",
+        ]
+        table.add_row(*cells, *([] if narrow else [_how(plan, candidate)]))
+    return table
+
+
+def _name(candidate: Candidate) -> str:
+    return f"{TITLES[candidate.backend]}, {split_words(candidate)}"
+
+
+def _how(plan: Plan, candidate: Candidate) -> str:
+    """The options that would choose this way, or the command that makes it possible."""
+    if candidate.verdict == "unavailable":
+        return next(iter(candidate.reasons), "").removeprefix("not installed: ").removeprefix("install it from ")
+    if candidate.verdict == "does-not-fit":
+        return f"{gib(candidate.short_bytes)} short"
+    if candidate.verdict == "illegal":
+        return "see below"
+    words = [f"--backend {candidate.backend}"] if candidate.backend != plan.chosen.backend else []
+    used = ",".join(f"gpu{device.gpu}" for device in candidate.devices) or "none"
+    if {d.gpu for d in candidate.devices} != {d.gpu for d in plan.chosen.devices}:
+        words.append(f"--gpus {used}")
+    return " ".join(words)
 
 
 def _fixes(plan: Plan) -> Iterator[RenderableType]:

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mgpu.cli.views.plan import shape_words, split_words
 from mgpu.cli.views.words import card_name, cell_gib, sizes
+from mgpu.planning.choice import TITLES
 from mgpu.units import GIB, gib, seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mgpu.backends.llama_cpp_log import DeviceBuffers
-    from mgpu.backends.llama_cpp_metrics import Rates, Sample
+    from mgpu.backends.backend import DeviceMemory
+    from mgpu.backends.samples import Rates, Sample
     from mgpu.models.fetch import Progress
     from mgpu.planning.candidates import Candidate, PlannedDevice
     from mgpu.running.client import Answer, Canary
@@ -42,17 +44,19 @@ def plan_line(candidate: Candidate) -> str:
     """Return the plan in one line: engine, quantisation, split, memory by card."""
     used = _used(candidate)
     if not used:
-        where = f"CPU · {gib(candidate.host.total_bytes)} of RAM"
+        where = f"{split_words(candidate)} · {gib(candidate.host.total_bytes)} of RAM"
     else:
-        split = f"{candidate.split_mode} split over " if len(used) > 1 else ""
+        shape = shape_words(candidate)
         cards = ", ".join(f"gpu{device.gpu}" for device in used)
-        where = f"{split}{cards} · " + " + ".join(f"{device.total_bytes / GIB:.2f}" for device in used) + " GiB"
+        where = f"{shape} over {cards}" if shape else cards
+        where += " · " + " + ".join(f"{device.total_bytes / GIB:.2f}" for device in used) + " GiB"
         if candidate.host.layers:
             where += f", {candidate.host.layers} layers in RAM ({gib(candidate.host.total_bytes)})"
     users = "" if candidate.parallel == 1 else f" × {candidate.parallel} users"
     bound = candidate.speed.bound_tok_s
     speed = f" · at most {int(bound)} tokens/s" if bound else ""
-    return f"{candidate.backend} · {candidate.quant or '?'} · {candidate.ctx_tokens} tokens{users} · {where}{speed}"
+    what = f"{candidate.quant or '?'} · {candidate.ctx_tokens} tokens{users}"
+    return f"{TITLES[candidate.backend]} · {what} · {where}{speed}"
 
 
 def fetch_line(progress: Progress, rate_bytes_s: float | None, width: int) -> RenderableType:
@@ -74,11 +78,11 @@ def load_line(loading: Loading, file_bytes: int, width: int) -> RenderableType:
     return _bar_line(f"{'load':<8} {loading.phase}", mapped / file_bytes if file_bytes else None, words, width)
 
 
-def check_line(candidate: Candidate, buffers: Mapping[str, DeviceBuffers], canary: Canary) -> str:
+def check_line(candidate: Candidate, memory: Mapping[int, DeviceMemory], canary: Canary) -> str:
     """Return what the cards really hold, and how the engine answered."""
     held = [
         f"gpu{device.gpu} {actual.total_bytes / GIB:.2f} of {(device.total_bytes - device.runtime_bytes) / GIB:.2f}"
-        for device, actual in _actual(candidate, buffers)
+        for device, actual in _actual(candidate, memory)
         if actual
     ]
     cards = f"{', '.join(held)} GiB planned · " if held else ""
@@ -86,13 +90,19 @@ def check_line(candidate: Candidate, buffers: Mapping[str, DeviceBuffers], canar
     return f"{cards}answered in {seconds(canary.seconds)}{rate}"
 
 
-def complaints(candidate: Candidate, buffers: Mapping[str, DeviceBuffers], canary: Canary) -> list[str]:
-    """Return what is not as planned: a card that holds nothing, one that holds more, an answer like garbage."""
+def complaints(
+    candidate: Candidate, memory: Mapping[int, DeviceMemory], canary: Canary, *, tells_every_card: bool
+) -> list[str]:
+    """Return what is not as planned: a card that holds nothing, one that holds more, an answer like garbage.
+
+    Where the engine does not tell of every card, one it is silent about is no complaint.
+    """
     found = []
-    for device, actual in _actual(candidate, buffers):
+    for device, actual in _actual(candidate, memory):
         name = f"gpu{device.gpu} ({device.device})"
         if actual is None or not actual.weights_bytes:
-            found.append(f"{name} was planned to hold layers and holds none: the model runs elsewhere")
+            if tells_every_card:
+                found.append(f"{name} was planned to hold layers and holds none: the model runs elsewhere")
             continue
         planned = device.total_bytes - device.runtime_bytes
         if actual.total_bytes > planned * (1 + _TOLERATED_EXCESS):
@@ -106,7 +116,7 @@ def complaints(candidate: Candidate, buffers: Mapping[str, DeviceBuffers], canar
     return found
 
 
-def actual_data(candidate: Candidate, buffers: Mapping[str, DeviceBuffers]) -> list[dict[str, Any]]:
+def actual_data(candidate: Candidate, memory: Mapping[int, DeviceMemory]) -> list[dict[str, Any]]:
     """Return planned and actual bytes by card, for JSON."""
     return [
         {
@@ -119,7 +129,7 @@ def actual_data(candidate: Candidate, buffers: Mapping[str, DeviceBuffers]) -> l
             "compute_bytes": actual.compute_bytes if actual else None,
             "actual_bytes": actual.total_bytes if actual else None,
         }
-        for device, actual in _actual(candidate, buffers)
+        for device, actual in _actual(candidate, memory)
     ]
 
 
@@ -180,13 +190,13 @@ def status_data(
     rates: Rates | None,
     up_s: float,
     candidate: Candidate,
-    buffers: Mapping[str, DeviceBuffers],
+    memory: Mapping[int, DeviceMemory],
 ) -> dict[str, Any]:
     """Return the status as JSON, with the names of the contract's instance."""
     return {
         "gpus": [
             {"uuid": held["uuid"], "index": held["gpu"], **{k: held[k] for k in ("planned_bytes", "actual_bytes")}}
-            for held in actual_data(candidate, buffers)
+            for held in actual_data(candidate, memory)
         ],
         "state": "ready" if sample else "degraded",
         "up_seconds": round(up_s, 1),
@@ -200,11 +210,11 @@ def status_data(
     }
 
 
-def cards_line(candidate: Candidate, buffers: Mapping[str, DeviceBuffers]) -> str:
+def cards_line(candidate: Candidate, memory: Mapping[int, DeviceMemory]) -> str:
     """Return what each card holds of this engine, in one line; empty on the CPU."""
     return "      ".join(
         f"gpu{device.gpu} {card_name(device.name)}  {cell_gib(actual.total_bytes)}/{cell_gib(device.card_bytes, 1)} GiB"
-        for device, actual in _actual(candidate, buffers)
+        for device, actual in _actual(candidate, memory)
         if actual
     )
 
@@ -229,17 +239,16 @@ def _bar_line(label: str, fraction: float | None, words: str, width: int) -> Ren
 
 
 def _used(candidate: Candidate) -> list[PlannedDevice]:
-    return [device for device in candidate.devices if device.layers or device.head]
+    return [device for device in candidate.devices if not device.idle]
 
 
 def _actual(
-    candidate: Candidate, buffers: Mapping[str, DeviceBuffers]
-) -> Iterator[tuple[PlannedDevice, DeviceBuffers | None]]:
-    """Each used card with what the engine allocated there. Pinned NVIDIA cards are renumbered from CUDA0 on."""
-    used = _used(candidate)
-    pinned = bool(used) and all(device.uuid and device.device.startswith("CUDA") for device in used)
-    for i, device in enumerate(used):
-        yield device, buffers.get(f"CUDA{i}" if pinned else device.device)
+    candidate: Candidate, memory: Mapping[int, DeviceMemory]
+) -> Iterator[tuple[PlannedDevice, DeviceMemory | None]]:
+    """Each used card with what the engine says it allocated there, None where it says nothing."""
+    for index, device in enumerate(candidate.devices):
+        if not device.idle:
+            yield device, memory.get(index)
 
 
 def _clock(duration_s: float) -> str:

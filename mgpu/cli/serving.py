@@ -1,0 +1,222 @@
+"""From a plan to an engine that is started, proven and, on the way out, stopped; or to one that already runs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mgpu.backends import load_backend
+from mgpu.backends.backend import unchanged
+from mgpu.cli.engines import require_engine
+from mgpu.errors import EngineFailed
+from mgpu.models.source import OllamaTag
+from mgpu.running.client import EngineClient, Link, Refused
+from mgpu.running.start import EngineDied, death, wait_for, wait_until_ready
+
+if TYPE_CHECKING:
+    from mgpu.backends.backend import Backend, Launch
+    from mgpu.backends.engine import Engine
+    from mgpu.cli.prepare import Prepared
+    from mgpu.cli.screens import RunScreen
+    from mgpu.running.ollama_attach import Attached
+    from mgpu.running.ollama_link import OllamaLink
+    from mgpu.running.process import EngineProcess
+
+_PORT_ATTEMPTS = 5
+_SERVER_ERRORS = 500
+# An engine that never became ready has no client to wait for.
+_UNREADY_GRACE_S = 3.0
+# Between a broken connection and the end of a process that first writes a backtrace.
+_BREAKING_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where and how to serve; `port` is None when any free one will do."""
+
+    host: str
+    port: int | None
+    name: str
+    name_chosen: bool
+    api_key: str | None
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """An engine that answers. `process` is None for one that somebody else started: mgpu leaves it running."""
+
+    backend: Backend
+    link: Link
+    process: EngineProcess | None
+
+    def cause(self, error: EngineFailed) -> EngineFailed:
+        """Return what ended the engine, where a request failed because of that; else the error itself."""
+        dying = error.code == "engine-died" or (isinstance(error, Refused) and error.status >= _SERVER_ERRORS)
+        # The connection breaks, or an error is answered, a moment before the process is gone.
+        if self.process and dying and self.process.wait(_BREAKING_S) is not None:
+            return death(self.process, self.backend)
+        return error
+
+
+@contextlib.contextmanager
+def started(prepared: Prepared, endpoint: Endpoint, folder: Path, screen: RunScreen) -> Iterator[Session]:
+    """The engine, started in `folder`, ready and proven; stopped on the way out. A port lost to a race is replaced."""
+    from mgpu.running.ports import choose_port
+
+    engine = prepared.engine or require_engine(prepared.backend)
+    for attempt in range(1, _PORT_ATTEMPTS + 1):
+        port = choose_port(endpoint.host, endpoint.port)
+        with contextlib.ExitStack() as stack:
+            try:
+                session = stack.enter_context(_running(prepared, endpoint, port, engine, folder, screen))
+            except EngineDied as died:
+                if died.code != "port-in-use" or endpoint.port is not None or attempt == _PORT_ATTEMPTS:
+                    raise
+                continue
+            yield session
+            return
+
+
+@contextlib.contextmanager
+def attached(prepared: Prepared, found: Attached, screen: RunScreen) -> Iterator[Session]:
+    """A model on the Ollama that already runs, proven; neither is stopped on the way out."""
+    from mgpu.running.ollama_link import OllamaLink
+
+    begun = time.monotonic()
+    backend = load_backend(prepared.backend)
+    with OllamaLink(found.url, _ollama_model(prepared), lines=None) as link:
+        screen.attached(found)
+        _take_in(link, prepared, screen)
+        with screen.loading(prepared.plan.model.file_bytes):
+            link.load()
+        session = Session(backend=backend, link=link, process=None)
+        _check(session, prepared, screen, patience_s=None)
+        screen.ready(prepared.name, found.url, None, prepared.plan.chosen, time.monotonic() - begun, model=link.model)
+        yield session
+
+
+def build_launch(prepared: Prepared, endpoint: Endpoint, *, port: int, folder: Path) -> Launch:
+    """Return the command that would be started."""
+    serving = prepared.serving(
+        prepared.backend, name=endpoint.name, host=endpoint.host, port=port, folder=folder, api_key=endpoint.api_key
+    )
+    return load_backend(prepared.backend).launch(prepared.plan.chosen, serving)
+
+
+@contextlib.contextmanager
+def _running(
+    prepared: Prepared, endpoint: Endpoint, port: int, engine: Engine, folder: Path, screen: RunScreen
+) -> Iterator[Session]:
+    from mgpu.running.ports import client_host
+    from mgpu.running.process import EngineProcess, stop_stages
+    from mgpu.running.reaper import private_folder, watch
+    from mgpu.running.state import rotate
+
+    backend = load_backend(prepared.backend)
+    serving = prepared.serving(
+        backend.name, name=endpoint.name, host=endpoint.host, port=port, folder=folder, api_key=endpoint.api_key
+    )
+    launch = backend.launch(prepared.plan.chosen, replace(serving, program=engine.path))
+    if backend.fitted is not unchanged:
+        screen.asking_for_flags(engine)
+        launch = backend.fitted(launch, engine)
+    temporary = backend.temporary_folder(folder) if backend.temporary_folder else None
+    if temporary:
+        private_folder(temporary)
+    log_path = folder / "engine.log"
+    rotate(log_path)
+    begun = time.monotonic()
+    url = f"http://{client_host(endpoint.host)}:{port}"
+    environment = backend.environment()[0] | dict(launch.env)
+    # A parent-death signal reaches the engine alone; what it starts, or what it is a script for, needs the reaper.
+    with EngineProcess.start(launch.argv, env=environment, log_path=log_path) as process, watch(process.pid, temporary):
+        grace_s = min(backend.stop_grace_s, _UNREADY_GRACE_S)
+        try:
+            screen.started(process, engine)
+            with _link(prepared, endpoint, url, process) as link:
+                session = Session(backend=backend, link=link, process=process)
+                with screen.loading(prepared.plan.model.file_bytes) as on_loading:
+                    wait_until_ready(process, link, backend, on_loading, stall_s=endpoint.stall_s)
+                model = _bring_in(session, prepared, screen, endpoint.stall_s)
+                _check(session, prepared, screen, patience_s=_patience(endpoint.stall_s))
+                took_s, grace_s = time.monotonic() - begun, backend.stop_grace_s
+                screen.ready(endpoint.name, url, process, prepared.plan.chosen, took_s, model=model)
+                yield session
+        finally:
+            if process.poll() is None:
+                screen.stopping(endpoint.name)
+                begun = time.monotonic()
+                process.stop(stop_stages(grace_s))
+                screen.stopped(endpoint.name, time.monotonic() - begun)
+
+
+def _link(prepared: Prepared, endpoint: Endpoint, url: str, process: EngineProcess) -> EngineClient | OllamaLink:
+    backend = load_backend(prepared.backend)
+    if backend.name != "ollama":
+        return EngineClient(url, backend, model=endpoint.name, api_key=endpoint.api_key)
+    from mgpu.running.ollama_link import OllamaLink
+
+    return OllamaLink(url, _ollama_model(prepared), lines=process.log_lines)
+
+
+def _bring_in(session: Session, prepared: Prepared, screen: RunScreen, stall_s: float) -> str | None:
+    """Have Ollama take in and load the model, which other engines have by now; returns Ollama's name for it."""
+    from mgpu.running.ollama_link import OllamaLink
+
+    link = session.link
+    if not isinstance(link, OllamaLink):
+        return None
+    assert session.process
+    link.require_devices(prepared.plan.chosen)
+    _take_in(link, prepared, screen)
+    with screen.loading(prepared.plan.model.file_bytes) as on_loading:
+        wait_for(link.load, session.process, session.backend, on_loading, stall_s=stall_s)
+    return link.model
+
+
+def _take_in(link: OllamaLink, prepared: Prepared, screen: RunScreen) -> None:
+    source = prepared.weights.source
+    with screen.fetching() as on_progress:
+        weights = source if isinstance(source, OllamaTag) else prepared.weights.path
+        assert weights
+        link.take_in(weights, prepared.plan.chosen, on_progress)
+
+
+def _ollama_model(prepared: Prepared) -> str:
+    from mgpu.running.ollama_link import model_name
+
+    source = prepared.weights.source
+    if isinstance(source, OllamaTag):
+        return f"{source.name}:{source.tag}"
+    return model_name(prepared.name, prepared.weights.facts.quantisation)
+
+
+def _check(session: Session, prepared: Prepared, screen: RunScreen, *, patience_s: float | None) -> None:
+    """See that every planned card holds its part, and get one real answer."""
+    from mgpu.cli.views.status import complaints
+    from mgpu.running.ollama_link import OllamaLink
+
+    candidate, link = prepared.plan.chosen, session.link
+    try:
+        # A device that hangs in its first computation looks busy and says nothing.
+        canary = link.canary(patience_s=patience_s)
+    except EngineFailed as error:
+        raise session.cause(error) from None
+    if isinstance(link, OllamaLink):
+        memory, misplaced = link.memory(candidate), list(link.complaints(candidate))
+    else:
+        assert session.process
+        memory, misplaced = session.backend.memory(session.process.log_lines(), candidate), []
+    misplaced += complaints(candidate, memory, canary, tells_every_card=session.backend.tells_every_card)
+    screen.checked(candidate, memory, canary, misplaced)
+
+
+def _patience(stall_s: float) -> float:
+    from mgpu.running.readiness import BUSY_STALL_FACTOR
+
+    return stall_s * BUSY_STALL_FACTOR
