@@ -25,7 +25,11 @@ _PERSONAL = (
     "LLAMA_API_KEY",
     "MGPU_API_KEY",
     "MGPU_LLAMA_SERVER",
+    "MGPU_OLLAMA",
+    "MGPU_OLLAMA_REGISTRY",
+    "MGPU_VLLM",
     "MGPU_ROOT",
+    "VLLM_API_KEY",
     "NO_COLOR",
     "COLUMNS",
 )
@@ -33,12 +37,12 @@ _PERSONAL = (
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """State and configuration of a test's own; the cache is shared, so that models are fetched once."""
+    """State, data and configuration of a test's own; the cache is shared, so that models are fetched once."""
     home = tmp_path_factory.mktemp("home")
-    for variable, folder in (("XDG_STATE_HOME", "state"), ("XDG_CONFIG_HOME", "config")):
+    for variable, folder in (("XDG_STATE_HOME", "state"), ("XDG_CONFIG_HOME", "config"), ("XDG_DATA_HOME", "data")):
         monkeypatch.setenv(variable, str(home / folder))
     for variable in list(os.environ):
-        if variable in _PERSONAL or variable.startswith("LLAMA_ARG_"):
+        if variable in _PERSONAL or variable.startswith(("LLAMA_ARG_", "OLLAMA_")):
             monkeypatch.delenv(variable)
     return home
 

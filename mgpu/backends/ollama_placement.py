@@ -37,7 +37,7 @@ def missing_devices(candidate: Candidate, lines: Sequence[str]) -> str | None:
     seen = {planned_index(device, candidate) for device in found} - {None}
     lost = [device for index, device in enumerate(candidate.devices) if not device.idle and index not in seen]
     if not found:
-        return f"Ollama found no card and will run on the CPU; {_names(planned)} was asked for"
+        return f"Ollama found no card and will run on the CPU; asked for: {_names(planned)}"
     if lost:
         others = ", ".join(device.description or device.name for device in found)
         return f"Ollama did not find {_names(lost)}; it sees only {others}"
@@ -73,7 +73,7 @@ def verify_placement(candidate: Candidate, lines: Sequence[str], loaded: LoadedM
 def _misplaced(candidate: Candidate, planned: Sequence[PlannedDevice], runner: Runner) -> list[str]:
     """What stands on other cards than planned."""
     if not runner.cards:
-        return [f"the whole model is in RAM and runs on the CPU; {_names(planned)} was asked for"]
+        return [f"the whole model is in RAM and runs on the CPU; asked for: {_names(planned)}"]
     held = {planned_index(device, candidate): buffers for device, buffers in runner.cards}
     complaints = []
     strangers = [device for device, _ in runner.cards if planned_index(device, candidate) is None]

@@ -20,13 +20,14 @@ from mgpu.planning.wants import Wants
 
 if TYPE_CHECKING:
     from mgpu.planning.candidates import Candidate
+    from mgpu.running.ollama_attach import Attached, Foreign
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
     """One engine with all that its plan is made of: the forms of the model that it takes (the preferred one first),
     its cards, the wishes as it understands them, its own arguments, and what to tell the user when it is chosen.
-    `engine` is None where it is not installed."""
+    `engine` is None where it is not installed; `running` is what already answers at Ollama's address."""
 
     backend: str
     engine: Engine | None
@@ -35,7 +36,15 @@ class Way:
     gpus: tuple[Gpu, ...]
     wants: Wants
     arguments: tuple[str, ...] = ()
+    running: Attached | Foreign | None = None
     remarks: tuple[str, ...] = ()
+
+    @property
+    def available(self) -> bool:
+        """Whether there is an engine to run: an installed one, or one that runs already."""
+        from mgpu.running.ollama_attach import Attached
+
+        return self.engine is not None or isinstance(self.running, Attached)
 
     def offer(self, machine: Machine, model: Model) -> tuple[Offer, Weights]:
         """Return what the engine can make of the model, in the first form that fits, or else in the first one."""
@@ -47,7 +56,7 @@ class Way:
             backend=self.backend,
             facts=weights.facts,
             candidates=candidates,
-            install=None if self.engine else self.install,
+            install=None if self.available else self.install,
             on_disk=weights.path is not None,
         )
         if not any(each.verdict == "fits" for each in candidates):
@@ -216,8 +225,21 @@ def find_way(
         gpus=gpus,
         wants=wants,
         arguments=arguments.handed_on,
+        running=_running(options) if backend == Backend.ollama and machine.source != "simulated" else None,
         remarks=tuple(remarks),
     )
+
+
+def _running(options: PlannerOptions) -> Attached | Foreign | None:
+    """What answers where an Ollama would. An address that makes no sense matters only to who asks for Ollama."""
+    from mgpu.running.ollama_attach import attach
+
+    try:
+        return attach()
+    except UsageError:
+        if options.backend == Backend.ollama:
+            raise
+        return None
 
 
 def _install(backend: str, gpus: Sequence[Gpu]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mgpu.backends.backend import Serving
 from mgpu.backends.engine import LLAMA_CPP, DeviceQuery, Engine, find_llama_server
@@ -20,6 +21,9 @@ from mgpu.models.source import ModelFolder, ModelSource, parse_model
 from mgpu.planning.choice import TITLES, Offer, Preference, choose, preference
 from mgpu.planning.plan import Plan
 from mgpu.planning.wants import Goal
+
+if TYPE_CHECKING:
+    from mgpu.running.ollama_attach import Attached, Foreign
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +57,11 @@ class Prepared:
         return None if self.simulated else self.ways[self.backend].engine
 
     @property
+    def running(self) -> Attached | Foreign | None:
+        """What already answers at Ollama's address, where Ollama was chosen."""
+        return self.ways[self.backend].running
+
+    @property
     def weights(self) -> Weights:
         """The form of the model that the chosen engine loads."""
         return self.weights_by_engine[self.backend]
@@ -70,6 +79,13 @@ class Prepared:
             arguments=self.ways[backend].arguments,
             api_key=api_key,
         )
+
+    def left_to_itself(self) -> Prepared:
+        """Return the plan for an Ollama that is used as it is: it takes one card where that is enough."""
+        own = min(self.plan.candidates, key=lambda each: (each.backend != self.backend, len(each.devices)))
+        if own is self.plan.chosen or own.verdict != "fits":
+            return self
+        return replace(self, plan=replace(self.plan, candidates=(own,), best=0))
 
     def fetched(self, path: Path) -> Prepared:
         """Return the same plan for the chosen engine, made from the model that is now at `path`."""
@@ -127,7 +143,7 @@ def prepare(
     elif len(offers) == 1:
         plan = replace(plan, why=None)
     chosen = plan.chosen.backend
-    if machine is None and engines[chosen] is None:
+    if machine is None and not ways[chosen].available:
         warnings.append(f"{TITLES[chosen]} is not installed (planned as if it were): {ways[chosen].install}")
     if unconfirmed := weights[chosen].unconfirmed:
         warnings.append(f"planned from what was read of {source} before: {unconfirmed}")

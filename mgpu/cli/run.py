@@ -79,7 +79,9 @@ def run(
     if not endpoint.api_key and not is_loopback(endpoint.host):
         screen.warn([f"--host {endpoint.host} lets everybody in the network use this server: set MGPU_API_KEY"])
     running = _running_ollama(prepared, endpoint, screen)
-    if running is None:
+    if running:
+        prepared = _as_it_is(prepared, screen)
+    else:
         require_engine(prepared.backend)
     _require_fit(prepared)
     # An unusable port is said before gigabytes are fetched for it.
@@ -115,9 +117,9 @@ def _running_ollama(prepared: Prepared, endpoint: Endpoint, screen: RunScreen) -
     if prepared.backend != Backend.ollama:
         return None
     from mgpu.backends.ollama import INSTALL_OLLAMA
-    from mgpu.running.ollama_attach import HOST_VARIABLE, Foreign, attach
+    from mgpu.running.ollama_attach import HOST_VARIABLE, Foreign
 
-    found = attach()
+    found = prepared.running
     if isinstance(found, Foreign):
         if os.environ.get(HOST_VARIABLE) or prepared.engine is None:
             raise Missing(
@@ -133,6 +135,15 @@ def _running_ollama(prepared: Prepared, endpoint: Endpoint, screen: RunScreen) -
             hint="leave --port out, or stop that Ollama and mgpu starts one of its own",
         )
     return found
+
+
+def _as_it_is(prepared: Prepared, screen: RunScreen) -> Prepared:
+    """The plan that a running Ollama will follow, which mgpu does not reconfigure."""
+    own = prepared.left_to_itself()
+    wanted, taken = len(prepared.plan.chosen.devices), len(own.plan.chosen.devices)
+    if wanted != taken:
+        screen.warn([f"planned were {wanted} cards; the Ollama that runs already takes {taken} by its own rules"])
+    return own
 
 
 def _require_fit(prepared: Prepared) -> None:

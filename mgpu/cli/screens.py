@@ -98,7 +98,8 @@ class RunScreen:
         if last:
             self._event("fetched", name=last[0].name, seconds=round(time.monotonic() - begun, 3))
             done = last[0].total_bytes or last[0].done_bytes
-            self._step("fetch", f"{last[0].name}  {sizes(done)} in {seconds(time.monotonic() - begun)}")
+            label = "fetch" if last[0].stage in ("downloading", "checking", "unpacking") else "import"
+            self._step(label, f"{last[0].name}  {sizes(done)} in {seconds(time.monotonic() - begun)}")
 
     def started(self, process: EngineProcess, engine: Engine) -> None:
         """Say which process was started."""

@@ -208,7 +208,7 @@ def _on_hub(source: HubRepository) -> Model:
     found = model_on_hub(source)
     if isinstance(found, RemoteConfig):
         facts = facts_from_remote(found, name)
-        weights = Weights(facts=facts, source=HubFolder(repository=source.repository))
+        weights = Weights(facts=facts, source=HubFolder(repository=source.repository), unconfirmed=found.unconfirmed)
         return Model(name=name, kind="a model in safetensors", safetensors=(weights,))
     weights = Weights(
         facts=replace(found.facts, name=name), source=found.files, remote=found, unconfirmed=found.unconfirmed

@@ -154,8 +154,9 @@ class Scheduler:
         """The runner of a model, started if need be; other options start it anew. Raises LoadFailed, NotFound."""
         with self._lock:
             path = self.store.model_file(name)
+            given = {**self.store.manifest(name).get("parameters", {}), **options}
             kept = {
-                key: value for key, value in options.items() if key in ("num_ctx", "num_gpu", "num_batch", "main_gpu")
+                key: value for key, value in given.items() if key in ("num_ctx", "num_gpu", "num_batch", "main_gpu")
             }
             known = self.runners.get(full_name(name))
             if known is not None and (known.process.poll() is not None or known.options != kept):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mgpu.backends.samples import Sample
 from mgpu.cli.views.plan import shape_words, split_words
 from mgpu.cli.views.words import card_name, cell_gib, sizes
 from mgpu.planning.choice import TITLES
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mgpu.backends.backend import DeviceMemory
-    from mgpu.backends.samples import Rates, Sample
+    from mgpu.backends.samples import Rates
     from mgpu.models.fetch import Progress
     from mgpu.planning.candidates import Candidate, PlannedDevice
     from mgpu.running.client import Answer, Canary
@@ -154,6 +155,8 @@ def status_parts(sample: Sample | None, rates: Rates | None, up_s: float) -> lis
     """Return the status in parts: state, requests, rates, KV cache use."""
     if sample is None:
         return [f"degraded {_clock(up_s)}", "the engine does not answer"]
+    if sample == Sample(at=sample.at):
+        return [f"ready {_clock(up_s)}", "its counters cannot be read"]
     parts = [f"ready {_clock(up_s)}", f"{_count(sample.running)} running, {_count(sample.waiting)} waiting"]
     if rates:
         parts.append(f"{_rate(rates.generation_tok_s)} tok/s")
@@ -230,6 +233,7 @@ def sparkline(values: Sequence[float]) -> str:
 def _bar_line(label: str, fraction: float | None, words: str, width: int) -> RenderableType:
     from rich.text import Text
 
+    label = label if len(label) + len(words) + 4 <= width else f"{label[: max(8, width - len(words) - 5)]}…"
     room = min(30, width - len(label) - len(words) - 6)
     parts: list[Any] = [label, "  "]
     if fraction is not None and room >= 5:
