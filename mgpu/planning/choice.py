@@ -12,6 +12,7 @@ from mgpu.planning.plan import Fix, Plan
 from mgpu.planning.wants import Goal
 from mgpu.units import GIB
 
+_LINE = 88  # what the screens have for it in 100 columns
 # The verdicts from best to worst; the first two can run.
 _RANKS = ("fits", "fits-with-offload", "unavailable", "does-not-fit", "illegal")
 
@@ -49,27 +50,16 @@ def preference(goal: Goal, parallel: int, gpus: Sequence[Gpu], offers: Sequence[
     the smallest files and starts soonest, and fits unequal cards. Engines whose form of the model is on disk go first
     where others would have to fetch gigabytes.
     """
-    engines = [offer.backend for offer in offers]
-    if "vllm" not in engines:
-        order, why = _LLAMA_FIRST, "llama.cpp runs a GGUF file exactly as planned; Ollama decides the split by itself"
-    elif not gpus:
-        order, why = _LLAMA_FIRST, "llama.cpp is made for machines without a card, too"
-    elif goal is Goal.throughput:
-        users = "many users" if parallel == 1 else f"{parallel} users"
-        order, why = _VLLM_FIRST, f"vLLM serves {users} fastest (batching)"
-    elif len(gpus) == 1:
-        order, why = _LLAMA_FIRST, "llama.cpp starts soonest and has the smallest files, for one user on one card"
-    elif not _alike(gpus):
-        order, why = _LLAMA_FIRST, "llama.cpp deals layers to unequal cards by their memory"
-    elif (cards := _read_at_once(offers)) > 1:
-        order, why = _VLLM_FIRST, f"vLLM reads {cards} equal cards at once"
-    else:
-        order, why = _LLAMA_FIRST, f"vLLM could not read these {len(gpus)} cards at once, so that llama.cpp is as fast"
-    on_disk = {offer.backend for offer in offers if offer.on_disk}
+    order, why = _by_users_and_cards(goal, parallel, gpus, offers)
+    engines = {offer.backend: offer for offer in offers}
+    if order[0] not in engines:
+        why = f"{TITLES[order[0]]} would be first, but cannot be used here"
     order = tuple(engine for engine in order if engine in engines)
-    there = tuple(engine for engine in order if engine in on_disk)
+    there = tuple(engine for engine in order if engines[engine].on_disk)
     if there and order[0] not in there:
-        why += f"; the model is on disk for {' and '.join(TITLES[engine] for engine in there)} only"
+        on_disk = f"the model is on disk for {' and '.join(TITLES[engine] for engine in there)} only"
+        both = f"{why}; {on_disk}"
+        why = both if len(both) <= _LINE else on_disk
         order = (*there, *(engine for engine in order if engine not in there))
     return Preference(order=order, why=why)
 
@@ -78,14 +68,15 @@ def choose(offers: Sequence[Offer], preferred: Preference, machine: Machine) -> 
     """Return the plan made of all engines' offers: what can run comes first, by preference among equals.
 
     An engine that is not installed is not chosen where another one is; its ways that would fit are then "unavailable",
-    and when nothing else fits, the command that installs it is a way out. `why` says in one line how it came about.
-    There must be at least one offer, and a candidate in each.
+    and when nothing else fits, the command that installs it is a way out. `why` says in one line of at most 88
+    characters how it came about. There must be at least one offer, and a candidate in each.
     """
     offers = sorted(offers, key=lambda offer: preferred.order.index(offer.backend))
-    if any(offer.install is None for offer in offers):
-        offers = [_not_installed(offer) if offer.install else offer for offer in offers]
-    pairs = [(offer, candidate) for offer in offers for candidate in offer.candidates]
-    pairs.sort(key=lambda pair: _RANKS.index(pair[1].verdict))
+    if not any(offer.install is None for offer in offers):
+        offers = [replace(offer, install=None) for offer in offers]  # planned as if they were
+    pairs = [(offer, candidate) for offer in offers for candidate in _available(offer)]
+    # Of what cannot run, the installed come first: to say of an engine that is not there what it lacks helps nobody.
+    pairs.sort(key=lambda pair: (_RANKS.index(pair[1].verdict), pair[0].install is not None))
     best = 0 if _runs(pairs[0][1]) else None
     chosen = pairs[0][0]
     return Plan(
@@ -106,47 +97,89 @@ def _runs(candidate: Candidate) -> bool:
     return candidate.verdict == "fits" or (candidate.verdict == "fits-with-offload" and candidate.wants.offload)
 
 
-def _not_installed(offer: Offer) -> Offer:
+def _by_users_and_cards(
+    goal: Goal, parallel: int, gpus: Sequence[Gpu], offers: Sequence[Offer]
+) -> tuple[tuple[str, ...], str]:
+    """All engines in their order, and why."""
+    ways = [each for offer in offers if offer.backend == "vllm" for each in offer.candidates]
+    if not ways:
+        return _LLAMA_FIRST, "llama.cpp runs a GGUF file exactly as planned; Ollama decides the split by itself"
+    if not gpus:
+        return _LLAMA_FIRST, "llama.cpp is made for machines without a card, too"
+    if goal is Goal.throughput:
+        return _VLLM_FIRST, f"vLLM serves {'many' if parallel == 1 else parallel} users fastest (batching)"
+    if len(gpus) == 1:
+        return _LLAMA_FIRST, "llama.cpp has the smallest files for one user on one card"
+    if not _alike(gpus):
+        return _LLAMA_FIRST, "llama.cpp deals layers to unequal cards by their memory"
+    if (cards := next((each.tensor_parallel for each in ways if _runs(each)), 1)) > 1:
+        among = f"{cards} of {len(gpus)}" if cards < len(gpus) else f"{cards}"
+        return _VLLM_FIRST, f"vLLM reads {among} equal cards at once"
+    if any(each.tensor_parallel > 1 and each.verdict == "does-not-fit" for each in ways):
+        return _LLAMA_FIRST, "vLLM would read these cards at once, but does not fit on them"
+    return _LLAMA_FIRST, f"vLLM cannot read these {len(gpus)} cards at once: llama.cpp is as fast"
+
+
+def _available(offer: Offer) -> tuple[Candidate, ...]:
+    """The offer's ways; of an engine that is not installed, none that could run."""
+    if offer.install is None:
+        return offer.candidates
     note = f"not installed: {offer.install}"
-    return replace(
-        offer,
-        candidates=tuple(
-            replace(each, verdict="unavailable", reasons=(note, *each.reasons)) if _runs(each) else each
-            for each in offer.candidates
-        ),
+    return tuple(
+        replace(each, verdict="unavailable", reasons=(note, *each.reasons)) if _runs(each) else each
+        for each in offer.candidates
     )
 
 
 def _fixes(chosen: Offer, offers: Sequence[Offer]) -> Iterator[Fix]:
-    """Ways out of all engines; those of others than the chosen one name theirs."""
+    """Ways out of all engines; those of others than the chosen one name theirs. Nobody installs an engine and changes
+    an option, too, where less would do."""
+    found: list[Fix] = []
     for offer in sorted(offers, key=lambda offer: offer is not chosen):
-        for fix in offer.fixes:
-            yield fix if offer is chosen else replace(fix, change=f"--backend {offer.backend} {fix.change}")
-        if offer.install and (possible := [each for each in offer.candidates if each.verdict == "unavailable"]):
-            yield Fix(change=offer.install, candidate=replace(possible[0], verdict="fits"))
+        if offer.install is None:
+            prefix = "" if offer is chosen else f"--backend {offer.backend} "
+            found += [replace(fix, change=f"{prefix}{fix.change}") for fix in offer.fixes]
+        elif (way := next(filter(_runs, offer.candidates), None)) is not None:
+            found.append(Fix(change=offer.install, candidate=way))
+    yield from found
+    if not found:
+        for offer in offers:
+            prefix = f"{offer.install}, then --backend {offer.backend} "
+            yield from (replace(fix, change=f"{prefix}{fix.change}") for fix in offer.fixes)
 
 
 def _why(chosen: Offer, offers: Sequence[Offer], preferred: Preference) -> str:
-    """The choice in one line: what is preferred and why, and what kept those before the chosen one from being it."""
-    kept = []
-    for offer in offers:
-        if offer is chosen:
-            break
-        verdicts = {candidate.verdict for candidate in offer.candidates}
-        title = "" if offer.backend == preferred.order[0] else f"{TITLES[offer.backend]} "
-        if "unavailable" in verdicts and offer.install:
-            kept.append(f"; {title}not installed: {offer.install}")
-        elif "does-not-fit" in verdicts:
-            kept.append(f"; {title}does not fit")
-        else:
-            kept.append(f"; {title}cannot run it here")
-    return preferred.why + "".join(kept)
+    """The choice in one line: what is preferred and why, and what kept those before the chosen one from being it.
+
+    Where that is too long, what was preferred is left out before the command that installs the first of them is.
+    """
+    before = offers[: offers.index(chosen)]
+    if not before:
+        return preferred.why
+    first, others = before[0], before[1:]
+    is_subject = preferred.why.startswith(TITLES[first.backend]) and ";" not in preferred.why
+    beginning = (preferred.why, _kept(first, titled=not is_subject, command=True))
+    names = [_kept(offer) for offer in others]
+    lines = (
+        (*beginning, *(_kept(offer, command=True) for offer in others)),
+        (*beginning, *names),
+        (_kept(first, command=True), *names),
+        (_kept(first), *names),
+    )
+    joined = ["; ".join(line) for line in lines]
+    return next((line for line in joined if len(line) <= _LINE), joined[-1])
 
 
-def _read_at_once(offers: Sequence[Offer]) -> int:
-    """Over how many cards vLLM would cut each layer."""
-    possible = (each for offer in offers if offer.backend == "vllm" for each in offer.candidates if _runs(each))
-    return next((each.tensor_parallel for each in possible), 1)
+def _kept(offer: Offer, *, titled: bool = True, command: bool = False) -> str:
+    """What kept an engine from being chosen."""
+    verdicts = {candidate.verdict for candidate in offer.candidates}
+    title = f"{TITLES[offer.backend]} " if titled else ""
+    if offer.install and any(map(_runs, offer.candidates)):
+        how = f": {offer.install.removeprefix('install it from ')}" if command else ""
+        return f"{title}{'is ' if titled else ''}not installed{how}"
+    if "fits-with-offload" in verdicts:
+        return f"{title}needs host memory"
+    return f"{title}{'does not fit' if 'does-not-fit' in verdicts else 'cannot run it here'}"
 
 
 def _alike(gpus: Sequence[Gpu]) -> bool:
