@@ -93,7 +93,8 @@ class Backend:
     `ready_path` answers 200 once the engine can take requests. `phase(line)` is what a log line says of loading, in a
     few words, or None. `diagnose(lines, exit_status)` says why it ended. `memory(lines, candidate)` maps the planned
     devices' indices in `candidate.devices` to what the log says was allocated there; of a card that is not in it
-    nothing is known, unless `tells_every_card`. `sample(at, get)` reads its counters. `stop_grace_s` is how long it
+    nothing is known, unless `tells_every_card`. With `maps_weights` the memory its processes hold tells how much of the
+    model is loaded. `sample(at, get)` reads its counters. `stop_grace_s` is how long it
     may take to end politely.
     """
 
@@ -108,4 +109,5 @@ class Backend:
     environment: Callable[[], tuple[dict[str, str], tuple[str, ...]]] = environment_for_engines
     temporary_folder: Callable[[Path], Path] | None = None
     tells_every_card: bool = True
+    maps_weights: bool = True
     stop_grace_s: float = 3.0

@@ -147,6 +147,7 @@ BACKEND = Backend(
     fitted=fitted,
     temporary_folder=temporary_folder,
     tells_every_card=False,
+    maps_weights=False,
     ready_path="/health",
     phase=phase,
     diagnose=diagnose,

@@ -233,6 +233,12 @@ def _follow(session: Session, screen: RunScreen) -> None:
                 elif session.process.wait(screen.sample_every_s) is not None:
                     raise death(session.process, session.backend)
                 current = session.link.sample()
+                if session.process is None and not (current or session.link.is_up()):
+                    raise EngineFailed(
+                        "the engine that somebody else ran is gone",
+                        code="engine-died",
+                        hint="mgpu backends shows what runs",
+                    )
                 show(current, rates(previous, current) if previous and current else None)
                 previous = current or previous
     except KeyboardInterrupt:

@@ -117,8 +117,9 @@ class RunScreen:
         self._step("attach", f"Ollama {found.version} at {found.url}, which holds {held}; used as it is")
 
     @contextlib.contextmanager
-    def loading(self, file_bytes: int) -> Iterator[Callable[[Loading], None]]:
-        """Show how loading goes on; yields what to call with its progress."""
+    def loading(self, file_bytes: int | None) -> Iterator[Callable[[Loading], None]]:
+        """Show how loading goes on; yields what to call with its progress. `file_bytes` is None where nothing tells how
+        much of the model is in memory."""
         phase: list[str] = []
         with self._live(error=True) as draw:
 

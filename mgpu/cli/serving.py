@@ -92,7 +92,7 @@ def attached(prepared: Prepared, found: Attached, screen: RunScreen) -> Iterator
     with OllamaLink(found.url, _ollama_model(prepared), lines=None) as link:
         screen.attached(found)
         _take_in(link, prepared, screen)
-        with screen.loading(prepared.plan.model.file_bytes):
+        with screen.loading(None):
             link.load()
         session = Session(backend=backend, link=link, process=None)
         _check(session, prepared, screen, patience_s=None)
@@ -140,7 +140,7 @@ def _running(
             screen.started(process, engine)
             with _link(prepared, endpoint, url, process) as link:
                 session = Session(backend=backend, link=link, process=process)
-                with screen.loading(prepared.plan.model.file_bytes) as on_loading:
+                with screen.loading(_mapped_bytes(prepared)) as on_loading:
                     wait_until_ready(process, link, backend, on_loading, stall_s=endpoint.stall_s)
                 model = _bring_in(session, prepared, screen, endpoint.stall_s)
                 _check(session, prepared, screen, patience_s=_patience(endpoint.stall_s))
@@ -174,7 +174,7 @@ def _bring_in(session: Session, prepared: Prepared, screen: RunScreen, stall_s: 
     assert session.process
     link.require_devices(prepared.plan.chosen)
     _take_in(link, prepared, screen)
-    with screen.loading(prepared.plan.model.file_bytes) as on_loading:
+    with screen.loading(_mapped_bytes(prepared)) as on_loading:
         wait_for(link.load, session.process, session.backend, on_loading, stall_s=stall_s)
     return link.model
 
@@ -214,6 +214,11 @@ def _check(session: Session, prepared: Prepared, screen: RunScreen, *, patience_
         memory, misplaced = session.backend.memory(session.process.log_lines(), candidate), []
     misplaced += complaints(candidate, memory, canary, tells_every_card=session.backend.tells_every_card)
     screen.checked(candidate, memory, canary, misplaced)
+
+
+def _mapped_bytes(prepared: Prepared) -> int | None:
+    """What will be in memory once the model is loaded, where that can be watched."""
+    return prepared.plan.model.file_bytes if load_backend(prepared.backend).maps_weights else None
 
 
 def _patience(stall_s: float) -> float:

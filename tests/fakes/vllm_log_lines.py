@@ -16,7 +16,7 @@ RECORDED = Path(__file__).parent.parent / "data" / "logs" / "vllm"
 _PREFIX = re.compile(
     r"\((?P<process>\w+) pid=\d+\) (?:(?P<level>[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d (?P<where>\[\S+\]) ?)?(?P<text>.*)"
 )
-_LOGO = ("", "       █     █     █▄   ▄█", " ▄▄ ▄█ █     █     █ ▀▄▀ █  version {version}")
+_LOGO: tuple[str, ...] = ("", "       █     █     █▄   ▄█", " ▄▄ ▄█ █     █     █ ▀▄▀ █  version {version}")
 _LOGO += ("  █▄█▀ █     █     █     █  model   {model}", "   ▀▀  ▀▀▀▀▀ ▀▀▀▀▀ ▀     ▀", "")
 
 
@@ -56,7 +56,7 @@ class Log:
                 continue
             text = match["text"] if match else line
             for pattern, new in (instead or {}).items():
-                text = re.sub(pattern, lambda _, new=new: new, text)  # type: ignore[misc]
+                text = re.sub(pattern, lambda _, new=new: new, text)
             lines.append(self._line(match["level"], match["where"], text) if match else text)
         _write(1 if of else 2, "".join(line + "\n" for line in lines))
 

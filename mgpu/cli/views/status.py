@@ -72,8 +72,12 @@ def fetch_line(progress: Progress, rate_bytes_s: float | None, width: int) -> Re
     return _bar_line(f"{label:<8} {progress.name}", done / total if total else None, words, width)
 
 
-def load_line(loading: Loading, file_bytes: int, width: int) -> RenderableType:
-    """Return one line of loading: the phase, and how much of the file is in memory."""
+def load_line(loading: Loading, file_bytes: int | None, width: int) -> RenderableType:
+    """Return one line of loading: the phase, and how much of the file is in memory, where that can be told."""
+    if file_bytes is None:
+        name, _, percent = loading.phase.partition(", ")  # vLLM counts its files itself
+        fraction = int(percent.split()[0]) / 100 if percent else None
+        return _bar_line(f"{'load':<8} {name}", fraction, f"{percent}  {seconds(loading.seconds)}".strip(), width)
     mapped = min(loading.mapped_bytes, file_bytes)
     words = f"{mapped / _MB:.0f} of {file_bytes / _MB:.0f} MB in memory  {seconds(loading.seconds)}"
     return _bar_line(f"{'load':<8} {loading.phase}", mapped / file_bytes if file_bytes else None, words, width)
