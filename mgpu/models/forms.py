@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgpu.errors import BadModel, Missing, UsageError
+from mgpu.errors import BadModel, MgpuError, Missing, UsageError
 from mgpu.models.facts import ModelFacts
 from mgpu.models.source import (
     GgufFile,
@@ -196,15 +196,18 @@ def _on_hub(source: HubRepository) -> Model:
     from mgpu.models.folder import find_local_folder
     from mgpu.models.gguf_facts import facts_from_gguf
     from mgpu.models.hf import facts_from_folder
+    from mgpu.models.hf_config import is_called
     from mgpu.models.remote import RemoteConfig, facts_from_remote, model_on_hub
 
     name = source.repository.split("/")[1].removesuffix("-GGUF")
     if path := find_local(source):
         weights = Weights(facts=replace(facts_from_gguf(path), name=name), path=path)
         return Model(name=name, kind="a GGUF file", gguf=(weights,))
-    if not source.quantisation and (path := find_local_folder(source.repository)):
-        weights = Weights(facts=replace(facts_from_folder(path), name=name), path=path)
-        return Model(name=name, kind="a model in safetensors", safetensors=(weights,))
+    if path := find_local_folder(source.repository):
+        facts = facts_from_folder(path)
+        if not source.quantisation or is_called(facts.quantisation, source.quantisation):
+            weights = Weights(facts=replace(facts, name=name), path=path)
+            return Model(name=name, kind="a model in safetensors", safetensors=(weights,))
     found = model_on_hub(source)
     if isinstance(found, RemoteConfig):
         facts = facts_from_remote(found, name)
@@ -236,16 +239,31 @@ def _refuse_quantisation(quant: str | None, path: Path) -> None:
 
 
 def _no_quantisation(profile: Profile, quant: str) -> UsageError:
-    there = [*profile.quantisations, *(source.quantisation for source in profile.vllm)]
-    near = difflib.get_close_matches(quant.upper(), list(profile.quantisations), n=1, cutoff=0.3)
+    for_vllm = dict.fromkeys(source.quantisation for source in profile.vllm)
+    there = {name.lower(): name for name in (*profile.quantisations, *for_vllm)}
+    near = difflib.get_close_matches(quant.lower(), there, n=1, cutoff=0.3)
+    also = f"; for vLLM {', '.join(for_vllm)}" if for_vllm else ""
     return UsageError(
-        f"profile {profile.name} has no quantisation {quant}; it has {', '.join(dict.fromkeys(there))}",
-        hint=f"--quant {near[0] if near else profile.default_quantisation}",
+        f"profile {profile.name} has no quantisation {quant}; it has {', '.join(profile.quantisations)}{also}",
+        hint=f"--quant {there[near[0]] if near else profile.default_quantisation}",
     )
 
 
-def missing_form(model: Model, backend: str) -> Missing:
-    """Return the error for a model that the engine called `backend` cannot load in any of its forms."""
+def missing_form(model: Model, backend: str) -> MgpuError:
+    """Return the error for a model that the engine called `backend` cannot load in any of its forms: of a profile, in
+    the quantisation that was asked for."""
+    if profile := model.profile:
+        there = [source.quantisation for source in profile.vllm] if backend == "vllm" else [*profile.quantisations]
+        if there:
+            return UsageError(
+                f"profile {model.name} has no such quantisation for {backend}; it has {', '.join(there)}",
+                hint=f"--quant {there[0]}, or leave --backend out",
+            )
+        return Missing(
+            f"profile {model.name} names no repository that {backend} can load",
+            code="form-unsupported",
+            hint="leave --backend out, or give hf:ORG/REPO",
+        )
     wanted = {"llama.cpp": "a GGUF file", "vllm": "safetensors", "ollama": "a GGUF file or an Ollama tag"}[backend]
     hints = {
         "llama.cpp": "give a .gguf file or a repository with GGUF files; or --backend vllm",
