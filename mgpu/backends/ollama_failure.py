@@ -126,8 +126,11 @@ def load_failure(lines: Sequence[str]) -> Failure | None:
     return None
 
 
-def explain_load(model: str, text: str) -> MgpuError:
-    """Return the error for what Ollama answered to a request that loads or uses `model`."""
+def explain_load(model: str, text: str, lines: Sequence[str] = ()) -> MgpuError:
+    """Return the error for what Ollama answered to a request that loads or uses `model`.
+
+    Where its runner ended, the `lines` of Ollama's log tell more than the answer does.
+    """
     text = _plain(text)
     if re.search(r"model '?.*'? not found|try pulling it first", text):
         return Missing(
@@ -137,7 +140,12 @@ def explain_load(model: str, text: str) -> MgpuError:
         )
     if _TOO_OLD.search(text):
         return EngineFailed(shorten(text), code="engine-too-old", hint="install a newer Ollama")
-    failure = _why_not_loaded(text, ())
+    failure = _why_not_loaded(text, [line for _, line in _window(lines)] if _ENDED.search(text) else ())
+    if failure.code == "exited" and "no longer running" in text:
+        # Ollama does not know its exit status, and the last lines are those of when all was well.
+        return EngineFailed(
+            "the model's llama-server ended while it answered", code="exited", hint="read the end of the log"
+        )
     return EngineFailed(failure.message, code=failure.code, hint=failure.hint)
 
 

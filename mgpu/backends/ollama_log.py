@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from mgpu.backends.backend import DeviceMemory
 from mgpu.backends.llama_cpp_log import HOST, DeviceBuffers, buffers_by_device, parse_line
@@ -64,6 +65,12 @@ def found_devices(lines: Iterable[str]) -> tuple[FoundDevice, ...] | None:
             if fields.get("library", "cpu") != "cpu":
                 found.append(_device(fields))
     return None if found is None else tuple(found)
+
+
+def models_folder(lines: Iterable[str]) -> Path | None:
+    """Return the folder where the server keeps its models, as it said when it started; None if it did not."""
+    match = next(filter(None, map(_MODELS.search, lines)), None)
+    return Path(re.sub(r"\\(.)", r"\1", match["folder"])) if match else None
 
 
 def runners(lines: Sequence[str]) -> tuple[Runner, ...]:
@@ -143,6 +150,8 @@ def phase(line: str) -> str | None:
 _LONGEST_LINE = 8192
 _COMPUTE = 'msg="inference compute"'
 _SINGLE = "single GPU for llama-server model"
+# One of the settings it lists, in the order of their names.
+_MODELS = re.compile(r'msg="server config" env="map\[(?:[^"\\]|\\.)*? OLLAMA_MODELS:(?P<folder>(?:[^"\\]|\\.)+?) \w+:')
 _DISCOVERY = re.compile(r'msg="(?:discovering available GPUs|looking for compatible GPUs)')
 # Up to 0.24 the cards were found by a runner without a model.
 _STARTING = re.compile(

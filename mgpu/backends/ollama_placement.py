@@ -93,7 +93,9 @@ def _misplaced(candidate: Candidate, planned: Sequence[PlannedDevice], runner: R
             "(Ollama spreads a model only with OLLAMA_SCHED_SPREAD=1)"
         )
     elif empty:
-        complaints.append(f"{_names(empty)} does not hold its part of the model")
+        complaints.append(
+            f"{_names(empty)} {'do not hold their parts' if len(empty) > 1 else 'does not hold its part'} of the model"
+        )
     return complaints
 
 

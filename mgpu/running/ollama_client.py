@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from mgpu.backends import llama_cpp
@@ -37,17 +37,21 @@ class OllamaClient:
     """A connection to one Ollama server; a context manager. Proxies in the environment are ignored.
 
     Models stay loaded for `keep_alive` seconds after a request, -1 for ever; None leaves that to the server, as is
-    right with one that somebody else runs. Every method raises EngineFailed when the server breaks off: code
+    right with one that somebody else runs. `lines` reads its log, where it may be read: it knows more of a failed load
+    than the answer does. Every method raises EngineFailed when the server breaks off: code
     "engine-died" when there is no connection, "no-answer" when nothing comes in time, "wrong-answer" when what comes
     is no Ollama's.
     """
 
-    def __init__(self, url: str, *, keep_alive: int | None = FOR_EVER) -> None:
+    def __init__(
+        self, url: str, *, keep_alive: int | None = FOR_EVER, lines: Callable[[], Sequence[str]] | None = None
+    ) -> None:
         import httpx
         import ollama
 
         self.url = url.rstrip("/")
         self._keep_alive = keep_alive
+        self._lines = lines
         # One list of certificates for all connections, since reading it takes longer than all else here.
         certificates = httpx.create_ssl_context(trust_env=False)
         settings: dict[str, Any] = {"follow_redirects": False, "trust_env": False, "verify": certificates}
@@ -133,12 +137,12 @@ class OllamaClient:
         `options` are Ollama's own (`num_ctx`, `num_gpu`, `main_gpu`, `num_batch`). A later request with other ones
         loads the model anew. Raises Missing ("not-found") and EngineFailed with the cause's code.
         """
-        with _errors(lambda text: explain_load(model, text)):
+        with _errors(self._explain(model)):
             self._loading.generate(model, "", options=dict(options or {}), keep_alive=self._keep_alive)
 
     def unload(self, model: str) -> None:
         """Take a model out of memory. Raises Missing ("not-found") for one the server does not have."""
-        with _errors(lambda text: explain_load(model, text)):
+        with _errors(self._explain(model)):
             self._patient.generate(model, "", keep_alive=0)
 
     def canary(self, model: str, *, patience_s: float | None = None) -> Canary:
@@ -150,7 +154,7 @@ class OllamaClient:
         options = {"num_predict": _CANARY_TOKENS, "temperature": 0}
         timeout = _timeout(patience_s or _ANSWER_TIMEOUT_S)
         client = ollama.Client(self.url, timeout=timeout, **self._settings)
-        with _errors(lambda text: explain_load(model, text)), contextlib.closing(_connections(client)):
+        with _errors(self._explain(model)), contextlib.closing(_connections(client)):
             reply = client.generate(model, _CANARY_PROMPT, options=options, keep_alive=self._keep_alive)
             return Canary(
                 text=reply.response or getattr(reply, "thinking", None) or "",
@@ -169,7 +173,7 @@ class OllamaClient:
         messages = [{"role": "user", "content": text}]
         options = {"num_predict": max_tokens} if max_tokens else None
         chunks = self._patient.chat(model, messages, stream=True, options=options, keep_alive=self._keep_alive)
-        for chunk in _one_by_one(chunks, lambda said: explain_load(model, said)):
+        for chunk in _one_by_one(chunks, self._explain(model)):
             last = chunk
             if thought := getattr(chunk.message, "thinking", None):
                 yield Thought(thought)
@@ -194,6 +198,9 @@ class OllamaClient:
         if runner_port is None:
             return None
         return llama_cpp.sample(time.monotonic(), lambda path: self._got(f"http://127.0.0.1:{runner_port}{path}"))
+
+    def _explain(self, model: str) -> Callable[[str], MgpuError]:
+        return lambda text: explain_load(model, text, self._lines() if self._lines else ())
 
     def _got(self, url: str) -> str | None:
         import httpx

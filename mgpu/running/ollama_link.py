@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from mgpu.backends.backend import DeviceMemory
-from mgpu.backends.ollama_log import memory, runner_port
+from mgpu.backends.ollama_log import memory, models_folder, runner_port
 from mgpu.backends.ollama_placement import LoadedModel, missing_devices, verify_placement
 from mgpu.backends.samples import Sample
 from mgpu.errors import EngineFailed
+from mgpu.models.ollama_manifest import full_name
 from mgpu.models.source import OllamaTag
 from mgpu.models.transfer import OnProgress
 from mgpu.planning.candidates import Candidate
@@ -20,7 +21,9 @@ from mgpu.running.client import Answer, Canary
 from mgpu.running.ollama_client import FOR_EVER, OllamaClient
 from mgpu.running.ollama_import import create_from_gguf
 
-_MODELS_VARIABLE = "OLLAMA_MODELS"
+# What Ollama allows in a part of a name, and how much of it.
+_UNUSABLE = re.compile(r"[^A-Za-z0-9._-]+")
+_LONGEST_PART = 80
 
 
 class OllamaLink:
@@ -34,7 +37,7 @@ class OllamaLink:
         self.model = model
         self._lines = lines
         self._runner_port: int | None = None
-        self._client = OllamaClient(url, keep_alive=FOR_EVER if lines else None)
+        self._client = OllamaClient(url, keep_alive=FOR_EVER if lines else None, lines=lines)
 
     def __enter__(self) -> Self:
         return self
@@ -52,16 +55,19 @@ class OllamaLink:
             raise EngineFailed(problem, code="bad-device", hint="mgpu backends shows what each engine sees")
 
     def take_in(self, weights: Path | OllamaTag, candidate: Candidate, on_progress: OnProgress) -> None:
-        """Give the server the model: a GGUF file as a model of its own, or a tag that it fetches itself.
+        """Give the server the model: a GGUF file as a model of its own, or a tag that it fetches itself unless it has
+        it already, which takes no network.
 
         Raises what `OllamaClient.pull` and `create_from_gguf` raise.
         """
         if isinstance(weights, OllamaTag):
-            self._client.pull(self.model, on_progress)
+            name = full_name(weights)
+            if f"{name.short}:{name.tag}" not in self._client.models():
+                self._client.pull(self.model, on_progress)
             return
         # Somebody else's server has a context length of its own, which a model can overrule.
         parameters = {} if self._lines else {"num_ctx": candidate.ctx_tokens}
-        folder = _models_folder() if self._lines else None
+        folder = models_folder(self._lines()) if self._lines else None
         create_from_gguf(
             self._client, self.model, weights, parameters=parameters, models_folder=folder, on_progress=on_progress
         )
@@ -117,11 +123,9 @@ class OllamaLink:
 def model_name(name: str, quantisation: str | None) -> str:
     """Return what mgpu calls a GGUF in Ollama's store: in a namespace of its own, so that no model of the user's is
     replaced."""
-    tag = "".join(c if c.isalnum() or c in "._-" else "-" for c in (quantisation or "latest").lower())
-    return f"mgpu/{name}:{tag}"
+    return f"mgpu/{_part(name)}:{_part((quantisation or 'latest').lower())}"
 
 
-def _models_folder() -> Path:
-    """Where a server that mgpu starts keeps its models: the user's own store."""
-    set_folder = os.environ.get(_MODELS_VARIABLE)
-    return Path(set_folder) if set_folder else Path("~/.ollama/models").expanduser()
+def _part(text: str) -> str:
+    """`text` as a part of a name: Ollama takes few characters, and a letter or a figure first."""
+    return _UNUSABLE.sub("-", text).lstrip("._-")[:_LONGEST_PART] or "model"

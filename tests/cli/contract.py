@@ -220,6 +220,8 @@ EVENTS: dict[str, Json] = {
         event=TEXT, at=TIME, model=TEXT, backend=BACKEND, quant=maybe(TEXT), ctx_tokens=COUNT, why=maybe(TEXT)
     ),
     "attached": exactly(event=TEXT, at=TIME, url=TEXT, version=TEXT, loaded=listed(TEXT)),
+    "fetching": exactly(event=TEXT, at=TIME, name=TEXT, total_bytes=maybe(COUNT)),
+    "fetched": exactly(event=TEXT, at=TIME, name=TEXT, seconds=NUMBER),
     "started": exactly(event=TEXT, at=TIME, pid=COUNT, log_path=TEXT),
     "loading": exactly(event=TEXT, at=TIME, phase=TEXT),
     "checked": exactly(

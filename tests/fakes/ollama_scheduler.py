@@ -269,7 +269,7 @@ class Scheduler:
             child[_VARIABLES[chosen[0].library]] = visible
             if chosen[0].library == "ROCm":
                 child["HIP_VISIBLE_DEVICES"] = visible
-        if not self.cards:
+        if not self.cards or "cpu-runner" in self.faults:
             child["FAKE_DEVICES"] = ""
         elif chosen:
             entries = child.get("FAKE_DEVICES", "").split(";")

@@ -8,7 +8,7 @@ in a llama-server child (`ollama_runner`). The environment chooses the rest:
     FAKE_LIBRARY="name:tag=bytes ..."     what can be pulled ("smollm2:135m=98362432")
     FAKE_DISCOVERY_S (0.1), FAKE_STOP_S (0.1), FAKE_TOKENS_PER_SECOND (200), FAKE_KV_BYTES_PER_TOKEN (23040)
     FAKE_FAIL   one or more, separated by commas:
-        silent-cpu one-card amx-lie                         models are not where they were asked for
+        silent-cpu cpu-runner one-card amx-lie              models are not where they were asked for
         slow-load[:SECONDS] load-oom bad-arch               loading takes long, or fails
         pull-slow[:SECONDS] pull-fails pull-breaks          so does pulling
         runner-dies                                         the child dies while it answers
@@ -38,6 +38,7 @@ _SHOWN = (
     "GGML_VK_VISIBLE_DEVICES",
     "OLLAMA_CONTEXT_LENGTH",
     "OLLAMA_HOST",
+    "OLLAMA_MODELS",
     "OLLAMA_SCHED_SPREAD",
 )
 
@@ -78,7 +79,8 @@ def _serve() -> NoReturn:
     except OSError as error:
         say(f"Error: listen tcp {host}:{port}: bind: {(error.strerror or '').lower()}")
         _exit(1)
-    shown = " ".join(f"{name}:{environment(name)}" for name in _SHOWN)
+    settings = {"OLLAMA_MODELS": store.folder}
+    shown = " ".join(f"{name}:{settings.get(name) or environment(name)}" for name in _SHOWN)
     log("routes.go:1951", "server config", env=f"map[{shown}]")
     log("routes.go:2008", f"Listening on {host}:{server.server_port} (version {VERSION})")
     scheduler.discover()
