@@ -81,13 +81,28 @@ class Model:
         return {"llama.cpp": self.gguf, "vllm": self.safetensors, "ollama": self.gguf or self.tag}[backend]
 
     def other_quantisations(self, weights: Weights) -> Iterator[ModelFacts]:
-        """Yield what the profile's GGUF files in other quantisations than `weights` hold."""
+        """Yield what the profile holds in the form of `weights`, but in other quantisations."""
         from mgpu.models.shape import facts_from_shape
 
         if self.profile and weights in self.gguf:
             for quantisation in self.profile.quantisations:
                 if quantisation != weights.facts.quantisation:
                     yield facts_from_shape(self.name, self.profile.model, quantisation)
+        elif self.profile:
+            for other in _safetensors_of(self.profile, None):
+                if other.facts.quantisation != weights.facts.quantisation:
+                    yield other.facts
+
+    def in_quantisation(self, backend: str, quantisation: str | None) -> Weights:
+        """Return what the engine called `backend` loads in `quantisation` (as facts name it): of a profile, any that
+        it has. The preferred form where there is no such one."""
+        others: Iterator[Weights] = iter(())
+        if self.profile and backend == "vllm":
+            others = _safetensors_of(self.profile, None)
+        elif self.profile and quantisation in self.profile.quantisations:
+            others = iter((_gguf_of(self.profile, quantisation),))
+        found = (*self.forms(backend), *others)
+        return next((weights for weights in found if weights.facts.quantisation == quantisation), found[0])
 
 
 def find_model(source: ModelSource, quant: str | None) -> Model:
@@ -149,18 +164,18 @@ def _gguf_of(profile: Profile, quant: str | None) -> Weights:
 def _safetensors_of(profile: Profile, quant: str | None) -> Iterator[Weights]:
     from mgpu.models.folder import find_local_folder
     from mgpu.models.hf import facts_from_folder
+    from mgpu.models.hf_config import is_called
     from mgpu.models.vllm_shape import facts_for_vllm
 
     for each in profile.vllm:
-        if quant is not None and each.quantisation != quant.lower():
-            continue
         source = HubFolder(repository=each.repository)
         path = find_local_folder(each.repository)
         if path:
-            yield Weights(facts=replace(facts_from_folder(path), name=profile.name), path=path, source=source)
+            facts = replace(facts_from_folder(path), name=profile.name)
         else:
             facts = facts_for_vllm(profile.name, profile.model, each.quantisation, source=each.repository)
-            yield Weights(facts=facts, source=source)
+        if quant is None or each.quantisation == quant.lower() or is_called(facts.quantisation, quant):
+            yield Weights(facts=facts, path=path, source=source)
 
 
 def _gguf_file(path: Path) -> Model:

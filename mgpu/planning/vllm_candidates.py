@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -62,13 +63,18 @@ def vllm_fixes(
     if wants.kv_type_k == "f16" and gpus:
         tries.append(("--kv-type fp8", facts, replace(wants, kv_type_k="fp8", kv_type_v="fp8")))
     smaller = sorted((other for other in others if other.file_bytes < facts.file_bytes), key=lambda o: -o.file_bytes)
-    tries += [(f"--quant {(other.quantisation or '').partition('-')[0]}", other, wants) for other in smaller]
+    tries += [(f"--quant {_method(other)}", other, wants) for other in smaller]
     fixes = []
     for change, changed, other_wants in tries:
         best = vllm_candidates(changed, other_wants, gpus, host)[0]
         if best.verdict == "fits":
             fixes.append(Fix(change=change, candidate=best))
     return tuple(fixes)
+
+
+def _method(facts: ModelFacts) -> str:
+    """The quantisation without its bits and groups: "awq" of "awq-int4-g128", which is as much as --quant needs."""
+    return re.sub(r"(-int\d+)?(-[gb]\d+)?$", "", facts.quantisation or "")
 
 
 def _with_context(

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from mgpu.errors import BadModel, MgpuError, Missing, UsageError
+from mgpu.machine.simulate import simulate
+from mgpu.machine.snapshot import Host
 from mgpu.models.fetch import fetch
 from mgpu.models.folder import fetch_folder
 from mgpu.models.forms import HubFolder, Model, find_model, missing_form
 from mgpu.models.hf_config import is_called
 from mgpu.models.source import HubRepository, parse_model
+from mgpu.planning.vllm_candidates import vllm_fixes
+from mgpu.planning.vllm_memory import VllmWants
 from mgpu.profile import load_profile, shipped_profile_folder
 from tests.fakes import ollama_registry
 from tests.fakes.hub_server import FakeHub
@@ -138,15 +142,52 @@ def test_every_profile_names_its_quantisations_so_that_quant_finds_them(name: st
     for source in profile.vllm:
         (weights,) = found(name, source.quantisation).safetensors
         assert is_called(weights.facts.quantisation, source.quantisation)
+        assert weights in found(name, weights.facts.quantisation).safetensors, "by the name that plans show"
         assert weights.source == HubFolder(repository=source.repository)
     assert quantisations(found(name), "llama.cpp") == [profile.default_quantisation]
 
 
-def test_smaller_files_of_a_profile_are_there_for_ways_out() -> None:
-    model = found("llama-70b")
-    others = [facts.quantisation for facts in model.other_quantisations(model.gguf[0])]
-    assert others == ["Q3_K_M", "Q5_K_M", "Q6_K", "Q8_0"]
-    assert list(model.other_quantisations(model.safetensors[0])) == []
+@pytest.mark.parametrize(
+    ("name", "machine"),
+    [
+        pytest.param("llama-2-13b", "4080", id="awq for f16"),
+        pytest.param("llama-70b", "2x4090", id="awq for bf16"),
+        pytest.param("gemma-3-27b", "4090", id="w4a16"),
+        pytest.param("mistral-small-24b", "2x4080", id="fp8"),
+    ],
+)
+def test_a_quantisation_that_a_way_out_proposes_is_found(name: str, machine: str) -> None:
+    model = found(name)
+    largest = max(model.safetensors, key=lambda weights: weights.facts.file_bytes)
+    others = list(model.other_quantisations(largest))
+    fixes = vllm_fixes(largest.facts, others, VllmWants(), simulate(machine).gpus, Host())
+    proposed = [fix for fix in fixes if fix.change.startswith("--quant ")]
+    assert proposed
+    for fix in proposed:
+        assert fix.candidate.quant in quantisations(found(name, fix.change.split()[1]), "vllm")
+
+
+@pytest.mark.parametrize("quant", [None, "fp8", "Q6_K"])
+def test_a_profiles_other_quantisations_are_there_for_ways_out(quant: str | None) -> None:
+    model = found("llama-70b", quant)
+    all_of = {
+        "llama.cpp": ["Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"],
+        "vllm": ["awq-int4-g128", "fp8-b128", "bf16"],
+    }
+    for engine, names in all_of.items():
+        for weights in model.forms(engine):
+            others = [facts.quantisation for facts in model.other_quantisations(weights)]
+            assert others == [name for name in names if name != weights.facts.quantisation]
+            for name in names:
+                other = model.in_quantisation(engine, name)
+                assert (other.facts.quantisation, other.source is not None) == (name, True)
+            assert model.in_quantisation(engine, "unheard-of") == model.forms(engine)[0]
+
+
+def test_a_file_has_no_other_quantisations(files: Path) -> None:
+    model = found(str(files / "m-Q4_0.gguf"))
+    assert list(model.other_quantisations(model.gguf[0])) == []
+    assert model.in_quantisation("ollama", "Q8_0") == model.gguf[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,474 @@
+"""`mgpu plan` with three engines: which one it takes on which cards, what it says of the others, and how it looks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes import ollama_server, vllm_server
+from tests.fakes.hub_server import FakeHub, running
+from tests.fakes.tiny_llama import CONFIG, shapes
+
+from .contract import LAUNCH, NOTHING, PLAN, Json, checked
+from .program import Mgpu
+
+GIB = 1 << 30
+RIG = Path(__file__).parents[1] / "machines" / "rigs" / "2x4090-x670e.txt"
+TWO_CARDS = (
+    "CUDA0: NVIDIA GeForce RTX 4090 (24081 MiB, 23600 MiB free);"
+    "CUDA1: NVIDIA GeForce RTX 4090 (24081 MiB, 23600 MiB free)"
+)
+VARIABLES = {"llama.cpp": "MGPU_LLAMA_SERVER", "vllm": "MGPU_VLLM", "ollama": "MGPU_OLLAMA"}
+ALL = ("llama.cpp", "vllm", "ollama")
+VLLM_MISSING = "not installed: mgpu backends install vllm"
+
+With = Callable[..., Mgpu]
+
+WITH_ILLEGAL_WAYS = copy.deepcopy(PLAN)
+WITH_ILLEGAL_WAYS["properties"]["candidates"]["items"]["properties"]["argv"].pop("minItems")
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory, fake_engine: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("engines")
+    return {
+        "llama.cpp": fake_engine,
+        "vllm": vllm_server.install(folder),
+        "ollama": ollama_server.install(folder),
+    }
+
+
+@pytest.fixture
+def having(mgpu: Mgpu, programs: dict[str, Path]) -> With:
+    """mgpu where these engines are installed and no other; nothing runs, and no hub is asked."""
+
+    def with_engines(*engines: str) -> Mgpu:
+        for engine, variable in VARIABLES.items():
+            mgpu.environment[variable] = str(programs[engine]) if engine in engines else "/nonexistent"
+        mgpu.environment |= {"PATH": "/usr/bin:/bin", "OLLAMA_HOST": "127.0.0.1:1", "HF_HUB_OFFLINE": "1"}
+        mgpu.environment["HF_HUB_CACHE"] = str(mgpu.here.parent / "hub")
+        return mgpu
+
+    return with_engines
+
+
+@pytest.fixture
+def on_cards(having: With, nvml: dict[str, Path]) -> With:
+    """The same on a computer with two RTX 4090."""
+
+    def with_engines(*engines: str) -> Mgpu:
+        mgpu = having(*engines)
+        mgpu.environment |= {"LD_LIBRARY_PATH": str(nvml["new"]), "FAKE_NVML": str(RIG), "FAKE_DEVICES": TWO_CARDS}
+        return mgpu
+
+    return with_engines
+
+
+def planned(mgpu: Mgpu, words: str) -> Json:
+    """The data of `plan --json`, which keep the contract."""
+    ended = mgpu("plan", *shlex.split(words), "--json")
+    data = checked(ended.json, "plan", WITH_ILLEGAL_WAYS)
+    for candidate in data["candidates"]:
+        assert (candidate["argv"] == []) == (candidate["verdict"] == "illegal")
+    assert ended.exit_code == (0 if data["best"] is not None else 1)
+    return data
+
+
+def best(data: Json) -> str | None:
+    return None if data["best"] is None else data["candidates"][data["best"]]["backend"]
+
+
+def shape(candidate: Json) -> str:
+    """A candidate in a word, such as "vllm 2x1 fits"."""
+    cut = f" {candidate['tensor_parallel']}x{candidate['pipeline_parallel']}" if candidate["backend"] == "vllm" else ""
+    return f"{candidate['backend']}{cut} {candidate['verdict']}"
+
+
+@pytest.mark.parametrize(
+    ("words", "engines", "expected", "why", "first"),
+    [
+        pytest.param("--machine 2x4090", ALL, "vllm", "vLLM reads 2 equal cards at once", "vllm 2x1 fits", id="2x4090"),
+        pytest.param(
+            "--machine 2x4090",
+            ("llama.cpp",),
+            "llama.cpp",
+            f"vLLM reads 2 equal cards at once; {VLLM_MISSING}",
+            "llama.cpp fits",
+            id="2x4090 without vLLM",
+        ),
+        pytest.param(
+            "--machine 2x4090",
+            ("ollama",),
+            "ollama",
+            "vLLM is not installed: mgpu backends install vllm; llama.cpp is not installed",
+            "ollama fits",
+            id="2x4090 with Ollama only",
+        ),
+        pytest.param("--machine 2x4090", (), "vllm", "equal cards", "vllm 2x1 fits", id="2x4090 without any engine"),
+        pytest.param(
+            "--machine 2x4090 --ctx 16k",
+            ALL,
+            "llama.cpp",
+            "vLLM would read these cards at once, but does not fit on them",
+            "llama.cpp fits",
+            id="2x4090 with a long context",
+        ),
+        pytest.param("--machine 4090+4080", ALL, None, None, "llama.cpp does-not-fit", id="unequal cards, too small"),
+        pytest.param(
+            "--machine 4090+4080 --quant Q3_K_M --ctx 4k",
+            ALL,
+            "llama.cpp",
+            "decides the split",
+            "llama.cpp fits",
+            id="unequal cards with a smaller file",
+        ),
+        pytest.param(
+            "--machine 5090+4090",
+            ALL,
+            "llama.cpp",
+            "llama.cpp deals layers to unequal cards by their memory",
+            "llama.cpp fits",
+            id="unequal cards",
+        ),
+        pytest.param(
+            "--machine 3x4090",
+            ALL,
+            "llama.cpp",
+            "vLLM cannot read these 3 cards at once",
+            "llama.cpp fits",
+            id="3x4090",
+        ),
+        pytest.param("--machine 4090", ALL, None, None, "llama.cpp does-not-fit", id="one card"),
+        pytest.param(
+            "--machine 8xA100-80", ALL, "vllm", "vLLM reads 8 equal cards at once", "vllm 8x1 fits", id="8xA100"
+        ),
+        pytest.param("--machine '2xRX 7900 XTX'", ALL, "vllm", "equal cards", "vllm 2x1 fits", id="AMD"),
+        pytest.param("--machine '2xArc A770'", ALL, None, None, "llama.cpp does-not-fit", id="Intel: not for vLLM"),
+        pytest.param("--machine none", ("llama.cpp", "ollama"), "llama.cpp", "as planned", "llama.cpp fits", id="none"),
+        pytest.param(
+            "--machine 2x4090 --parallel 8", ALL, "vllm", "vLLM serves 8 users fastest", "vllm 2x1 fits", id="8 users"
+        ),
+        pytest.param(
+            "--machine 2x4090 --parallel 8 --for latency",
+            ALL,
+            "vllm",
+            "vLLM reads 2 equal cards",
+            "vllm 2x1 fits",
+            id="8 users without a queue",
+        ),
+        pytest.param(
+            "--machine 3x4090 --for throughput", ALL, "vllm", "serves many users", "vllm 1x3 fits", id="throughput"
+        ),
+        pytest.param("--machine 3x4090 --for latency", ALL, "llama.cpp", "3 cards", "llama.cpp fits", id="latency"),
+        pytest.param(
+            "--machine 4090+4080 --parallel 8",
+            ("llama.cpp",),
+            None,
+            None,
+            "llama.cpp does-not-fit",
+            id="what is not there is not spoken of first",
+        ),
+        pytest.param("--machine 2x4090 --backend vllm", (), "vllm", None, "vllm 2x1 fits", id="vLLM asked for"),
+        pytest.param(
+            "--machine 2x4090 --backend llama.cpp", ALL, "llama.cpp", None, "llama.cpp fits", id="llama.cpp asked for"
+        ),
+        pytest.param("--machine 2x4090 --backend ollama", ALL, "ollama", None, "ollama fits", id="Ollama asked for"),
+        pytest.param(
+            "--machine 2x4090 --tensor-parallel 3 --backend vllm",
+            ALL,
+            None,
+            None,
+            "vllm 3x1 illegal",
+            id="64 ÷ 3 heads",
+        ),
+        pytest.param(
+            "--machine 3x4090 --pipeline-parallel 3", ALL, "vllm", "vLLM", "vllm 1x3 fits", id="a pipeline asked for"
+        ),
+    ],
+)
+def test_users_cards_and_what_is_installed_choose_the_engine(
+    having: With, words: str, engines: tuple[str, ...], expected: str | None, why: str | None, first: str
+) -> None:
+    data = planned(having(*engines), f"llama-70b {words}")
+    assert (best(data), shape(data["candidates"][0])) == (expected, first)
+    assert why is None or why in data["why"]
+    assert (data["why"] is None) == (why is None)
+    for candidate in data["candidates"]:
+        installed = not engines or candidate["backend"] in engines or "--backend" in words
+        assert installed or candidate["verdict"] not in ("fits", "fits-with-offload"), shape(candidate)
+        if candidate["verdict"] == "unavailable":
+            assert candidate["reasons"][0].startswith("not installed: ")
+        if candidate["verdict"] == "illegal":
+            assert re.search(r"64 attention heads ÷ 3 cards = 21\.33", " ".join(candidate["reasons"]))
+    verdicts = [candidate["verdict"] for candidate in data["candidates"]]
+    ranks = ["fits", "fits-with-offload", "unavailable", "does-not-fit", "illegal"]
+    assert verdicts == sorted(verdicts, key=ranks.index)
+
+
+@pytest.mark.parametrize(
+    ("words", "engines", "changes"),
+    [
+        pytest.param(
+            "--machine 4090+4080 --parallel 8",
+            ("llama.cpp",),
+            ["--quant Q3_K_M", "--offload allow"],
+            id="of the installed engine, without its name",
+        ),
+        pytest.param(
+            "--machine 2x4090 --ctx 9k --parallel 2",
+            ("llama.cpp",),
+            [
+                "mgpu backends install vllm",
+                "--backend llama.cpp --ctx N",
+                "--backend llama.cpp --kv-type q8_0",
+                "--backend llama.cpp --quant Q3_K_M",
+                "--backend llama.cpp --offload allow",
+            ],
+            id="the engine that would do comes first",
+        ),
+    ],
+)
+def test_ways_out_are_commands(having: With, words: str, engines: tuple[str, ...], changes: list[str]) -> None:
+    mgpu = having(*engines)
+    data = planned(mgpu, f"llama-70b {words}")
+    found = [fix["change"] for fix in data["fixes"]]
+    assert [re.sub(r"\d{4,}", "N", change) for change in found] == changes
+    for fix in data["fixes"]:
+        assert fix["candidate"]["verdict"] in ("fits", "fits-with-offload")
+        if fix["change"].startswith("--"):
+            again = planned(mgpu, f"llama-70b {words} {fix['change']}")
+            assert without_command(again["candidates"][0]) == without_command(fix["candidate"])
+
+
+def without_command(candidate: Json) -> Json:
+    return {key: value for key, value in candidate.items() if key != "argv"}
+
+
+def test_the_command_of_every_way_is_what_run_would_start(on_cards: With) -> None:
+    mgpu = on_cards(*ALL)
+    data = planned(mgpu, "llama-8b")
+    assert {shape(candidate) for candidate in data["candidates"]} == {
+        "vllm 2x1 fits",
+        "vllm 1x1 fits",
+        "llama.cpp fits",
+        "ollama fits",
+    }
+    seen = set()
+    for candidate in data["candidates"]:
+        backend, cards = candidate["backend"], [device["gpu"] for device in candidate["devices"]]
+        which = ["--gpus", ",".join(f"gpu{index}" for index in cards)]
+        ended = mgpu("run", "llama-8b", "--dry-run", "--json", "--backend", backend, *which)
+        launch = checked(ended.json, "run", LAUNCH)
+        assert anywhere(launch) == anywhere(candidate), backend
+        seen.add((backend, len(cards)))
+    assert seen == {(backend, count) for backend in ALL for count in (1, 2)}
+    chosen = checked(mgpu("run", "llama-8b", "--dry-run", "--json").json, "run", LAUNCH)
+    assert anywhere(chosen) == anywhere(data["candidates"][data["best"]])
+    mgpu.assert_nothing_left()
+
+
+def anywhere(launch: Json) -> Json:
+    """A command without the port, which is any that is free."""
+    words = [re.sub(r":\d+$", ":PORT", word) for word in launch["argv"]]
+    argv = ["PORT" if before == "--port" else word for before, word in zip(["", *words], words, strict=False)]
+    return {"argv": argv, "env": {key: re.sub(r":\d+$", ":PORT", text) for key, text in launch["env"].items()}}
+
+
+@pytest.mark.parametrize(
+    ("words", "argv", "env"),
+    [
+        pytest.param(
+            "--backend vllm",
+            ["vllm", "serve", "casperhansen/llama-3.3-70b-instruct-awq", "--tensor-parallel-size 2"],
+            {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+            id="vLLM",
+        ),
+        pytest.param(
+            "--backend vllm --pipeline-parallel 2",
+            ["--pipeline-parallel-size 2"],
+            {"VLLM_PP_LAYER_PARTITION": "40,40"},
+            id="a pipeline",
+        ),
+        pytest.param("--backend ollama", ["ollama", "serve"], {"OLLAMA_CONTEXT_LENGTH": "8192"}, id="Ollama"),
+        pytest.param("--backend llama.cpp", ["llama-server", "-dev CUDA0,CUDA1"], {}, id="llama.cpp"),
+    ],
+)
+def test_on_another_machine_the_command_has_no_path(
+    having: With, words: str, argv: list[str], env: dict[str, str]
+) -> None:
+    candidate = planned(having(*ALL), f"llama-70b --machine 2x4090 {words}")["candidates"][0]
+    joined = " ".join(candidate["argv"])
+    assert all(part in joined for part in argv), joined
+    assert env.items() <= candidate["env"].items()
+    assert not candidate["argv"][0].startswith("/")
+
+
+CELLS = re.compile(r"^(gpu\d+|host) .*?((?:\s+(?:-?\d+\.\d\d|-|\?)){3,7})\s")
+
+
+def ledger(out: str) -> dict[str, list[str]]:
+    """The figures of each card in the ledger."""
+    return {match[1]: match[2].split() for line in out.splitlines() if (match := CELLS.match(line))}
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        pytest.param("llama-70b --machine 2x4090", 2, id="tensor parallel"),
+        pytest.param("llama-70b --machine 3x4090 --backend vllm", 1, id="a pipeline"),
+        pytest.param("llama-8b --machine 4090 --backend vllm --kv-type fp8", 1, id="one card, FP8 cache"),
+        pytest.param("llama-8b --machine 4xA100-80 --replicas 2", 2, id="replicas"),
+    ],
+)
+def test_the_sums_of_vllm_add_up(having: With, words: str, parts: int) -> None:
+    mgpu = having(*ALL)
+    out = mgpu("plan", *words.split(), "--explain").out
+    cards = {
+        name: [float(cell) if cell != "-" else 0.0 for cell in cells]
+        for name, cells in ledger(out).items()
+        if name != "host"
+    }
+    assert cards
+    for weights, kv, compute, runtime, total, free, spare in cards.values():
+        assert weights + kv + compute + runtime == pytest.approx(total, abs=0.025)
+        assert free - total == pytest.approx(spare, abs=0.015)
+    whole = float(figure(out, r"weights +([\d.]+) GiB in all"))
+    replicas = 2 if "--replicas" in words else 1
+    assert sum(cells[0] for cells in cards.values()) == pytest.approx(whole * replicas, rel=0.02)
+    assert (f"each layer cut into {parts} parts" in out) == (parts > 1)
+
+    heads, keys, values, kind = re.findall(r"token (\d+) heads? on each card × \((\d+) K \+ (\d+) V\) (\w+)", out)[0]
+    data = planned(mgpu, words)
+    first, *_ = data["candidates"][0]["devices"]
+    per_token = int(heads) * (int(keys) + int(values)) * {"f16": 2, "fp8": 1}[kind] * first["layers"]
+    tokens = int(figure(out, r"(\d+) tokens in all"))
+    assert first["kv_bytes"] // per_token >= tokens
+    assert (
+        min(
+            device["kv_bytes"] * first["layers"] // (device["layers"] * per_token)
+            for device in data["candidates"][0]["devices"]
+        )
+        == tokens
+    )
+
+    share = float(figure(out, r"vLLM takes ([\d.]+) of what CUDA sees"))
+    fullest = max(device["total_bytes"] / (device["card_bytes"] * 0.98) for device in data["candidates"][0]["devices"])
+    assert fullest == pytest.approx(share, abs=0.005)
+
+
+def figure(text: str, pattern: str) -> str:
+    found = re.search(pattern, text)
+    assert found, (pattern, text)
+    return found[1]
+
+
+SCREENS = [
+    pytest.param("llama-70b --machine 2x4090", ALL, id="vLLM"),
+    pytest.param("llama-70b --machine 3x4090", ("llama.cpp",), id="an illegal way and two that are not installed"),
+    pytest.param("llama-70b --machine 8xA100-80 --parallel 8", ALL, id="eight cards"),
+    pytest.param("llama-70b --machine 4090+4080 --parallel 8", ALL, id="what does not fit"),
+    pytest.param("llama-70b --machine 2x4090 --tensor-parallel 3", ALL, id="what is illegal"),
+    pytest.param("llama-8b --machine 4090+4080+4080 --backend vllm", ALL, id="unequal cards"),
+]
+
+
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize(("words", "engines"), SCREENS)
+def test_a_screen_keeps_its_width_and_its_numbers(
+    having: With, words: str, engines: tuple[str, ...], width: int
+) -> None:
+    mgpu = having(*engines)
+    out = mgpu("plan", *words.split(), COLUMNS=str(width)).out
+    headline, *lines = out.splitlines()
+    assert headline.endswith("SIMULATED")
+    assert [line for line in lines if len(line) > width] == []
+    chosen = planned(mgpu, words)["candidates"][0]
+    found = ledger(out)
+    for device in chosen["devices"]:
+        sizes = [device[key] / GIB for key in ("total_bytes", "free_bytes", "spare_bytes")]
+        shown = [f"{size:.2f}" if abs(size) >= 0.005 else "-" for size in sizes]
+        assert found[f"gpu{device['gpu']}"][-3:] == shown
+    for verdict in ("illegal", "not installed", "does not fit", "offload"):
+        assert not re.search(rf"(?m)^\s*{verdict.split()[-1]}\s*$", out), "a verdict is not broken"
+    rates = re.findall(r"\d+ tok/s", out)
+    assert len(rates) == len(re.findall("tok/s", out))
+
+
+@pytest.mark.parametrize(("words", "engines"), SCREENS)
+def test_a_pipe_gets_no_colour_and_an_ascii_terminal_no_other_letters(
+    having: With, words: str, engines: tuple[str, ...]
+) -> None:
+    ended = having(*engines)("plan", *words.split(), "--explain", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert "\x1b" not in ended.out
+    assert (ended.out + ended.err).isascii()
+    assert "?" not in re.sub(r"(?m)^host .*$", "", ended.out), "a letter that has no plain one"
+
+
+@pytest.fixture
+def hub(having: With) -> Iterator[FakeHub]:
+    """A model of 16 shards on the hub, of which no shard may be fetched."""
+    names = [name for name, _ in shapes()]
+    shards = {name: f"model-{i % 4 + 1:05}-of-00004.safetensors" for i, name in enumerate(names)}
+    index = {"metadata": {}, "weight_map": shards}
+    files: dict[str, bytes | Path] = {
+        "config.json": json.dumps(CONFIG).encode(),
+        "tokenizer.json": b"{}",
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        **{shard: bytes(1_300_000 + i) for i, shard in enumerate(sorted(set(shards.values())))},
+    }
+    with running(FakeHub({"org/tiny": files})) as serving:
+        mgpu = having("vllm")
+        mgpu.environment |= {"HF_ENDPOINT": serving.endpoint, "XDG_CACHE_HOME": str(mgpu.here.parent / "cache")}
+        mgpu.environment.pop("HF_HUB_OFFLINE")
+        yield serving
+
+
+def test_a_model_in_safetensors_is_planned_from_its_configuration_and_index(having: With, hub: FakeHub) -> None:
+    mgpu = having("vllm")
+    mgpu.environment.pop("HF_HUB_OFFLINE")
+    data = planned(mgpu, "hf:org/tiny --machine 2x4090")
+    files = hub.repositories["org/tiny"]
+    read = [files[name] for name in ("config.json", "model.safetensors.index.json")]
+    assert hub.served_bytes == sum(len(content) for content in read if isinstance(content, bytes))
+    assert len(hub.downloads()) == 2
+    assert (best(data), data["why"]) == ("vllm", "vLLM is the engine for a model in safetensors")
+    assert data["model"]["file_bytes"] == 4 * 1_300_000 + 6
+    assert data["candidates"][0]["argv"][2] == "org/tiny"
+
+    hub.requests.clear()
+    planned(mgpu, "hf:org/tiny --machine 2x4090")
+    assert len([path for _, path, _ in hub.requests if path != "/"]) == 1, "only whether it has changed"
+    hub.status = 503
+    ended = mgpu("plan", "hf:org/tiny", "--machine", "2x4090")
+    assert ended.exit_code == 0
+    assert "warning  planned from what was read of hf:org/tiny before" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "code", "message"),
+    [
+        pytest.param("llama-70b --exact --backend vllm", 2, "usage", "vllm has no way to be asked", id="exact of vLLM"),
+        pytest.param("llama-70b --exact --backend ollama", 2, "usage", "no way to be asked", id="exact of Ollama"),
+        pytest.param("llama-70b --backend vllm --quant Q4_K_M", 2, "usage", "awq, fp8", id="a GGUF's for vLLM"),
+        pytest.param("llama-70b --backend llama.cpp --quant awq", 2, "usage", "Q3_K_M", id="vLLM's for llama.cpp"),
+        pytest.param("{tiny} --backend vllm", 3, "form-unsupported", "vllm wants safetensors", id="a file for vLLM"),
+        pytest.param("{tiny} --tensor-parallel 2", 2, "usage", "--tensor-parallel is vLLM's", id="vLLM's for a file"),
+        pytest.param("llama-70b --backend vllm --gpus 3", 3, "gpu-missing", "has 2", id="more cards than there are"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_explained(
+    on_cards: With, tiny: Path, words: str, exit_code: int, code: str, message: str
+) -> None:
+    ended = on_cards(*ALL)("plan", *words.format(tiny=tiny).split(), "--json")
+    checked(ended.json, "plan", NOTHING)
+    error: dict[str, Any] = ended.json["errors"][0]
+    assert (ended.exit_code, error["code"]) == (exit_code, code)
+    assert message in error["message"]
+    assert error["hint"]
