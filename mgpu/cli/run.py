@@ -90,6 +90,7 @@ def run(
     with instance_folder(endpoint.name, chosen=endpoint.name_chosen) as (instance, folder):
         # Held before gigabytes are fetched: a name in use is said at once.
         prepared = _with_weights(prepared, screen)
+        screen.planned_again(prepared)
         endpoint = replace(endpoint, name=instance)
         with attached(prepared, running, screen) if running else started(prepared, endpoint, folder, screen) as session:
             if ask is not None:

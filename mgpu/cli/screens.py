@@ -47,6 +47,7 @@ class RunScreen:
         self._interval_s = interval_s
         self._memory: Mapping[int, DeviceMemory] = {}
         self._candidate: Candidate | None = None
+        self._planned = ""
         self._ready_at = time.monotonic()
         self._answering = False
 
@@ -73,11 +74,17 @@ class RunScreen:
             ctx_tokens=candidate.ctx_tokens,
             why=prepared.plan.why,
         )
-        self._step("plan", view.plan_line(candidate))
+        self._planned = view.plan_line(candidate)
+        self._step("plan", self._planned)
         if prepared.plan.why:
             self._step("engine", prepared.plan.why)
         for reason in candidate.reasons:
             self._step("", reason)
+
+    def planned_again(self, prepared: Prepared) -> None:
+        """Say what is going to be started after all, where that is not what was said."""
+        if self._planned != view.plan_line(prepared.plan.chosen):
+            self.planned(prepared)
 
     @contextlib.contextmanager
     def fetching(self) -> Iterator[Callable[[Progress], None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mgpu.backends.engine import Engine
     from mgpu.cli.prepare import Prepared
     from mgpu.cli.screens import RunScreen
+    from mgpu.planning.candidates import Candidate
     from mgpu.running.ollama_attach import Attached
     from mgpu.running.ollama_link import OllamaLink
     from mgpu.running.process import EngineProcess
@@ -66,12 +68,12 @@ class Session:
 @contextlib.contextmanager
 def started(prepared: Prepared, endpoint: Endpoint, folder: Path, screen: RunScreen) -> Iterator[Session]:
     """The engine, started in `folder`, ready and proven; stopped on the way out. A port lost to a race is replaced."""
-    from mgpu.running.ports import choose_port
+    from mgpu.running.ports import hold_port
 
     engine = prepared.engine or require_engine(prepared.backend)
     for attempt in range(1, _PORT_ATTEMPTS + 1):
-        port = choose_port(endpoint.host, endpoint.port)
         with contextlib.ExitStack() as stack:
+            port = stack.enter_context(hold_port(endpoint.host, endpoint.port))
             try:
                 session = stack.enter_context(_running(prepared, endpoint, port, engine, folder, screen))
             except EngineDied as died:
@@ -147,12 +149,25 @@ def _running(
                 took_s, grace_s = time.monotonic() - begun, backend.stop_grace_s
                 screen.ready(endpoint.name, url, process, prepared.plan.chosen, took_s, model=model)
                 yield session
+        except EngineDied as died:
+            _name_card(died, launch, prepared.plan.chosen)
+            raise
         finally:
             if process.poll() is None:
                 screen.stopping(endpoint.name)
                 begun = time.monotonic()
                 process.stop(stop_stages(grace_s))
                 screen.stopped(endpoint.name, time.monotonic() - begun)
+
+
+def _name_card(died: EngineDied, launch: Launch, candidate: Candidate) -> None:
+    """Give the card that an engine names the name that it has in mgpu: an engine counts only those it is shown."""
+    named = re.fullmatch(r"[A-Za-z]+(\d+)", died.failure.device or "")
+    shown = [device for device in candidate.devices if not device.idle]
+    pinned = "CUDA_VISIBLE_DEVICES" in launch.env or "HIP_VISIBLE_DEVICES" in launch.env
+    # Each replica counts its own.
+    if named and pinned and candidate.replicas == 1 and int(named[1]) < len(shown):
+        died.message = died.message.replace(named[0], f"gpu{shown[int(named[1])].gpu}")
 
 
 def _link(prepared: Prepared, endpoint: Endpoint, url: str, process: EngineProcess) -> EngineClient | OllamaLink:

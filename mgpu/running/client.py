@@ -66,7 +66,11 @@ class Answer:
 
 
 class Link(Protocol):
-    """A connection to a running engine and the one model in it that is meant."""
+    """A connection to a running engine, which listens on `port`, and the one model in it that is meant."""
+
+    @property
+    def port(self) -> int:
+        """The port."""
 
     def is_up(self) -> bool:
         """Whether the engine says that it takes requests (which is no proof that it can compute)."""
@@ -97,6 +101,11 @@ class EngineClient:
         self._http = httpx.Client(base_url=url, headers=headers, timeout=_POLL_TIMEOUT_S, trust_env=False)
         self._backend = backend
         self._model = model
+
+    @property
+    def port(self) -> int:
+        """The port the engine is to listen on."""
+        return self._http.base_url.port or 80
 
     def __enter__(self) -> Self:
         return self

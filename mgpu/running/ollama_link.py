@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 from mgpu.backends.backend import DeviceMemory
 from mgpu.backends.ollama_log import memory, models_folder, runner_port
@@ -38,6 +39,11 @@ class OllamaLink:
         self._lines = lines
         self._runner_port: int | None = None
         self._client = OllamaClient(url, keep_alive=FOR_EVER if lines else None, lines=lines)
+
+    @property
+    def port(self) -> int:
+        """The port the server is to listen on."""
+        return urlsplit(self._client.url).port or 80
 
     def __enter__(self) -> Self:
         return self

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import socket
+from collections.abc import Iterator
 
 from mgpu.errors import Missing, UsageError
 
@@ -30,31 +32,37 @@ def is_loopback(host: str) -> bool:
 
 
 def choose_port(host: str, wanted: int | None) -> int:
-    """Return a port on `host` that is free now: `wanted`, or without one the first free one from 8080 on.
+    """Return a port on `host` that is free now, as `hold_port` would give it. Raises what that raises."""
+    with hold_port(host, wanted) as port:
+        return port
 
+
+@contextlib.contextmanager
+def hold_port(host: str, wanted: int | None) -> Iterator[int]:
+    """Give a free port on `host` that no other mgpu gets meanwhile: `wanted`, or without one the first free one from
+    8080 on.
+
+    Some engines bind their port long before they listen, and the system then lets a second one bind it as well.
     Raises Missing (code "port-in-use") when `wanted` is taken, Missing (code "port-unusable") when this machine does
     not have the address or keeps the port for others, UsageError when it is no port.
     """
-    if wanted is None:
-        for port in (*range(FIRST_PORT, _LAST_TRIED), 0):
-            problem = _bind(host, port)
-            if isinstance(problem, int):
-                return problem
-            if problem.errno != errno.EADDRINUSE:
-                raise _unusable(host, port, problem)
-        raise Missing("no port is free", code="port-in-use")
-    if not 1 <= wanted <= 65535:
+    if wanted is not None and not 1 <= wanted <= 65535:
         raise UsageError(f"--port {wanted} is not a port: ports go from 1 to 65535")
-    problem = _bind(host, wanted)
-    if isinstance(problem, int):
-        return wanted
-    if problem.errno == errno.EADDRINUSE:
-        raise Missing(
-            f"port {wanted} is already in use on {host}",
-            code="port-in-use",
-            hint="choose another --port, or leave it out and mgpu takes a free one",
-        )
-    raise _unusable(host, wanted, problem)
+    for port in (wanted,) if wanted is not None else (*range(FIRST_PORT, _LAST_TRIED), 0):
+        with socket.socket(socket.AF_UNIX) as claim:
+            problem = _claimed(claim, port) or _bind(host, port)
+            if isinstance(problem, int):
+                yield problem
+                return
+        if problem.errno != errno.EADDRINUSE:
+            raise _unusable(host, port, problem)
+    if wanted is None:
+        raise Missing("no port is free", code="port-in-use")
+    raise Missing(
+        f"port {wanted} is already in use on {host}",
+        code="port-in-use",
+        hint="choose another --port, or leave it out and mgpu takes a free one",
+    )
 
 
 def client_host(host: str) -> str:
@@ -66,6 +74,16 @@ def client_host(host: str) -> str:
     if address.is_unspecified:
         return "127.0.0.1" if address.version == 4 else "[::1]"
     return f"[{address}]" if address.version == 6 else str(address)
+
+
+def _claimed(claim: socket.socket, port: int) -> OSError | None:
+    """Why another mgpu has claimed the port, None once `claim` has it. Names that begin with a zero byte belong to a
+    network, as ports do, and go with their owner."""
+    try:
+        claim.bind(f"\0mgpu-port-{port}" if port else "")
+    except OSError as error:
+        return error
+    return None
 
 
 def _unusable(host: str, port: int, problem: OSError) -> Missing:

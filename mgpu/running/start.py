@@ -59,7 +59,7 @@ def wait_until_ready(
     _wait(
         engine,
         backend,
-        lambda phase: client.is_up() and (phase == _LISTENING or _listens(engine)),
+        lambda phase: client.is_up() and (phase == _LISTENING or _listens(engine, client.port)),
         on_loading,
         stall_s=stall_s,
     )
@@ -151,8 +151,8 @@ class _Tail:
             self.phase = self._phase_of(line) or self.phase
 
 
-def _listens(engine: EngineProcess) -> bool:
-    """Whether the engine, or a program that it is a script for, listens on a port; its log may say nothing."""
+def _listens(engine: EngineProcess, port: int) -> bool:
+    """Whether the engine, or what it started, listens on the port; its log may say nothing."""
     import psutil
 
     try:
@@ -162,7 +162,7 @@ def _listens(engine: EngineProcess) -> bool:
         ]
     except (psutil.Error, OSError):
         return False
-    return any(found.status == psutil.CONN_LISTEN for found in sockets)
+    return any(found.status == psutil.CONN_LISTEN and found.laddr.port == port for found in sockets)
 
 
 def _signs(engine: EngineProcess) -> Signs:

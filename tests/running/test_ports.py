@@ -9,7 +9,7 @@ import pytest
 
 from mgpu.errors import Missing, UsageError
 from mgpu.running import ports
-from mgpu.running.ports import check_host, choose_port, client_host
+from mgpu.running.ports import check_host, choose_port, client_host, hold_port
 
 NOT_OURS = "203.0.113.7"  # kept for documentation (RFC 5737)
 
@@ -101,3 +101,13 @@ def test_what_is_no_address_is_refused(host: str) -> None:
 )
 def test_the_address_for_a_url(host: str, reached_under: str) -> None:
     assert client_host(host) == reached_under
+
+
+def test_a_port_that_is_held_goes_to_nobody_else() -> None:
+    with hold_port("127.0.0.1", None) as held:
+        with hold_port("127.0.0.1", None) as other:
+            assert other != held
+        with pytest.raises(Missing) as refused:
+            choose_port("127.0.0.1", held)
+        assert refused.value.code == "port-in-use"
+    assert choose_port("127.0.0.1", held) == held
