@@ -191,6 +191,12 @@ CAUSES = (
         "fetch the model's .safetensors files",
     ),
     _cause(
+        "model-missing",
+        r"Couldn't instantiate the backend tokenizer from one of|Can't load tokenizer for '(?P<file>[^']*)'",
+        "the model's folder holds no tokenizer that vLLM can read",
+        "fetch the model's tokenizer files, or name another tokenizer: -- --tokenizer FOLDER",
+    ),
+    _cause(
         "model-corrupt",
         r"SafetensorError: (?P<why>.*)",
         "a weight file is cut short or damaged: {why}",

@@ -156,7 +156,7 @@ def _running(
             if process.poll() is None:
                 screen.stopping(endpoint.name)
                 begun = time.monotonic()
-                process.stop(stop_stages(grace_s))
+                process.stop(stop_stages(grace_s), leader_first=backend.stops_its_own)
                 screen.stopped(endpoint.name, time.monotonic() - begun)
 
 

@@ -118,6 +118,19 @@ def test_a_refused_allocation_says_where_for_what_and_how_much() -> None:
             id="no memory left for the KV cache",
         ),
         pytest.param(
+            [
+                "    raise ValueError(",
+                "ValueError: Couldn't instantiate the backend tokenizer from one of: ",
+                "(1) a `tokenizers` library serialization file, ",
+                "You need to have sentencepiece or tiktoken installed to convert a slow tokenizer to a fast one.",
+            ],
+            "model-missing",
+            None,
+            None,
+            "holds no tokenizer",
+            id="a folder without a tokenizer",
+        ),
+        pytest.param(
             [worker("ValueError: Model architectures ['FooForCausalLM'] are not supported for now. Supported arch")],
             "architecture-unknown",
             None,
