@@ -49,7 +49,7 @@ def settings_of(pid: int) -> dict[str, str]:
 
 def arguments_of(pid: int) -> list[str]:
     """The words of a process's command line."""
-    return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+    return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")]
 
 
 def members(group: int) -> list[int]:
