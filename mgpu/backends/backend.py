@@ -95,7 +95,7 @@ class Backend:
     devices' indices in `candidate.devices` to what the log says was allocated there; of a card that is not in it
     nothing is known, unless `tells_every_card`. With `maps_weights` the memory its processes hold tells how much of the
     model is loaded. `sample(at, get)` reads its counters. `stop_grace_s` is how long it
-    may take to end politely.
+    may take to end politely; one that `stops_its_own` processes wants its first process alone to be told.
     """
 
     name: str
@@ -111,3 +111,4 @@ class Backend:
     tells_every_card: bool = True
     maps_weights: bool = True
     stop_grace_s: float = 3.0
+    stops_its_own: bool = False

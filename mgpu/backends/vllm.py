@@ -154,6 +154,8 @@ BACKEND = Backend(
     memory=device_memory,
     sample=sample,
     stop_grace_s=STOP_GRACE_S,
+    # Told all at once, its workers stop in the middle of answers that it would finish within the shutdown timeout.
+    stops_its_own=True,
 )
 
 

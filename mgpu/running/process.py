@@ -113,16 +113,23 @@ class EngineProcess:
             return []
         return text.decode(errors="replace").splitlines()
 
-    def stop(self, stages: Sequence[tuple[signal.Signals, float]] = STOP_STAGES) -> int | None:
+    def stop(
+        self, stages: Sequence[tuple[signal.Signals, float]] = STOP_STAGES, *, leader_first: bool = False
+    ) -> int | None:
         """End the engine and everything in its process group; blocks at most the sum of the stages' seconds.
 
+        With `leader_first` only SIGKILL goes to the whole group: the engine's first process ends the others itself,
+        when they have done what they were at.
         An interrupt while waiting goes on to the next, harsher stage at once. Returns the exit status, None if the
         engine outlived even SIGKILL (a process stuck in the kernel).
         """
         for number, patience_s in stages:
             if self.poll() is not None:
                 break
-            self._signal_group(number)
+            if leader_first and number != signal.SIGKILL:
+                self._process.send_signal(number)
+            else:
+                self._signal_group(number)
             _patiently(lambda: self.poll() is not None, patience_s)
         return self.poll()
 

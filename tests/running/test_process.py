@@ -18,6 +18,16 @@ from mgpu.running.process import EngineProcess
 
 LIMIT_S = 30
 ROOT = Path(__file__).parents[2]
+# Asked to end, it lets its child finish what it is at.
+WAITS_FOR_ITS_CHILD = """
+import signal, subprocess, sys, time
+work = "import time; print('busy', flush=True); time.sleep(0.3); print('finished', flush=True)"
+child = subprocess.Popen([sys.executable, '-ISc', work])
+def end(*_):
+    sys.exit(child.wait())
+signal.signal(signal.SIGTERM, end)
+print('ready', flush=True)
+while True: time.sleep(60)"""
 IMPATIENT = ((signal.SIGTERM, 0.1), (signal.SIGTERM, 0.1), (signal.SIGKILL, LIMIT_S))
 
 POLITE = "import time; print('ready', flush=True); time.sleep(60)"
@@ -102,6 +112,14 @@ def test_stop(script: str, stages: tuple[tuple[signal.Signals, float], ...], sta
     assert time.monotonic() - begun < LIMIT_S, "it waited on although the engine was gone"
     assert not alive(engine.pid)
     assert engine.stop(stages) == status, "a second stop has nothing to do"
+
+
+@pytest.mark.parametrize(("leader_first", "finished"), [(True, True), (False, False)])
+def test_an_engine_may_be_left_to_end_its_own_processes(leader_first: bool, finished: bool, log: Path) -> None:
+    engine = start(WAITS_FOR_ITS_CHILD, log)
+    until(lambda: {"busy", "ready"} <= set(engine.log_lines()))
+    engine.stop(((signal.SIGTERM, LIMIT_S),), leader_first=leader_first)
+    assert ("finished" in engine.log_lines()) == finished
 
 
 def test_an_engine_that_outlives_all_stages_has_no_status_and_can_be_stopped_again(log: Path) -> None:
