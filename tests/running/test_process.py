@@ -21,9 +21,10 @@ ROOT = Path(__file__).parents[2]
 # Asked to end, it lets its child finish what it is at.
 WAITS_FOR_ITS_CHILD = """
 import signal, subprocess, sys, time
-work = "import time; print('busy', flush=True); time.sleep(0.3); print('finished', flush=True)"
-child = subprocess.Popen([sys.executable, '-ISc', work])
+work = "import sys, time; print('busy', flush=True); sys.stdin.read(); time.sleep(0.2); print('finished', flush=True)"
+child = subprocess.Popen([sys.executable, '-ISc', work], stdin=subprocess.PIPE)
 def end(*_):
+    child.stdin.close()
     sys.exit(child.wait())
 signal.signal(signal.SIGTERM, end)
 print('ready', flush=True)
