@@ -19,6 +19,7 @@ from tests.fakes.ollama_store import DETAILS, NotFound, Store
 VERSION = "0.32.15"
 Json = dict[str, Any]
 _RECORDED = Path(__file__).parent.parent / "data" / "logs" / "ollama"
+_KEEP_ALIVE_S = 300
 _WHOLE_NUMBERS = ("num_ctx", "num_gpu", "num_batch", "main_gpu", "num_predict")
 
 
@@ -209,6 +210,8 @@ class Handler(BaseHTTPRequestHandler):
             if name in options and (not isinstance(options[name], int) or isinstance(options[name], bool)):
                 raise _Refused(500, f'option "{name}" must be of type integer')
         keep_alive = request.get("keep_alive")
+        if keep_alive is None:
+            keep_alive = -1 if environment("OLLAMA_KEEP_ALIVE").startswith("-") else _KEEP_ALIVE_S
         seconds = float(keep_alive) if isinstance(keep_alive, (int, float)) and keep_alive >= 0 else 1e9
         return self.server.scheduler.runner(str(request.get("model")), options, seconds)
 
