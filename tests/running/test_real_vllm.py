@@ -33,6 +33,8 @@ from mgpu.planning.vllm_placement import planned_kv_tokens
 from mgpu.running.process import EngineProcess
 from mgpu.running.reaper import Watch, private_folder, watch
 from mgpu.units import GIB
+from tests.cli.contract import checked_stream
+from tests.cli.program import Mgpu, until
 from tests.fakes.devices import free_port
 from tests.fakes.tiny_llama import make_tiny_llama
 from tests.fakes.vllm_environment import real_vllm
@@ -232,3 +234,56 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     until_gone(int(guard))
     assert not Path(folder.strip()).exists()
     assert not shared_files() & made
+
+
+@pytest.fixture
+def mgpu(tmp_path: Path) -> Iterator[Mgpu]:
+    """The program itself, with the real engine."""
+    program = Mgpu(tmp_path, {"MGPU_VLLM": str(real_vllm()), "HF_HUB_OFFLINE": "1"})
+    yield program
+    program.end_all()
+
+
+def assert_run_answers(mgpu: Mgpu, model: Path, *shape: str) -> list[dict[str, Any]]:
+    """Type the line, see that two workers answer it and that nothing is left; returns what was checked of each card."""
+    before = shared_files()
+    asked = ("--ctx", "1024", "--ask", "Hello", "--max-tokens", "8", "--json", "--", "--enforce-eager")
+    running = mgpu.start("run", model, *shape, *asked)
+    running.process.wait(START_LIMIT_S + ANSWER_LIMIT_S)
+    ended = running.end()
+    assert ended.exit_code == 0, ended
+    steps = ["planned", "started", "loading", "checked", "ready", "answer", "answered", "stopping", "stopped"]
+    assert [event for event in dict.fromkeys(checked_stream(ended)) if event != "warning"] == steps
+    assert 1 <= ended.event("answered")["generated_tokens"] <= 8
+    log = Path(ended.event("started")["log_path"]).read_text()
+    assert all(f"(Worker_TP{rank} pid=" in log for rank in range(2)), "both workers take part"
+    assert members(ended.event("started")["pid"]) == []
+    assert not list(mgpu.state.glob("*/tmp"))
+    until(lambda: not shared_files() - before, "no shared memory is left")
+    mgpu.assert_nothing_left()
+    return list(ended.event("checked")["devices"])
+
+
+def test_the_whole_program_answers_from_two_workers(mgpu: Mgpu, tmp_path: Path) -> None:
+    model = make_tiny_llama(tmp_path / "tiny")
+    assert assert_run_answers(mgpu, model, "--tensor-parallel", "2") == []
+
+
+def test_the_line_for_two_cards_answers_from_two_workers(mgpu: Mgpu, tmp_path: Path, nvml: dict[str, Path]) -> None:
+    """The cards are a fake driver's. The engine looks like one for cards, is given all that such a one is given, and
+    computes on the CPU."""
+    cores = sorted(os.sched_getaffinity(0))
+    bind = f"{cores[0]}|{cores[1]}" if len(cores) > 1 else "nobind"
+    program = tmp_path / "vllm"
+    program.write_text(
+        f"#!/bin/sh\nVLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND='{bind}' exec '{real_vllm()}' \"$@\"\n"
+    )
+    program.chmod(0o755)
+    rig = ROOT / "tests" / "machines" / "rigs" / "2x4090-x670e.txt"
+    mgpu.environment |= {
+        "MGPU_VLLM": str(program),
+        "LD_LIBRARY_PATH": str(nvml["new"]),
+        "FAKE_NVML": str(rig),
+    }
+    cards = assert_run_answers(mgpu, make_tiny_llama(tmp_path / "tiny"), "--backend", "vllm", "--gpus", "2")
+    assert [card["gpu"] for card in cards] == [0, 1]
