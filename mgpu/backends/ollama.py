@@ -79,7 +79,10 @@ def build_launch(candidate: Candidate, serving: Serving, *, environ: Mapping[str
     of Ollama or its llama-server. Raises UsageError for those mgpu sets itself and for what Ollama cannot do.
     """
     if serving.api_key:
-        raise UsageError("Ollama knows no API key", hint="leave it out, and put a proxy before Ollama to ask for one")
+        raise UsageError(
+            "Ollama knows no API key: whoever reaches its port may use it",
+            hint="leave --api-key out and unset MGPU_API_KEY and its like; a proxy before Ollama can ask for a key",
+        )
     wants, used = candidate.wants, [device for device in candidate.devices if not device.idle]
     if wants.kv_type_k != wants.kv_type_v:
         raise UsageError(f"Ollama has one type for the whole KV cache, not {wants.kv_type_k} and {wants.kv_type_v}")

@@ -15,6 +15,10 @@ MEMORY = "MemTotal:       67108864 kB\nMemAvailable:   62914560 kB\n"
 PROCESSORS = "".join(f"processor\t: {index}\nmodel name\t: A CPU\nflags\t: fpu\n\n" for index in range(8))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real_ollama: starts the Ollama that MGPU_TEST_OLLAMA names")
+
+
 @pytest.fixture(scope="session")
 def fake_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install(tmp_path_factory.mktemp("engine"))

@@ -74,7 +74,8 @@ def bench(request: pytest.FixtureRequest, mgpu: Mgpu, tmp_path: Path) -> tuple[M
         "MGPU_OLLAMA": str(program),
         "MGPU_LLAMA_SERVER": str(real_llama_server()),
         "OLLAMA_HOST": f"127.0.0.1:{free_port()}",
-        "OLLAMA_MODELS": str(tmp_path / "models"),
+        "HOME": str(tmp_path),
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
     }
     return mgpu, "smollm2-135m"
 
@@ -239,6 +240,39 @@ def test_a_model_that_cannot_be_loaded_is_explained(
     assert ("starting llama-server" in engine_log(on_two)) == (fault != "silent-cpu")
     assert ("fetching" in ended.events) == (fault != "silent-cpu")
     on_two.assert_nothing_left()
+
+
+def test_a_load_that_hangs_is_given_up(on_two: Mgpu, small: Path) -> None:
+    ended = on_two("run", small, *ON_TWO, "--stall-timeout", "1", "--json", FAKE_FAIL="slow-load:600")
+    assert (ended.exit_code, [error["code"] for error in ended.stream[-1]["errors"]]) == (4, ["stalled"])
+    on_two.assert_nothing_left()
+
+
+def test_a_server_that_dies_while_it_loads_is_explained(on_two: Mgpu, small: Path) -> None:
+    running = on_two.start("run", small, *ON_TWO, "--json", FAKE_FAIL="slow-load:600")
+    until(lambda: runners(on_two), "Ollama starts a runner")
+    on_two.kill(running.event("started")["pid"])
+    ended = running.end()
+    assert (ended.exit_code, [error["code"] for error in ended.stream[-1]["errors"]]) == (4, ["killed"])
+    on_two.assert_nothing_left()
+
+
+def test_a_port_lost_to_another_is_replaced(on_two: Mgpu, small: Path, tmp_path: Path) -> None:
+    program = tmp_path / "late"
+    ollama = on_two.environment["MGPU_OLLAMA"]
+    program.write_text(f"""#!/bin/sh
+[ -e {tmp_path}/once ] || {{
+    touch {tmp_path}/once
+    echo "Error: listen tcp $OLLAMA_HOST: bind: address already in use" >&2
+    exit 1
+}}
+exec {ollama} "$@"
+""")
+    program.chmod(0o755)
+    ended = on_two("run", small, *ON_TWO, "--ask", "Hello", "--json", MGPU_OLLAMA=str(program))
+    assert ended.exit_code == 0
+    assert ended.events.count("started") >= 2  # more, where others take ports at the same time
+    assert ended.events.count("ready") == 1
 
 
 CROWDED = (

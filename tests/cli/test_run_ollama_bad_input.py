@@ -85,7 +85,7 @@ def test_what_ollama_cannot_do_is_explained(
             {"MGPU_OLLAMA": None, "PATH": "/x"}, 3, "Ollama is not installed", "ollama.com/download", id="not installed"
         ),
         pytest.param({"MGPU_OLLAMA": "/bin/false"}, 4, "ended with status 1", "", id="another program"),
-        pytest.param({"MGPU_API_KEY": "secret"}, 2, "Ollama knows no API key", "leave it out", id="a key"),
+        pytest.param({"MGPU_API_KEY": "secret"}, 2, "Ollama knows no API key", "unset MGPU_API_KEY", id="a key"),
     ],
 )
 def test_a_wrong_environment_is_explained(
