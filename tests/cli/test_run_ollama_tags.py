@@ -163,3 +163,14 @@ def test_an_ollama_that_knows_less_than_the_registry_says_so(on_two: Mgpu) -> No
     assert f"Ollama's library has no {TAG}" in ended.err
     assert "Listening on" in engine_log(on_two)
     on_two.assert_nothing_left()
+
+
+def test_a_server_that_dies_while_it_fetches_is_explained(on_two: Mgpu) -> None:
+    running = on_two.start(*RUN, "--json", FAKE_FAIL="pull-slow:2")
+    pid = running.event("started")["pid"]
+    running.event("fetching")
+    on_two.kill(pid)
+    ended = running.end()
+    (error,) = ended.stream[-1]["errors"]
+    assert (ended.exit_code, error["code"] in ("killed", "download-interrupted")) == (4, True), error
+    on_two.assert_nothing_left()
