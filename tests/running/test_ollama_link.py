@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from mgpu.backends.ollama_log import models_folder
 from mgpu.errors import EngineFailed, Missing
 from mgpu.models.source import OllamaTag
 from mgpu.models.transfer import Progress
@@ -20,6 +21,7 @@ from mgpu.planning.candidates import Candidate
 from mgpu.running.client import Answer
 from mgpu.running.ollama_client import OllamaClient
 from mgpu.running.ollama_link import OllamaLink, model_name
+from tests.backends import recorded_ollama as recorded
 from tests.backends.planned_ollama import planned
 from tests.fakes.devices import free_port
 from tests.fakes.ollama_running import MODEL, TWO_CARDS, RunningOllama, running_ollama
@@ -136,6 +138,19 @@ def test_a_file_becomes_a_model_in_the_store_that_the_server_names(tmp_path: Pat
         assert [blob.samefile(gguf) for blob in (store / "blobs").iterdir()] == [True]
         link.load()
         assert answered(link).generated_tokens
+
+
+@pytest.mark.parametrize(
+    ("lines", "folder"),
+    [
+        pytest.param(recorded.lines("spread"), "/srv/ollama/models", id="recorded"),
+        pytest.param(recorded.lines("create"), "/srv/ollama/models3", id="recorded with another one"),
+        pytest.param(recorded.OLD, None, id="a log without its beginning"),
+        pytest.param([], None, id="no log"),
+    ],
+)
+def test_the_store_stands_in_the_log(lines: list[str], folder: str | None) -> None:
+    assert models_folder(lines) == (Path(folder) if folder else None)
 
 
 def test_a_file_goes_to_somebody_elses_server_by_upload_with_its_context(tmp_path: Path, gguf: Path) -> None:
