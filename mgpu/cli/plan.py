@@ -46,8 +46,9 @@ def plan(
         if fits and prepared.plan.machine.source != "simulated":
             hints = [run_command(model), *hints, "run --dry-run shows the command"]
         if hints:
+            line = "  " + " · ".join(hints)
             yield ""
-            yield "  " + " · ".join(hints)
+            yield from [line] if len(line) <= width else (f"  {hint}" for hint in hints)
 
     return Result(
         command="plan",
@@ -135,5 +136,6 @@ def _launch(prepared: Prepared, candidate: Candidate) -> Launch:
         candidate.backend, name=name, host="127.0.0.1", port=FIRST_PORT, folder=folder, api_key=None
     )
     if candidate.quant != prepared.weights_by_engine[candidate.backend].facts.quantisation:  # a way out
-        serving = replace(serving, model=f"{prepared.name}-{candidate.quant}.gguf")
+        other = prepared.model.in_quantisation(candidate.backend, candidate.quant)
+        serving = replace(serving, model=other.label)
     return backend.launch(candidate, serving)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mgpu.backends.backend import Serving
 from mgpu.backends.engine import LLAMA_CPP, DeviceQuery, Engine, find_llama_server
 from mgpu.cli.engines import Way, eligible, find_engine, find_way, read_arguments
-from mgpu.cli.options import Backend, PlannerOptions
+from mgpu.cli.options import BACKENDS, Backend, PlannerOptions
 from mgpu.errors import EngineFailed, Missing
 from mgpu.machine.probe import probe, with_engine_devices
 from mgpu.machine.simulate import simulate
@@ -138,10 +138,9 @@ def prepare(
     for backend, way in ways.items():
         offers[backend], weights[backend] = way.offer(found, prepared)
     plan = choose(tuple(offers.values()), _preferred(ways, tuple(offers.values()), options), found)
-    if options.backend == Backend.auto and len(offers) == 1 and not engine_arguments:
-        plan = replace(plan, why=f"{TITLES[plan.chosen.backend]} is the engine for {prepared.kind}")
-    elif len(offers) == 1:
-        plan = replace(plan, why=None)
+    if len(offers) == 1:
+        told = options.backend == Backend.auto and not engine_arguments and plan.best is not None
+        plan = replace(plan, why=_only_choice(plan.chosen.backend, prepared, options, backends) if told else None)
     chosen = plan.chosen.backend
     if machine is None and not ways[chosen].available:
         warnings.append(f"{TITLES[chosen]} is not installed (planned as if it were): {ways[chosen].install}")
@@ -228,9 +227,12 @@ def _ways(
             problems.append(problem)
             continue
         ways[backend] = way
-    # Nobody installs vLLM for a CPU that others run the model on.
-    if len(ways) > 1 and Backend.vllm in ways and not ways[Backend.vllm].gpus and not ways[Backend.vllm].engine:
-        del ways[Backend.vllm]
+    # Nobody installs vLLM for a CPU that others run the model on, or uses its build for CPUs beside cards.
+    vllm = ways.get(Backend.vllm)
+    if vllm and len(ways) > 1 and not vllm.gpus:
+        here = vllm.engine and machine.source != "simulated"
+        if not here or any(way.gpus for way in ways.values()):
+            del ways[Backend.vllm]
     if not ways:
         raise problems[0]
     return ways
@@ -241,6 +243,16 @@ def _preferred(ways: Mapping[str, Way], offers: Sequence[Offer], options: Planne
     parallel = max(way.wants.parallel for way in ways.values())
     goal = options.goal or (Goal.latency if parallel == 1 else Goal.throughput)
     return preference(goal, parallel, gpus, offers)
+
+
+def _only_choice(backend: str, model: Model, options: PlannerOptions, eligible_backends: Sequence[str]) -> str:
+    """Why there was nothing to choose: the model's form, the options, or else the cards."""
+    title = TITLES[backend]
+    if sum(bool(model.forms(each)) for each in BACKENDS) == 1:
+        return f"{title} alone loads {options.quant}" if model.profile else f"{title} is the engine for {model.kind}"
+    if len(eligible_backends) == 1:
+        return f"{title} alone knows all the options that were given"
+    return f"{title} alone can use these cards"
 
 
 def _shadows_shipped(name: str) -> bool:

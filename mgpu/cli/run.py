@@ -152,12 +152,16 @@ def _require_fit(prepared: Prepared) -> None:
     plan = prepared.plan
     if plan.best is not None:
         return
-    reasons = "\n".join(plan.chosen.reasons)
-    fixes = "   or   ".join(fix.change for fix in plan.fixes[:3] if fix.change.startswith("--"))
+    verdict, reasons = plan.chosen.verdict, "\n".join(plan.chosen.reasons)
+    what = {"illegal": "cannot be run so", "unavailable": "fits no engine that is installed"}
+    changes = [fix.change for fix in plan.fixes[:3]]
+    fixes = [change for change in changes if not change.startswith("--")]
+    if options := "   or   ".join(change for change in changes if change.startswith("--")):
+        fixes.append(f"add {options}")
     raise NoAnswer(
-        f"{prepared.name} does not fit\n{reasons}",
-        code="does-not-fit",
-        hint=f"add {fixes}" if fixes else f"mgpu plan {shlex.quote(prepared.argument)} shows the ledger",
+        f"{prepared.name} {what.get(verdict, 'does not fit')}\n{reasons}",
+        code="illegal" if verdict == "illegal" else "does-not-fit",
+        hint="   or   ".join(fixes) or f"mgpu plan {shlex.quote(prepared.argument)} shows the ledger",
     )
 
 

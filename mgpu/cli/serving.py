@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 _PORT_ATTEMPTS = 5
 _SERVER_ERRORS = 500
-# An engine that never became ready has no client to wait for.
 _UNREADY_GRACE_S = 3.0
+_AT_ONCE = ((signal.SIGKILL, 10.0),)
 # Between a broken connection and the end of a process that first writes a backtrace.
 _BREAKING_S = 5.0
 
@@ -137,7 +138,8 @@ def _running(
     environment = backend.environment()[0] | dict(launch.env)
     # A parent-death signal reaches the engine alone; what it starts, or what it is a script for, needs the reaper.
     with EngineProcess.start(launch.argv, env=environment, log_path=log_path) as process, watch(process.pid, temporary):
-        grace_s = min(backend.stop_grace_s, _UNREADY_GRACE_S)
+        # Before it is ready it has no client to wait for, and a vLLM does not hear yet.
+        stages = _AT_ONCE if backend.stops_its_own else stop_stages(min(backend.stop_grace_s, _UNREADY_GRACE_S))
         try:
             screen.started(process, engine)
             with _link(prepared, endpoint, url, process) as link:
@@ -146,7 +148,7 @@ def _running(
                     wait_until_ready(process, link, backend, on_loading, stall_s=endpoint.stall_s)
                 model = _bring_in(session, prepared, screen, endpoint.stall_s)
                 _check(session, prepared, screen, patience_s=_patience(endpoint.stall_s))
-                took_s, grace_s = time.monotonic() - begun, backend.stop_grace_s
+                took_s, stages = time.monotonic() - begun, stop_stages(backend.stop_grace_s)
                 screen.ready(endpoint.name, url, process, prepared.plan.chosen, took_s, model=model)
                 yield session
         except EngineDied as died:
@@ -156,7 +158,7 @@ def _running(
             if process.poll() is None:
                 screen.stopping(endpoint.name)
                 begun = time.monotonic()
-                process.stop(stop_stages(grace_s), leader_first=backend.stops_its_own)
+                process.stop(stages, leader_first=backend.stops_its_own)
                 screen.stopped(endpoint.name, time.monotonic() - begun)
 
 

@@ -95,7 +95,9 @@ def ollama_candidates(facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], 
         candidates.append(replace(alone, wants=replace(alone.wants, offload=wants.offload)))
         reasons.append(_reason(choice.gpus, choice))
     return tuple(
-        replace(candidate, reasons=(*([why] if why else []), *notes, *candidate.reasons))
+        candidate
+        if candidate.verdict == "illegal"  # then only that matters
+        else replace(candidate, reasons=(*([why] if why else []), *notes, *candidate.reasons))
         for candidate, why in zip(candidates, reasons, strict=True)
         if candidate is candidates[0] or candidate.verdict == "fits"
     )

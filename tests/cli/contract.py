@@ -139,9 +139,13 @@ CANDIDATE = exactly(
     speed=exactly(
         decode_tok_s=RANGE, aggregate_tok_s=RANGE, prefill_tok_s=RANGE, bound_tok_s=maybe(NUMBER), basis=maybe(TEXT)
     ),
-    argv={**listed(TEXT), "minItems": 1},
+    argv=listed(TEXT),
     env={"type": "object", "additionalProperties": TEXT},
-)
+) | {
+    "if": {"properties": {"verdict": {"const": "illegal"}}},
+    "then": {"properties": {"argv": {"maxItems": 0}}},
+    "else": {"properties": {"argv": {"minItems": 1}}},
+}
 MODEL = exactly(
     name=TEXT,
     architecture=TEXT,

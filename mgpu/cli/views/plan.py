@@ -44,7 +44,9 @@ def plan_screen(name: str, plan: Plan, width: int, *, explain: bool = False) -> 
     chosen = plan.chosen
     word, style = VERDICT_WORDS[chosen.verdict]
     simulated = "   SIMULATED" if plan.machine.source == "simulated" else ""
-    yield Text.assemble((word, style), f"   {headline(name, chosen)}", (simulated, "bold"))
+    first, *more = _broken(headline(name, chosen), width - len(word) - 3, len(simulated))
+    yield Text.assemble((word, style), f"   {first}", (simulated, "bold"))
+    yield from (f"{'':{len(word) + 3}}{line}" for line in more)
     yield ""
     yield ledger(chosen, width)
     yield ""
@@ -52,13 +54,26 @@ def plan_screen(name: str, plan: Plan, width: int, *, explain: bool = False) -> 
         yield from _hanging(label, text, width)
     if explain:
         yield ""
-        yield from (f"  {line}" for line in explanation(plan, chosen))
+        for line in explanation(plan, chosen):
+            yield from _hanging(line[: _INDENT - 2].strip(), line[_INDENT - 2 :], width)
     if len(plan.candidates) > 1:
         yield ""
         yield from _other_ways(plan, width)
     if plan.fixes:
         yield ""
         yield from _fixes(plan)
+
+
+def _broken(text: str, width: int, less_in_first: int) -> list[str]:
+    """A headline on as many lines as it needs, broken between its parts."""
+    lines = [""]
+    for part in text.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if lines[-1] and len(longer) > width - (less_in_first if len(lines) == 1 else 0):
+            lines.append(part)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _hanging(label: str, text: str, width: int) -> Iterator[str]:
@@ -164,8 +179,9 @@ def explanation(plan: Plan, candidate: Candidate) -> Iterator[str]:
     yield f"          embeddings {gib(facts.embedding_bytes)} stay on the host (from {facts.source})"
     layer = facts.layers[0]
     yield (
-        f"KV        per layer and token {layer.kv_heads} heads × ({layer.key_length} K {wants.kv_type_k}"
-        f" + {layer.value_length} V {wants.kv_type_v}) × {candidate.ctx_tokens} tokens × {candidate.parallel} users"
+        f"KV        per layer and token {_counted(layer.kv_heads, 'head')} × ({layer.key_length} K {wants.kv_type_k}"
+        f" + {layer.value_length} V {wants.kv_type_v}) × {candidate.ctx_tokens} tokens"
+        f" × {_counted(candidate.parallel, 'user')}"
     )
     windows = sum(layer.sliding_window is not None for layer in facts.layers)
     if windows:
@@ -173,6 +189,10 @@ def explanation(plan: Plan, candidate: Candidate) -> Iterator[str]:
     yield f"compute   activations of a micro-batch of {wants.ubatch} tokens in the widest stage of a layer"
     yield "runtime   the driver's context, from a table; spare is what is left of the free memory"
     yield f"headroom  {gib(wants.headroom_bytes)} of the spare memory is kept on each card"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _vllm_sums(plan: Plan, candidate: Candidate) -> Iterator[str]:
@@ -183,11 +203,12 @@ def _vllm_sums(plan: Plan, candidate: Candidate) -> Iterator[str]:
     yield f"weights   {gib(model_bytes(facts))} in all{cut} (from {facts.source})"
     layer = facts.layers[0]
     yield (
-        f"KV        per layer and token {max(1, layer.kv_heads // parts)} heads on each card ×"
+        f"KV        per layer and token {_counted(max(1, layer.kv_heads // parts), 'head')} on each card ×"
         f" ({layer.key_length} K + {layer.value_length} V) {candidate.kv_type}"
     )
     held = f"{planned_kv_tokens(candidate, facts)} tokens in all"
-    yield f"          {held}, {candidate.ctx_tokens} for each of {candidate.parallel} users at most"
+    each = "the user" if candidate.parallel == 1 else f"each of {candidate.parallel} users"
+    yield f"          {held}, {candidate.ctx_tokens} for {each} at most"
     if not candidate.devices:
         return
     share = wants.gpu_memory_utilization or DEFAULT_UTILISATION
