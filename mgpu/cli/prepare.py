@@ -125,7 +125,7 @@ def prepare(
     options.wants()  # what was typed wrong is said first
     with _asked_for_devices(source, options, engine_arguments, simulated=machine is not None) as query:
         found = probe() if machine is None else simulate(machine)
-        prepared = find_model(source, options.quant)
+        prepared = find_model(source, options.quant, safetensors=options.backend == Backend.vllm)
         backends = eligible(prepared, options, engine_arguments)
         engines = _installed(backends, simulated=machine is not None)
         found, warnings = _with_devices(found, query, engines, backends, must_run=must_run)

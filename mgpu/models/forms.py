@@ -105,8 +105,9 @@ class Model:
         return next((weights for weights in found if weights.facts.quantisation == quantisation), found[0])
 
 
-def find_model(source: ModelSource, quant: str | None) -> Model:
-    """Return the model that MODEL and `--quant` (None: not given) mean, without fetching weights.
+def find_model(source: ModelSource, quant: str | None, *, safetensors: bool = False) -> Model:
+    """Return the model that MODEL and `--quant` (None: not given) mean, without fetching weights. Of a repository that
+    holds both forms it is the GGUF, unless `safetensors` are wanted.
 
     Raises UsageError where `quant` is none of its quantisations, Missing for what is not there, BadModel for what is
     no model.
@@ -121,7 +122,7 @@ def find_model(source: ModelSource, quant: str | None) -> Model:
             _refuse_quantisation(quant, path)
             return _folder(path)
         case HubRepository():
-            return _on_hub(in_quantisation(source, quant))
+            return _on_hub(in_quantisation(source, quant), safetensors=safetensors)
         case OllamaTag():
             return _tagged(source, quant)
 
@@ -205,17 +206,17 @@ def _folder(path: Path) -> Model:
     )
 
 
-def _on_hub(source: HubRepository) -> Model:
+def _on_hub(source: HubRepository, *, safetensors: bool) -> Model:
     """The model from what is on disk of it, else from the first megabytes of it on the hub."""
     from mgpu.models.fetch import find_local
     from mgpu.models.folder import find_local_folder
     from mgpu.models.gguf_facts import facts_from_gguf
     from mgpu.models.hf import facts_from_folder
     from mgpu.models.hf_config import is_called
-    from mgpu.models.remote import RemoteConfig, facts_from_remote, model_on_hub
+    from mgpu.models.remote import RemoteConfig, facts_from_remote, folder_on_hub, model_on_hub
 
     name = source.repository.split("/")[1].removesuffix("-GGUF")
-    if path := find_local(source):
+    if not safetensors and (path := find_local(source)):
         weights = Weights(facts=replace(facts_from_gguf(path), name=name), path=path)
         return Model(name=name, kind="a GGUF file", gguf=(weights,))
     if path := find_local_folder(source.repository):
@@ -223,7 +224,7 @@ def _on_hub(source: HubRepository) -> Model:
         if not source.quantisation or is_called(facts.quantisation, source.quantisation):
             weights = Weights(facts=replace(facts, name=name), path=path)
             return Model(name=name, kind="a model in safetensors", safetensors=(weights,))
-    found = model_on_hub(source)
+    found = folder_on_hub(source) if safetensors else model_on_hub(source)
     if isinstance(found, RemoteConfig):
         facts = facts_from_remote(found, name)
         weights = Weights(facts=facts, source=HubFolder(repository=source.repository), unconfirmed=found.unconfirmed)

@@ -10,7 +10,7 @@ from mgpu.machine.snapshot import Gpu, Host
 from mgpu.models.facts import ModelFacts
 from mgpu.planning.candidates import Candidate
 from mgpu.planning.plan import Fix
-from mgpu.planning.tensor_parallel import best_shape
+from mgpu.planning.tensor_parallel import best_shape, legal_sizes
 from mgpu.planning.vllm_memory import BLOCK_TOKENS, VllmWants
 from mgpu.planning.vllm_placement import vllm_candidate
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS
@@ -38,6 +38,7 @@ def vllm_candidates(facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], ho
         elif alike == cards:
             shapes.append((cards, best_shape(facts, len(cards))))
             if shapes[0][1] != (len(cards), 1):
+                shapes += _fewer(facts, cards)
                 shapes.append((cards, (len(cards), 1)))  # shown with the reason why not
         else:
             shapes.append((cards, (1, len(cards))))
@@ -111,6 +112,16 @@ def _asked_shape(wants: VllmWants, cards: int) -> tuple[int, int]:
     if wants.pipeline_parallel:
         return max(1, per_replica // wants.pipeline_parallel), wants.pipeline_parallel
     return (per_replica, 1) if cards else (1, 1)
+
+
+def _fewer(facts: ModelFacts, cards: tuple[Gpu, ...]) -> list[tuple[tuple[Gpu, ...], tuple[int, int]]]:
+    """The most of like cards over which each layer can be cut, those with the most free memory: fewer cards that are
+    read at once may be faster than all of them in turn."""
+    size = max(legal_sizes(facts, len(cards)))
+    if size < 2:
+        return []
+    chosen = sorted(cards, key=lambda gpu: -(gpu.free_bytes or 0))[:size]
+    return [(tuple(gpu for gpu in cards if gpu in chosen), (size, 1))]
 
 
 def _alike(cards: tuple[Gpu, ...]) -> tuple[Gpu, ...]:

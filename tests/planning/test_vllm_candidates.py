@@ -50,11 +50,13 @@ def shapes(candidates: Sequence[Candidate]) -> list[tuple[str, int, int, int]]:
         pytest.param(EIGHT, "4090", [("fits", 1, 1, 1)], id="one card"),
         pytest.param(EIGHT, "2x4090", [("fits", 2, 1, 2), ("fits", 1, 1, 1)], id="two alike, one would do"),
         pytest.param(SEVENTY, "2x4090", [("fits", 2, 1, 2)], id="two alike, both are needed"),
-        pytest.param(SEVENTY, "3x3090", [("fits", 1, 3, 3), ("illegal", 3, 1, 3)], id="64 heads on three"),
+        pytest.param(
+            SEVENTY, "3x3090", [("fits", 1, 3, 3), ("fits", 2, 1, 2), ("illegal", 3, 1, 3)], id="64 heads on three"
+        ),
         pytest.param(
             THIRTY,
             "4x3090",
-            [("fits", 2, 2, 4), ("fits", 1, 1, 1), ("illegal", 4, 1, 4)],
+            [("fits", 2, 2, 4), ("fits", 2, 1, 2), ("fits", 1, 1, 1), ("illegal", 4, 1, 4)],
             id="six groups of scales on four",
         ),
         pytest.param(
