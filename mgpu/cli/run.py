@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,9 +55,9 @@ def run(
     from mgpu.cli.prepare import prepare
     from mgpu.cli.process_title import hide_argument
     from mgpu.cli.screens import RunScreen
-    from mgpu.cli.serving import Endpoint, attached, started
+    from mgpu.cli.serving import Endpoint, attached, build_launch, started
     from mgpu.running.ports import check_host, choose_port, is_loopback
-    from mgpu.running.state import check_name, instance_folder, name_from
+    from mgpu.running.state import check_name, instance_folder, name_from, state_path
 
     if api_key:
         hide_argument(api_key)
@@ -83,9 +83,12 @@ def run(
         prepared = _as_it_is(prepared, screen)
     else:
         require_engine(prepared.backend)
-    _require_fit(prepared)
+    if not running:
+        _require_fit(prepared)
     # An unusable port is said before gigabytes are fetched for it.
     choose_port(endpoint.host, endpoint.port)
+    if not running:  # and so is what the engine cannot be told
+        build_launch(prepared, endpoint, port=endpoint.port or 1, folder=state_path() / endpoint.name)
     screen.planned(prepared)
     with instance_folder(endpoint.name, chosen=endpoint.name_chosen) as (instance, folder):
         # Held before gigabytes are fetched: a name in use is said at once.
@@ -130,18 +133,41 @@ def _running_ollama(prepared: Prepared, endpoint: Endpoint, screen: RunScreen) -
             )
         screen.warn([f"{found.url} is not Ollama: {found.why}; mgpu starts one of its own on another port"])
         return None
-    if found and endpoint.port is not None:
+    if found and (told := _for_an_own_ollama(prepared, endpoint)):
         raise UsageError(
-            f"an Ollama runs at {found.url} and is used as it is: --port {endpoint.port} cannot move it",
-            hint="leave --port out, or stop that Ollama and mgpu starts one of its own",
+            f"an Ollama runs at {found.url} and is used as it is: {told}",
+            hint="leave that out, or stop that Ollama and mgpu starts one of its own",
         )
     return found
+
+
+def _for_an_own_ollama(prepared: Prepared, endpoint: Endpoint) -> str | None:
+    """What was asked for and can only be told to an Ollama that mgpu starts, in a clause; None if nothing was."""
+    from mgpu.running.ports import is_loopback
+
+    if endpoint.port is not None:
+        return f"--port {endpoint.port} cannot move it"
+    if not is_loopback(endpoint.host):
+        return f"--host {endpoint.host} cannot move it"
+    if endpoint.api_key:
+        return "it asks for no API key"
+    if prepared.ways[prepared.backend].arguments:
+        return "it takes no variables after --"
+    wants = prepared.plan.chosen.wants
+    asked = {
+        "--tensor-split": wants.tensor_split,
+        f"--kv-type {wants.kv_type_k}": wants.kv_type_k != "f16",
+        f"--flash-attn {wants.flash_attention}": wants.flash_attention != "auto",
+    }
+    return next((f"{option} cannot be told to it" for option, given in asked.items() if given), None)
 
 
 def _as_it_is(prepared: Prepared, screen: RunScreen) -> Prepared:
     """The plan that a running Ollama will follow, which mgpu does not reconfigure."""
     own = prepared.left_to_itself()
     wanted, taken = len(prepared.plan.chosen.devices), len(own.plan.chosen.devices)
+    if own.plan.best is None:
+        screen.warn([f"by the plan it does not fit: {'; '.join(own.plan.chosen.reasons)}"])
     if wanted != taken:
         screen.warn([f"planned were {wanted} cards; the Ollama that runs already takes {taken} by its own rules"])
     return own
@@ -168,9 +194,14 @@ def _require_fit(prepared: Prepared) -> None:
 def _dry_run(prepared: Prepared, endpoint: Endpoint) -> Result:
     """Return the command that would be started, quoted for a shell."""
     from mgpu.cli.serving import build_launch
+    from mgpu.running.ollama_attach import Attached
     from mgpu.running.ports import choose_port
     from mgpu.running.state import state_path
 
+    if isinstance(prepared.running, Attached):
+        nothing = f"# nothing is started: the Ollama at {prepared.running.url} is used as it is"
+        data: dict[str, Any] = {"argv": [], "env": {}, "fetched": prepared.weights.path is not None}
+        return Result(command="run", data=data, screen=lambda _: (nothing,), warnings=prepared.warnings)
     _require_fit(prepared)
     port = choose_port(endpoint.host, endpoint.port)
     launch = build_launch(prepared, endpoint, port=port, folder=state_path() / endpoint.name)

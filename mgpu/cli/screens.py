@@ -167,8 +167,9 @@ class RunScreen:
         cards = sum(1 for device in candidate.devices if not device.idle)
         used = "CPU" if not cards else f"{cards} GPU" + ("s" if cards > 1 else "")
         pid = process.pid if process else None
-        whose = f"pid {pid}" if pid else "not started by mgpu"
-        line = f"ready: {name} on {url}/v1  ({candidate.backend}, {used}, {whose}, {seconds(took_s)})"
+        # Where an engine that somebody else runs has put the model is not known.
+        how = f"{used}, pid {pid}" if pid else "not started by mgpu"
+        line = f"ready: {name} on {url}/v1  ({candidate.backend}, {how}, {seconds(took_s)})"
         self._event("ready", name=name, url=f"{url}/v1", model=model or name, pid=pid, seconds=round(took_s, 3))
         if not self._out.as_json:
             self._out.lines(line, error=self._asked)

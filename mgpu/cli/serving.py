@@ -59,7 +59,8 @@ class Session:
 
     def cause(self, error: EngineFailed) -> EngineFailed:
         """Return what ended the engine, where a request failed because of that; else the error itself."""
-        dying = error.code == "engine-died" or (isinstance(error, Refused) and error.status >= _SERVER_ERRORS)
+        broken = error.code in ("engine-died", "download-interrupted")
+        dying = broken or (isinstance(error, Refused) and error.status >= _SERVER_ERRORS)
         # The connection breaks, or an error is answered, a moment before the process is gone.
         if self.process and dying and self.process.wait(_BREAKING_S) is not None:
             return death(self.process, self.backend)
@@ -190,9 +191,14 @@ def _bring_in(session: Session, prepared: Prepared, screen: RunScreen, stall_s: 
         return None
     assert session.process
     link.require_devices(prepared.plan.chosen)
-    _take_in(link, prepared, screen)
-    with screen.loading(_mapped_bytes(prepared)) as on_loading:
-        wait_for(link.load, session.process, session.backend, on_loading, stall_s=stall_s)
+    try:
+        _take_in(link, prepared, screen)
+        with screen.loading(_mapped_bytes(prepared)) as on_loading:
+            wait_for(link.load, session.process, session.backend, on_loading, stall_s=stall_s)
+    except EngineDied:
+        raise
+    except EngineFailed as error:
+        raise session.cause(error) from None
     return link.model
 
 
@@ -222,13 +228,13 @@ def _check(session: Session, prepared: Prepared, screen: RunScreen, *, patience_
     try:
         # A device that hangs in its first computation looks busy and says nothing.
         canary = link.canary(patience_s=patience_s)
+        if isinstance(link, OllamaLink):
+            memory, misplaced = link.memory(candidate), list(link.complaints(candidate))
+        else:
+            assert session.process
+            memory, misplaced = session.backend.memory(session.process.log_lines(), candidate), []
     except EngineFailed as error:
         raise session.cause(error) from None
-    if isinstance(link, OllamaLink):
-        memory, misplaced = link.memory(candidate), list(link.complaints(candidate))
-    else:
-        assert session.process
-        memory, misplaced = session.backend.memory(session.process.log_lines(), candidate), []
     misplaced += complaints(candidate, memory, canary, tells_every_card=session.backend.tells_every_card)
     screen.checked(candidate, memory, canary, misplaced)
 

@@ -49,6 +49,13 @@ class Weights:
     unconfirmed: str | None = None
 
     @property
+    def parts(self) -> int:
+        """Of how many files a GGUF is."""
+        from mgpu.models.choice import part_count
+
+        return part_count(Path(self.label).name)
+
+    @property
     def label(self) -> str:
         """What the model is loaded from: a path, or the name that it will have once it is fetched."""
         if self.path:
@@ -78,7 +85,8 @@ class Model:
 
     def forms(self, backend: str) -> tuple[Weights, ...]:
         """Return what the engine called `backend` can load of it; nothing if there is no such form."""
-        return {"llama.cpp": self.gguf, "vllm": self.safetensors, "ollama": self.gguf or self.tag}[backend]
+        whole = tuple(weights for weights in self.gguf if weights.parts == 1)  # Ollama takes no others
+        return {"llama.cpp": self.gguf, "vllm": self.safetensors, "ollama": whole or self.tag}[backend]
 
     def other_quantisations(self, weights: Weights) -> Iterator[ModelFacts]:
         """Yield what the profile holds in the form of `weights`, but in other quantisations."""
@@ -268,6 +276,12 @@ def _no_quantisation(profile: Profile, quant: str) -> UsageError:
 def missing_form(model: Model, backend: str) -> MgpuError:
     """Return the error for a model that the engine called `backend` cannot load in any of its forms: of a profile, in
     the quantisation that was asked for."""
+    if backend == "ollama" and model.gguf:
+        return Missing(
+            f"{model.name} is in {model.gguf[0].parts} parts, and Ollama takes only whole files",
+            code="split-model",
+            hint="join them with llama-gguf-split --merge, or use --backend llama.cpp",
+        )
     if profile := model.profile:
         there = [source.quantisation for source in profile.vllm] if backend == "vllm" else [*profile.quantisations]
         if there:

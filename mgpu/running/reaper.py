@@ -29,6 +29,8 @@ DEFAULT_GRACE_S = 10.0
 _LOOK_EVERY_S = 0.5
 _MOST_LOOKS = 20
 _POLL_S = 0.05
+# Nobody tells those to end whose leader was killed; what it had told is gone by then.
+_ORPHANS_S = 1.0
 # A killed process that computes on a card may take seconds to leave the driver.
 _KILL_LIMIT_S = 10.0
 # Python's resource tracker unlinks what the killed left in /dev/shm once their ends of its pipe have closed.
@@ -184,10 +186,16 @@ class _Group:
         leader = _find(self._pid)
         if leader is not None and leader.started == self._started and not leader.zombie and not self._over:
             _send(leader, signal.SIGTERM)
-            _wait(lambda: not self.members(), grace_s)
+            _wait(lambda: not self._led(), grace_s)
+            _wait(lambda: not self.members(), min(grace_s, _ORPHANS_S))
         self._kill(spare_trackers=True)
         _wait(lambda: not self.members(), _TRACKER_LIMIT_S)
         self._kill(spare_trackers=False)
+
+    def _led(self) -> bool:
+        """Whether the leader is there, who ends the others."""
+        leader = _find(self._pid)
+        return leader is not None and leader.started == self._started and not leader.zombie
 
     def _kill(self, *, spare_trackers: bool) -> None:
         def all_gone() -> bool:
