@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mgpu.backends import load_backend
 from mgpu.backends.engine import INSTALL_LLAMA_CPP, Engine
+from mgpu.cli.cards import can_use, choose_cards, named
 from mgpu.cli.options import BACKENDS, Backend, PlannerOptions
 from mgpu.errors import MgpuError, Missing, UsageError
-from mgpu.machine.probe import select_gpus
 from mgpu.machine.snapshot import Gpu, Machine
 from mgpu.models.facts import ModelFacts
 from mgpu.models.forms import Model, Weights, missing_form
-from mgpu.planning.choice import TITLES, Offer
+from mgpu.planning.choice import Offer
 from mgpu.planning.wants import Wants
 
 if TYPE_CHECKING:
@@ -193,15 +192,15 @@ def find_way(
     UsageError for a selection that is none."""
     arguments = read_arguments(backend, engine_arguments, options)
     wants = arguments.wants
-    usable = tuple(gpu for gpu in machine.gpus if _can_use(backend, gpu))
+    usable = tuple(gpu for gpu in machine.gpus if can_use(backend, gpu))
     simulated = machine.source == "simulated"  # which build is installed here says nothing of another machine
     for_cpus = backend == Backend.vllm and engine is not None and not simulated and _for_cpus(engine)
     remarks: list[str] = []
     gpus: tuple[Gpu, ...] = ()
     if for_cpus and options.gpus is None:
-        remarks += [f"this vLLM is built for CPUs and uses no card: {_named(usable)}"] if usable else []
+        remarks += [f"this vLLM is built for CPUs and uses no card: {named(usable)}"] if usable else []
     else:
-        gpus, remarks = _cards(backend, machine, options.gpus, usable)
+        gpus, remarks = choose_cards(backend, machine, options.gpus, usable)
     if backend == Backend.vllm and engine and not simulated:
         _require_the_right_build(engine, gpus, for_cpus=for_cpus)
     if arguments.unplanned:
@@ -278,81 +277,3 @@ def _for_cpus(engine: Engine) -> bool:
     from mgpu.backends.vllm_program import is_cpu_build
 
     return is_cpu_build(engine.path)
-
-
-def _can_use(backend: str, gpu: Gpu) -> bool:
-    match backend:
-        case Backend.vllm:
-            return gpu.vendor in ("nvidia", "amd") and not gpu.problem and not _too_old_for_vllm(gpu)
-        case Backend.ollama:
-            from mgpu.planning.ollama_candidates import can_use
-
-            return can_use(gpu)
-        case _:
-            return bool(gpu.engine_devices)
-
-
-def _too_old_for_vllm(gpu: Gpu) -> bool:
-    """Its kernels are built for compute capability 7.0 and later (docs.vllm.ai, installation); unknown is no reason."""
-    major = (gpu.compute_capability or "").partition(".")[0]
-    return gpu.vendor == "nvidia" and major.isdecimal() and int(major) < 7
-
-
-def _cards(
-    backend: str, machine: Machine, selection: str | None, usable: Sequence[Gpu]
-) -> tuple[tuple[Gpu, ...], list[str]]:
-    """The cards for one engine, and what to tell the user about those left out."""
-    option, remarks = "--gpus", []
-    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if selection is None and mask is not None and machine.source != "simulated" and any(map(_takes_cuda, machine.gpus)):
-        option, selection = "CUDA_VISIBLE_DEVICES", _unmasked(mask)
-        remarks.append(f"{option}={mask}: planned on {'no card' if selection == 'none' else f'{selection} only'}")
-    counted = selection is not None and selection.strip().isdecimal()
-    among = machine
-    if counted and len(usable) >= int((selection or "0").strip()[:6]):
-        among = replace(machine, gpus=tuple(usable))  # of the cards that it can use
-    try:
-        chosen = select_gpus(among, selection)
-    except MgpuError as error:
-        error.message = error.message.replace("--gpus", option, 1)
-        raise
-    if selection is None and (left := [gpu for gpu in machine.gpus if gpu.integrated and gpu not in chosen]):
-        remarks.append(f"gpu{left[0].index} ({left[0].name}) is integrated and left out; --gpus all includes it")
-    unseen = [gpu for gpu in chosen if gpu not in usable]
-    if unseen and selection not in (None, "all"):
-        raise _unseen(backend, unseen)
-    if unseen:
-        remarks.append(f"{_unseen(backend, unseen).message.partition(':')[0]}; mgpu backends shows what it sees")
-    return tuple(gpu for gpu in chosen if gpu in usable), remarks
-
-
-def _unseen(backend: str, gpus: Sequence[Gpu]) -> Missing:
-    if backend == Backend.llama_cpp:
-        return Missing(
-            f"llama.cpp does not see {_named(gpus)}: "
-            "this build lacks their driver's interface, or it is hidden from it",
-            code="gpu-unseen",
-            hint="mgpu backends shows what it sees; a build with CUDA or ROCm sees these cards",
-        )
-    cards = "NVIDIA cards since Volta and on AMD's" if backend == Backend.vllm else "cards with CUDA, ROCm or Vulkan"
-    return Missing(
-        f"{TITLES[backend]} cannot use {_named(gpus)}: it runs on {cards}",
-        code="gpu-unseen",
-        hint="choose other cards with --gpus, or leave --backend out",
-    )
-
-
-def _named(gpus: Sequence[Gpu]) -> str:
-    return ", ".join(f"gpu{gpu.index} ({gpu.name})" for gpu in gpus)
-
-
-def _takes_cuda(gpu: Gpu) -> bool:
-    return gpu.vendor == "nvidia" or any(device.startswith("CUDA") for device in gpu.engine_devices)
-
-
-def _unmasked(mask: str) -> str:
-    """CUDA_VISIBLE_DEVICES as --gpus takes it: its numbers are indices, and nothing or -1 hides every card."""
-    items = [item.strip() for item in mask.split(",")]
-    if items[0] in ("", "-1"):
-        return "none"
-    return ",".join(f"gpu{item}" if item.isdecimal() else item for item in items)
