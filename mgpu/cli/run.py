@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from dataclasses import replace
@@ -13,7 +14,7 @@ import typer
 from mgpu.cli.options import Backend, JsonOption, ModelArgument, PlannerOptions, with_planner_options
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result
-from mgpu.errors import EngineFailed, Interrupted, Missing, NoAnswer, UsageError
+from mgpu.errors import BadModel, EngineFailed, Interrupted, Missing, NoAnswer, UsageError
 
 if TYPE_CHECKING:
     from mgpu.cli.prepare import Prepared
@@ -89,6 +90,7 @@ def run(
     choose_port(endpoint.host, endpoint.port)
     if not running:  # and so is what the engine cannot be told
         build_launch(prepared, endpoint, port=endpoint.port or 1, folder=state_path() / endpoint.name)
+    _require_tokenizer(prepared)
     screen.planned(prepared)
     with instance_folder(endpoint.name, chosen=endpoint.name_chosen) as (instance, folder):
         # Held before gigabytes are fetched: a name in use is said at once.
@@ -187,12 +189,39 @@ def _require_fit(prepared: Prepared) -> None:
     raise NoAnswer(
         f"{prepared.name} {what.get(verdict, 'does not fit')}\n{reasons}",
         code="illegal" if verdict == "illegal" else "does-not-fit",
-        hint="   or   ".join(fixes) or f"mgpu plan {shlex.quote(prepared.argument)} shows the ledger",
+        hint="   or   ".join(fixes)
+        or _lawful(prepared, reasons)
+        or f"mgpu plan {shlex.quote(prepared.argument)} shows the ledger",
     )
+
+
+def _require_tokenizer(prepared: Prepared) -> None:
+    """Raise BadModel for a folder in which vLLM would miss the tokenizer, after a quarter of a minute."""
+    from mgpu.models.folder import has_tokenizer
+
+    folder, arguments = prepared.weights.path, prepared.ways[prepared.backend].arguments
+    own = any(word.partition("=")[0] in ("--tokenizer", "--skip-tokenizer-init") for word in arguments)
+    if prepared.backend == Backend.vllm and folder and not own and not has_tokenizer(folder):
+        raise BadModel(
+            f"{folder} holds no tokenizer: vLLM cannot serve a model without one",
+            code="model-missing",
+            hint="copy tokenizer.json and tokenizer_config.json of the model there, or name one: -- --tokenizer PATH",
+        )
+
+
+def _lawful(prepared: Prepared, reasons: str) -> str | None:
+    """What to ask for instead of a shape or a context that is not possible, where the reasons tell."""
+    if sizes := re.search(r"tensor parallel sizes that work: (.*)", reasons):
+        cards = len(prepared.ways[prepared.backend].gpus) or 1
+        size = max(size for size in map(int, sizes[1].split(", ")) if size <= cards)
+        return f"--tensor-parallel {size}, or leave it out and mgpu chooses"
+    most = re.search(r"more than the (\d+) vLLM allows|gives a user (\d+) tokens at most", reasons)
+    return f"--ctx {most[1] or most[2]}" if most else None
 
 
 def _dry_run(prepared: Prepared, endpoint: Endpoint) -> Result:
     """Return the command that would be started, quoted for a shell."""
+    from mgpu.backends import load_backend
     from mgpu.cli.serving import build_launch
     from mgpu.running.ollama_attach import Attached
     from mgpu.running.ports import choose_port
@@ -205,6 +234,8 @@ def _dry_run(prepared: Prepared, endpoint: Endpoint) -> Result:
     _require_fit(prepared)
     port = choose_port(endpoint.host, endpoint.port)
     launch = build_launch(prepared, endpoint, port=port, folder=state_path() / endpoint.name)
+    if prepared.engine:
+        launch = load_backend(prepared.backend).fitted(launch, prepared.engine)
     here = prepared.weights.path is not None
     data = {"argv": list(launch.argv), "env": launch.public_env(), "fetched": here}
     notes = () if here else (f"the model is not here yet: mgpu run fetches {prepared.weights.label}",)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 _PORT_ATTEMPTS = 5
 _SERVER_ERRORS = 500
 _UNREADY_GRACE_S = 3.0
-_AT_ONCE = ((signal.SIGKILL, 10.0),)
 # Between a broken connection and the end of a process that first writes a backtrace.
 _BREAKING_S = 5.0
 
@@ -138,9 +136,12 @@ def _running(
     url = f"http://{client_host(endpoint.host)}:{port}"
     environment = backend.environment()[0] | dict(launch.env)
     # A parent-death signal reaches the engine alone; what it starts, or what it is a script for, needs the reaper.
-    with EngineProcess.start(launch.argv, env=environment, log_path=log_path) as process, watch(process.pid, temporary):
+    with (
+        EngineProcess.start(launch.argv, env=environment, log_path=log_path) as process,
+        watch(process.pid, temporary) as guard,
+    ):
         # Before it is ready it has no client to wait for, and a vLLM does not hear yet.
-        stages = _AT_ONCE if backend.stops_its_own else stop_stages(min(backend.stop_grace_s, _UNREADY_GRACE_S))
+        stages = () if backend.stops_its_own else stop_stages(min(backend.stop_grace_s, _UNREADY_GRACE_S))
         try:
             screen.started(process, engine)
             with _link(prepared, endpoint, url, process) as link:
@@ -159,7 +160,9 @@ def _running(
             if process.poll() is None:
                 screen.stopping(endpoint.name)
                 begun = time.monotonic()
-                process.stop(stages, leader_first=backend.stops_its_own)
+                if not stages:
+                    guard.close(at_once=True)  # it sees what they share before it kills them
+                process.stop(stages or stop_stages(0.0), leader_first=backend.stops_its_own)
                 screen.stopped(endpoint.name, time.monotonic() - begun)
 
 

@@ -49,13 +49,19 @@ class Watch:
         """The reaper's process id."""
         return self._process.pid
 
-    def close(self) -> None:
-        """End whatever of the engine still runs, and remove what it left; blocks until that is done.
+    def close(self, *, at_once: bool = False) -> None:
+        """End whatever of the engine still runs, `at_once` or after its grace, and remove what it left; blocks until
+        that is done.
 
         After the engine was stopped this takes a moment; else at most the grace period and 23 s. May be called again.
         """
         if self._process.stdin is not None and not self._process.stdin.closed:
-            self._process.stdin.close()
+            try:
+                if at_once:
+                    self._process.stdin.write(b"!")
+                self._process.stdin.close()
+            except OSError:
+                pass  # the reaper is gone
         self._process.wait()
 
     def __enter__(self) -> Watch:
@@ -125,7 +131,8 @@ def main(argv: list[str]) -> int:
     segments = _Segments(group)
     os.write(1, b"!")
     os.close(1)
-    while not _closed(_LOOK_EVERY_S):
+    while (heard := _heard(_LOOK_EVERY_S)) != b"":
+        grace_s = 0.0 if heard else grace_s
         segments.look()
         group.look()
     segments.look(last=True)
@@ -245,10 +252,10 @@ class _Segments:
             _quietly(os.unlink, path)
 
 
-def _closed(timeout_s: float) -> bool:
-    """Whether mgpu's end of the pipe is closed; waits for that for at most `timeout_s`."""
+def _heard(timeout_s: float) -> bytes | None:
+    """What mgpu says within `timeout_s`: nothing (None), to make haste, or nothing any more (empty)."""
     readable, _, _ = select.select([0], [], [], timeout_s)
-    return bool(readable) and not os.read(0, 4096)
+    return os.read(0, 4096) if readable else None
 
 
 def _wait(done: Callable[[], bool], limit_s: float) -> None:

@@ -37,7 +37,8 @@ def on_two(mgpu: Mgpu, nvml: dict[str, Path], tmp_path: Path) -> Mgpu:
 def files(tmp_path: Path) -> Path:
     """Models with something wrong in each, and a vLLM for CPUs."""
     folder = tmp_path / "files"
-    for name, without in {"no-config": "config.json", "no-weights": "model.safetensors"}.items():
+    missing = {"no-config": "config.json", "no-weights": "model.safetensors", "no-tokenizer": "tokenizer.json"}
+    for name, without in missing.items():
         (make_tiny_llama(folder / name) / without).unlink()
     (make_tiny_llama(folder / "broken-config") / "config.json").write_text('{"architectures": [')
     (make_tiny_llama(folder / "no-heads") / "config.json").write_text(
@@ -168,12 +169,16 @@ def test_a_port_lost_to_another_is_replaced(on_two: Mgpu, model: Path, tmp_path:
     [
         # Shapes
         pytest.param(
-            "{model} --tensor-parallel 3", 1, "512 ÷ 3…sizes that work: 1, 2, 4, 8", "", id="three for eight heads"
+            "{model} --tensor-parallel 3",
+            1,
+            "512 ÷ 3…sizes that work: 1, 2, 4, 8",
+            "--tensor-parallel 2",
+            id="three for eight heads",
         ),
         pytest.param("{model} --tensor-parallel 2 --gpus 1", 1, "takes 2 cards, and there are 1", "", id="two on one"),
         pytest.param("{model} --pipeline-parallel 5", 1, "4 layers ÷ 5 stages", "", id="more stages than layers"),
         pytest.param("{model} --replicas 3", 1, "2 cards cannot be dealt evenly to 3", "", id="three replicas on two"),
-        pytest.param("{model} --ctx 100k", 1, "102400 tokens are more than the 2048", "", id="more than the model has"),
+        pytest.param("{model} --ctx 100k", 1, "102400 tokens are more than the 2048", "--ctx 2048", id="too much"),
         # Options of other engines
         pytest.param("{model} --kv-type q8_0", 2, "vLLM knows no --kv-type q8_0", "--kv-type fp8", id="a KV type"),
         pytest.param("{model} --offload allow", 2, "vLLM knows no --offload", "--cpu-offload-gb", id="offload"),
@@ -190,6 +195,7 @@ def test_a_port_lost_to_another_is_replaced(on_two: Mgpu, model: Path, tmp_path:
         pytest.param("{files}/empty", 3, "without a config.json", "*.gguf", id="an empty folder"),
         pytest.param("{files}/broken-config", 3, "config.json is unusable: it is not JSON", "", id="a broken one"),
         pytest.param("{files}/no-heads", 3, "num_attention_heads", "", id="a configuration without heads"),
+        pytest.param("{files}/no-tokenizer", 3, "holds no tokenizer", "--tokenizer PATH", id="no tokenizer"),
         pytest.param("{files}/no-weights", 3, "holds no weights", "fetch the model again", id="no weights"),
     ],
 )

@@ -312,3 +312,10 @@ def test_it_is_small() -> None:
         rollup = Path(f"/proc/{guard.pid}/smaps_rollup").read_text().splitlines()
         own = sum(int(line.split()[1]) for line in rollup if line.startswith("Private_"))
         assert own < 10 * 1024, f"{own} KiB"
+
+
+def test_in_haste_nothing_is_asked(tmp_path: Path) -> None:
+    engine = EngineProcess.start([sys.executable, "-ISc", DEAF], env={}, log_path=tmp_path / "engine.log")
+    until(lambda: engine.log_lines() == ["up"])
+    watch(engine.pid, grace_s=3600).close(at_once=True)
+    assert engine.wait(LIMIT_S) == -signal.SIGKILL

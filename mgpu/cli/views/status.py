@@ -26,6 +26,8 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 _MB = 1_000_000
 # The engine may place a buffer a little differently; more than this is worth a word.
 _TOLERATED_EXCESS = 0.03
+# Below this part of the KV cache that was planned, fewer users find room than were promised.
+_LEAST_KV_SHARE = 0.9
 
 
 def home_path(path: Path) -> str:
@@ -98,7 +100,8 @@ def check_line(candidate: Candidate, memory: Mapping[int, DeviceMemory], canary:
 def complaints(
     candidate: Candidate, memory: Mapping[int, DeviceMemory], canary: Canary, *, tells_every_card: bool
 ) -> list[str]:
-    """Return what is not as planned: a card that holds nothing, one that holds more, an answer like garbage.
+    """Return what is not as planned: a card that holds nothing, one that holds more or has
+    less room for the KV cache, an answer like garbage.
 
     Where the engine does not tell of every card, one it is silent about is no complaint.
     """
@@ -112,6 +115,8 @@ def complaints(
         planned = device.total_bytes - device.runtime_bytes
         if actual.total_bytes > planned * (1 + _TOLERATED_EXCESS):
             found.append(f"{name} holds {gib(actual.total_bytes)}, planned were {gib(planned)}")
+        if actual.kv_bytes is not None and actual.kv_bytes < device.kv_bytes * _LEAST_KV_SHARE:
+            found.append(f"{name} has room for {gib(actual.kv_bytes)} of KV cache, planned were {gib(device.kv_bytes)}")
     if not canary.text.strip():
         found.append("the first answer was empty")
     elif canary.one_token_repeated:
