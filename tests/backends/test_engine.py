@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mgpu.backends import engine as engines
+from mgpu.backends import load_backend
 from mgpu.backends.engine import (
     DeviceQuery,
     Engine,
@@ -106,17 +107,28 @@ def test_the_variable_goes_first_then_the_configuration_path_and_the_package(
     named = program(tmp_path / "elsewhere" / "my-server", "exit 0")
     monkeypatch.setenv("MGPU_LLAMA_SERVER", str(named))
     assert find_llama_server() == Engine(backend="llama.cpp", path=named, found_in="$MGPU_LLAMA_SERVER")
+    monkeypatch.setenv("MGPU_LLAMA_SERVER", f"{tmp_path}/built")
+    assert find_llama_server() == Engine(backend="llama.cpp", path=built, found_in="$MGPU_LLAMA_SERVER"), "and so here"
     monkeypatch.setenv("MGPU_LLAMA_SERVER", "llama-server")
     assert find_llama_server() == Engine(backend="llama.cpp", path=on_path, found_in="$MGPU_LLAMA_SERVER")
 
 
+@pytest.mark.parametrize(
+    ("named", "meant"),
+    [
+        pytest.param("./here", "here", id="a program"),
+        pytest.param("built", "built/bin/llama-server", id="a folder"),
+        pytest.param("llama-server", "bin/llama-server", id="a program on PATH before a folder of its name"),
+    ],
+)
 def test_a_relative_name_becomes_absolute(
-    nothing_installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: str, meant: str, nothing_installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program(tmp_path / "here", "exit 0")
+    for path in ("here", "built/bin/llama-server", "bin/llama-server", "llama-server/bin/llama-server"):
+        program(tmp_path / path, "exit 0")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MGPU_LLAMA_SERVER", "./here")
-    assert require_llama_server().path == tmp_path / "here"
+    monkeypatch.setenv("MGPU_LLAMA_SERVER", named)
+    assert require_llama_server().path == tmp_path / meant
 
 
 def test_a_package_without_the_program_is_no_engine(
@@ -126,9 +138,17 @@ def test_a_package_without_the_program_is_no_engine(
     assert find_llama_server() is None
 
 
-@pytest.mark.parametrize("named", ["/no/such/program", "no-such-program", "/", "plain-file"])
+@pytest.mark.parametrize(
+    ("named", "why"),
+    [
+        pytest.param("/no/such/program", "not a program that can be run", id="a path to nothing"),
+        pytest.param("no-such-program", "not a program that can be run", id="a name of nothing"),
+        pytest.param("plain-file", "not a program that can be run", id="no program"),
+        pytest.param("/", "a folder without bin/llama-server", id="a folder without it"),
+    ],
+)
 def test_a_variable_that_names_no_program_is_said_so(
-    nothing_installed: Path, named: str, monkeypatch: pytest.MonkeyPatch
+    nothing_installed: Path, named: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(nothing_installed / "llama-server", "exit 0")
     (nothing_installed / "plain-file").write_text("not executable")
@@ -136,7 +156,7 @@ def test_a_variable_that_names_no_program_is_said_so(
     with pytest.raises(Missing) as missing:
         find_llama_server()
     assert missing.value.code == "engine-missing"
-    assert repr(named) in missing.value.message
+    assert missing.value.message == f"$MGPU_LLAMA_SERVER names {named!r}, which is {why}"
 
 
 @pytest.mark.parametrize(
@@ -323,8 +343,30 @@ def test_version(text: str, expected: str | None, tmp_path: Path) -> None:
     assert version(says(tmp_path / "server", text)) == expected
 
 
+@pytest.mark.parametrize(
+    ("backend", "hint"),
+    [
+        pytest.param("llama.cpp", "server --list-devices` by hand, or pip install", id="llama.cpp"),
+        pytest.param("vllm", "server serve --help` by hand, or mgpu backends install vllm", id="vLLM"),
+        pytest.param("ollama", "server --version` by hand, or install it from https://ollama.com", id="Ollama"),
+    ],
+)
+def test_what_to_do_about_a_broken_engine_is_its_own(backend: str, hint: str, tmp_path: Path) -> None:
+    broken = Engine(backend=backend, path=program(tmp_path / "server", "exit 1"), found_in="PATH")
+    with pytest.raises(EngineFailed) as failed:
+        version(broken)
+    assert hint in (failed.value.hint or "")
+
+
 def test_secrets_and_masks_stay_out_of_the_engines_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MGPU_API_KEY", "LLAMA_API_KEY")
+    secrets = (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HUGGINGFACE_TOKEN",
+        "MGPU_API_KEY",
+        "LLAMA_API_KEY",
+        "VLLM_API_KEY",
+    )
     masks = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
     given = {**dict.fromkeys(secrets, "secret"), **dict.fromkeys(masks, "1"), "LD_LIBRARY_PATH": "/cuda"}
     assert engine_environment(given) == {"LD_LIBRARY_PATH": "/cuda", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -334,6 +376,31 @@ def test_secrets_and_masks_stay_out_of_the_engines_environment(monkeypatch: pyte
     environment = engine_environment()
     assert "secret" not in environment.values()
     assert environment["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "told"),
+    [
+        pytest.param("llama.cpp", ("LLAMA_ARG_CTX_SIZE",), id="llama.cpp; LLAMA_ARG_RPC is read"),
+        pytest.param(
+            "vllm",
+            ("VLLM_DP_SIZE", "VLLM_MODEL_REDIRECT_PATH", "VLLM_PORT", "VLLM_PP_LAYER_PARTITION"),
+            id="vLLM; VLLM_PORT_… is a cluster's",
+        ),
+        pytest.param("ollama", ("LLAMA_ARG_CTX_SIZE", "LLAMA_ARG_RPC"), id="Ollama, whose runners are llama-servers"),
+    ],
+)
+def test_what_contradicts_a_plan_is_left_out_and_told_to_those_it_concerns(
+    backend: str, told: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stray = ["LLAMA_ARG_CTX_SIZE", "LLAMA_ARG_RPC", "VLLM_PP_LAYER_PARTITION", "VLLM_DP_SIZE", "VLLM_PORT"]
+    stray += ["VLLM_MODEL_REDIRECT_PATH"]
+    kept = {"VLLM_LOGGING_LEVEL", "VLLM_CPU_KVCACHE_SPACE", "VLLM_PORT_8000_TCP"}
+    for name in (*stray, *kept):
+        monkeypatch.setenv(name, "1")
+    environment, names = load_backend(backend).environment()
+    assert names == told
+    assert environment.keys() & {*stray, *kept} == kept
 
 
 @pytest.mark.real_engine

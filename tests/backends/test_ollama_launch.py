@@ -10,7 +10,6 @@ import pytest
 from mgpu.backends.backend import Serving
 from mgpu.backends.ollama import (
     BACKEND,
-    OLLAMA_VARIABLE,
     build_launch,
     clean_environment,
     find_ollama,
@@ -201,7 +200,7 @@ def test_stray_settings_are_dropped_and_named() -> None:
 class TestProgram:
     def test_it_is_found_on_the_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         program = install(tmp_path)
-        monkeypatch.delenv(OLLAMA_VARIABLE, raising=False)
+        monkeypatch.delenv("MGPU_OLLAMA", raising=False)
         monkeypatch.setenv("PATH", str(tmp_path))
         engine = find_ollama()
         assert engine is not None
@@ -209,17 +208,17 @@ class TestProgram:
 
     def test_the_variable_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         program = install(tmp_path, "my-ollama")
-        monkeypatch.setenv(OLLAMA_VARIABLE, str(program))
+        monkeypatch.setenv("MGPU_OLLAMA", str(program))
         assert require_ollama().path == program
         assert require_ollama().found_in == "$MGPU_OLLAMA"
 
     def test_a_variable_that_names_nothing_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(OLLAMA_VARIABLE, "/nowhere/ollama")
+        monkeypatch.setenv("MGPU_OLLAMA", "/nowhere/ollama")
         with pytest.raises(Missing, match="MGPU_OLLAMA"):
             find_ollama()
 
     def test_none_is_missing_with_the_way_to_get_one(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv(OLLAMA_VARIABLE, raising=False)
+        monkeypatch.delenv("MGPU_OLLAMA", raising=False)
         monkeypatch.setenv("PATH", str(tmp_path))
         assert find_ollama() is None
         with pytest.raises(Missing, match="not installed") as caught:
