@@ -21,7 +21,7 @@ from mgpu.planning.wants import Wants
 API_KEY_VARIABLE = "LLAMA_API_KEY"
 
 # Flags that mgpu sets itself, with the option to use instead.
-_OWNED_FLAGS = {
+OWNED_FLAGS = {
     "-m": "MODEL",
     "--model": "MODEL",
     "-mu": "MODEL",
@@ -108,9 +108,9 @@ def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[Engin
     while queue:
         word = queue.pop(0)
         flag, _, joined = word.partition("=")
-        if flag in _OWNED_FLAGS:
+        if flag in OWNED_FLAGS:
             raise UsageError(
-                f"{flag} after -- would contradict the plan: mgpu sets it", hint=f"use mgpu's own {_OWNED_FLAGS[flag]}"
+                f"{flag} after -- would contradict the plan: mgpu sets it", hint=f"use mgpu's own {OWNED_FLAGS[flag]}"
             )
         if flag in _HIDING_FLAGS:
             raise UsageError(f"{flag} after -- would hide the engine from mgpu", hint=_HIDING_FLAGS[flag])

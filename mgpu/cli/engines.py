@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from mgpu.errors import MgpuError, Missing, UsageError
 from mgpu.machine.snapshot import Gpu, Machine
 from mgpu.models.facts import ModelFacts
 from mgpu.models.forms import Model, Weights, missing_form
-from mgpu.planning.choice import Offer
+from mgpu.planning.choice import TITLES, Offer
 from mgpu.planning.wants import Wants
 
 if TYPE_CHECKING:
@@ -134,8 +135,9 @@ def require_engine(backend: str) -> Engine:
 def eligible(model: Model, options: PlannerOptions, engine_arguments: Sequence[str]) -> tuple[str, ...]:
     """Return the engines that take the model in one of its forms and know all options that were given.
 
-    Arguments after `--` are one engine's: without --backend they are for the first that takes the model. Raises
-    UsageError or Missing for an engine that was asked for and cannot, and when none is left.
+    Arguments after `--` are one engine's: without --backend they tell themselves whose they are, or only one of the
+    engines is installed. Raises UsageError or Missing for an engine that was asked for and cannot, when none is left,
+    and when it cannot be told whose arguments these are.
     """
     asked = BACKENDS if options.backend == Backend.auto else (options.backend,)
     left: list[str] = []
@@ -149,7 +151,20 @@ def eligible(model: Model, options: PlannerOptions, engine_arguments: Sequence[s
             left.append(str(backend))
     if not left:
         raise min(problems, key=lambda problem: not isinstance(problem, UsageError))
-    return tuple(left[:1] if engine_arguments else left)
+    return (_owner(left, engine_arguments),) if engine_arguments else tuple(left)
+
+
+def _owner(engines: Sequence[str], words: Sequence[str]) -> str:
+    """Whose the words after `--` are: NAME=VALUE is for Ollama, all else for the others."""
+    if all(re.match(r"[A-Z][A-Z0-9_]*=", word) for word in words):
+        engines = [engine for engine in engines if engine == Backend.ollama] or engines
+    else:
+        engines = [engine for engine in engines if engine != Backend.ollama] or engines
+    installed = [engine for engine in engines if find_engine(engine)] or engines[:1]
+    if len(installed) > 1:
+        names = " and ".join(TITLES[engine] for engine in installed)
+        raise UsageError(f"{names} both could take what follows --", hint=f"say whose it is: --backend {installed[0]}")
+    return installed[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,8 +191,21 @@ def read_arguments(backend: str, words: Sequence[str], options: PlannerOptions) 
         case _:
             from mgpu.backends import llama_cpp
 
+            _refuse_flags_of_vllm(words)
             read, wants = llama_cpp.read_engine_arguments(words, options.wants())
             return Arguments(handed_on=tuple(words), wants=wants, rpc=read.rpc, unplanned=read.unplanned)
+
+
+def _refuse_flags_of_vllm(words: Sequence[str]) -> None:
+    """llama-server would refuse them after the model was fetched."""
+    from mgpu.backends import llama_cpp, vllm
+
+    for word in words:
+        if word.partition("=")[0] in vllm.OWNED_FLAGS.keys() - llama_cpp.OWNED_FLAGS.keys():
+            raise UsageError(
+                f"{word.partition('=')[0]} after -- is vLLM's, and this would start llama.cpp",
+                hint="--backend vllm, or leave it out",
+            )
 
 
 def find_way(
@@ -214,9 +242,7 @@ def find_way(
             hint="give one for each card that --gpus chooses",
         )
     if profile := model.profile:
-        wants = replace(
-            wants, ctx_tokens=wants.ctx_tokens or profile.ctx, parallel=options.parallel or profile.parallel
-        )
+        wants = replace(wants, ctx_tokens=wants.ctx_tokens or profile.ctx, parallel=options.users or profile.parallel)
     return Way(
         backend=backend,
         engine=engine,

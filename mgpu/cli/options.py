@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _PANEL = "Planning"
 _DEFAULT_UBATCH = 512
+# Whom throughput is for, where nobody says how many.
+_MANY_USERS = 8
 # llama.cpp's own tensor split is experimental, and not planned yet.
 # What only some engines know, with what to do instead.
 _FOR_VLLM = {
@@ -97,7 +99,7 @@ class PlannerOptions:
     backend: Annotated[Backend, _option("--backend", "Engine to use.")] = Backend.auto
     goal: Annotated[
         Goal | None,
-        _option("--for", "One user's latency, or many users' throughput (default: latency unless --parallel)."),
+        _option("--for", "One user's latency, or many users' throughput (8, unless --parallel says)."),
     ] = None
     gpus: Annotated[
         str | None, _option("--gpus", "Cards: a count (2), all, none, or a list (0,1 or gpu1 or GPU-3f…).")
@@ -125,6 +127,11 @@ class PlannerOptions:
         f"{DEFAULT_HEADROOM_BYTES // MIB}MiB"
     )
     offload: Annotated[Offload, _option("--offload", "Allow layers in host memory (slow).")] = Offload.forbid
+
+    @property
+    def users(self) -> int | None:
+        """Users served at the same time; None where that is left to the profile."""
+        return self.parallel or (_MANY_USERS if self.goal is Goal.throughput else None)
 
     def wants(self) -> Wants:
         """Return the options as llama.cpp's and Ollama's planner takes them. Raises UsageError."""
@@ -173,7 +180,7 @@ class PlannerOptions:
     def _shared_wants(self) -> dict[str, Any]:
         return {
             "ctx_tokens": parse_tokens(self.ctx, option="--ctx") if self.ctx is not None else None,
-            "parallel": self.parallel or 1,
+            "parallel": self.users or 1,
             "kv_type_k": self.kv_type.value,
             "kv_type_v": self.kv_type.value,
             "split_mode": self.split_mode.value if self.split_mode else None,

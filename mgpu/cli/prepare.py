@@ -12,7 +12,7 @@ from mgpu.backends.backend import Serving
 from mgpu.backends.engine import LLAMA_CPP, DeviceQuery, Engine, find_llama_server
 from mgpu.cli.engines import Way, eligible, find_engine, find_way, read_arguments
 from mgpu.cli.options import BACKENDS, Backend, PlannerOptions
-from mgpu.errors import EngineFailed, Missing
+from mgpu.errors import EngineFailed, MgpuError, Missing, UsageError
 from mgpu.machine.probe import probe, with_engine_devices
 from mgpu.machine.simulate import simulate
 from mgpu.machine.snapshot import Machine
@@ -219,11 +219,11 @@ def _ways(
 ) -> dict[str, Way]:
     """What each engine's plan is made of. Raises what keeps the first one from running where no other can."""
     ways: dict[str, Way] = {}
-    problems: list[Missing] = []
+    problems: list[MgpuError] = []
     for backend in backends:
         try:
             way = find_way(backend, model, machine, options, engine_arguments, engines[backend])
-        except Missing as problem:
+        except (Missing, UsageError) as problem:  # another engine may have nothing against it
             problems.append(problem)
             continue
         ways[backend] = way

@@ -52,13 +52,13 @@ def run(
     json: JsonOption = False,
 ) -> Result | None:
     """Run MODEL: plan, fetch, start, prove that it answers, then follow it until Ctrl-C. Engine arguments follow --."""
-    from mgpu.cli.engines import require_engine
+    from mgpu.cli.attach import as_it_is, running_ollama
     from mgpu.cli.prepare import prepare
     from mgpu.cli.process_title import hide_argument
     from mgpu.cli.screens import RunScreen
-    from mgpu.cli.serving import Endpoint, attached, build_launch, started
-    from mgpu.running.ports import check_host, choose_port, is_loopback
-    from mgpu.running.state import check_name, instance_folder, name_from, state_path
+    from mgpu.cli.serving import Endpoint, attached, started
+    from mgpu.running.ports import check_host, is_loopback
+    from mgpu.running.state import check_name, instance_folder, name_from
 
     if api_key:
         hide_argument(api_key)
@@ -79,22 +79,15 @@ def run(
     screen.warn(prepared.warnings)
     if not endpoint.api_key and not is_loopback(endpoint.host):
         screen.warn([f"--host {endpoint.host} lets everybody in the network use this server: set MGPU_API_KEY"])
-    running = _running_ollama(prepared, endpoint, screen)
+    running = running_ollama(prepared, endpoint, screen)
     if running:
-        prepared = _as_it_is(prepared, screen)
+        prepared = as_it_is(prepared, screen)
     else:
-        require_engine(prepared.backend)
-    if not running:
-        _require_fit(prepared)
-    # An unusable port is said before gigabytes are fetched for it.
-    choose_port(endpoint.host, endpoint.port)
-    if not running:  # and so is what the engine cannot be told
-        build_launch(prepared, endpoint, port=endpoint.port or 1, folder=state_path() / endpoint.name)
-    _require_tokenizer(prepared)
+        _require_startable(prepared, endpoint)
     screen.planned(prepared)
     with instance_folder(endpoint.name, chosen=endpoint.name_chosen) as (instance, folder):
         # Held before gigabytes are fetched: a name in use is said at once.
-        prepared = _with_weights(prepared, screen)
+        prepared = _with_weights(prepared, screen, running)
         screen.planned_again(prepared)
         endpoint = replace(endpoint, name=instance)
         with attached(prepared, running, screen) if running else started(prepared, endpoint, folder, screen) as session:
@@ -115,64 +108,21 @@ def _api_key(option: str | None) -> str | None:
     return None
 
 
-def _running_ollama(prepared: Prepared, endpoint: Endpoint, screen: RunScreen) -> Attached | None:
-    """The Ollama that already runs, where that is the chosen engine: it is used as it is.
+def _require_startable(prepared: Prepared, endpoint: Endpoint) -> None:
+    """Raise what would keep the engine from starting, before gigabytes are fetched for it: that it is not installed,
+    that the model does not fit, that the port cannot be used, that the engine cannot be told what was asked for."""
+    from mgpu.cli.serving import build_launch
+    from mgpu.planning.choice import TITLES
+    from mgpu.running.ports import choose_port
+    from mgpu.running.state import state_path
 
-    Raises Missing where something else answers at the address that the user's OLLAMA_HOST names.
-    """
-    if prepared.backend != Backend.ollama:
-        return None
-    from mgpu.backends.ollama import INSTALL_OLLAMA
-    from mgpu.running.ollama_attach import HOST_VARIABLE, Foreign
-
-    found = prepared.running
-    if isinstance(found, Foreign):
-        if os.environ.get(HOST_VARIABLE) or prepared.engine is None:
-            raise Missing(
-                f"there is no Ollama at {found.url}: {found.why}",
-                code="not-ollama",
-                hint=f"unset {HOST_VARIABLE}, or set it to where Ollama runs" if prepared.engine else INSTALL_OLLAMA,
-            )
-        screen.warn([f"{found.url} is not Ollama: {found.why}; mgpu starts one of its own on another port"])
-        return None
-    if found and (told := _for_an_own_ollama(prepared, endpoint)):
-        raise UsageError(
-            f"an Ollama runs at {found.url} and is used as it is: {told}",
-            hint="leave that out, or stop that Ollama and mgpu starts one of its own",
-        )
-    return found
-
-
-def _for_an_own_ollama(prepared: Prepared, endpoint: Endpoint) -> str | None:
-    """What was asked for and can only be told to an Ollama that mgpu starts, in a clause; None if nothing was."""
-    from mgpu.running.ports import is_loopback
-
-    if endpoint.port is not None:
-        return f"--port {endpoint.port} cannot move it"
-    if not is_loopback(endpoint.host):
-        return f"--host {endpoint.host} cannot move it"
-    if endpoint.api_key:
-        return "it asks for no API key"
-    if prepared.ways[prepared.backend].arguments:
-        return "it takes no variables after --"
-    wants = prepared.plan.chosen.wants
-    asked = {
-        "--tensor-split": wants.tensor_split,
-        f"--kv-type {wants.kv_type_k}": wants.kv_type_k != "f16",
-        f"--flash-attn {wants.flash_attention}": wants.flash_attention != "auto",
-    }
-    return next((f"{option} cannot be told to it" for option, given in asked.items() if given), None)
-
-
-def _as_it_is(prepared: Prepared, screen: RunScreen) -> Prepared:
-    """The plan that a running Ollama will follow, which mgpu does not reconfigure."""
-    own = prepared.left_to_itself()
-    wanted, taken = len(prepared.plan.chosen.devices), len(own.plan.chosen.devices)
-    if own.plan.best is None:
-        screen.warn([f"by the plan it does not fit: {'; '.join(own.plan.chosen.reasons)}"])
-    if wanted != taken:
-        screen.warn([f"planned were {wanted} cards; the Ollama that runs already takes {taken} by its own rules"])
-    return own
+    if prepared.engine is None:
+        missing = f"{TITLES[prepared.backend]} is not installed"
+        raise Missing(missing, code="engine-missing", hint=prepared.ways[prepared.backend].install)
+    _require_fit(prepared)
+    choose_port(endpoint.host, endpoint.port)
+    build_launch(prepared, endpoint, port=endpoint.port or 1, folder=state_path() / endpoint.name)
+    _require_tokenizer(prepared)
 
 
 def _require_fit(prepared: Prepared) -> None:
@@ -214,7 +164,10 @@ def _lawful(prepared: Prepared, reasons: str) -> str | None:
     if sizes := re.search(r"tensor parallel sizes that work: (.*)", reasons):
         cards = len(prepared.ways[prepared.backend].gpus) or 1
         size = max(size for size in map(int, sizes[1].split(", ")) if size <= cards)
-        return f"--tensor-parallel {size}, or leave it out and mgpu chooses"
+        fewer = f"--gpus {size} " if size < cards else ""
+        return f"{fewer}--tensor-parallel {size}, or leave it out and mgpu chooses"
+    if shape := re.search(r"a shape of .* takes (\d+) cards?, and there (?:are|is) (\d+)", reasons):
+        return f"--gpus {shape[1]}" if int(shape[1]) < int(shape[2]) else "a smaller shape, or leave it to mgpu"
     most = re.search(r"more than the (\d+) vLLM allows|gives a user (\d+) tokens at most", reasons)
     return f"--ctx {most[1] or most[2]}" if most else None
 
@@ -244,7 +197,7 @@ def _dry_run(prepared: Prepared, endpoint: Endpoint) -> Result:
     )
 
 
-def _with_weights(prepared: Prepared, screen: RunScreen) -> Prepared:
+def _with_weights(prepared: Prepared, screen: RunScreen, running: Attached | None) -> Prepared:
     """Fetch the model where it is not here yet, and plan again from what it really is. Ollama fetches its tags."""
     from mgpu.models.forms import HubFolder
     from mgpu.models.source import OllamaTag
@@ -263,6 +216,8 @@ def _with_weights(prepared: Prepared, screen: RunScreen) -> Prepared:
 
             path = fetch(weights.source, quantisation=weights.facts.quantisation, on_progress=on_progress)
     prepared = prepared.fetched(path)
+    if running:
+        return prepared.left_to_itself()
     _require_fit(prepared)
     return prepared
 

@@ -86,6 +86,8 @@ def parse_model(text: str) -> ModelSource:
         raise UsageError(f"MODEL {text!r} is a web address", hint=hint)
     if "/" in text or text.startswith((".", "~")) or text.lower().endswith(".gguf"):
         return _path(text)
+    if ":" in text and _OLLAMA.fullmatch(text):
+        raise UsageError(f"MODEL {text!r} can be neither a profile's name nor a path", hint=f"ollama:{text}")
     if not _NAME.fullmatch(text) or ".." in text:
         raise _unusable(f"MODEL {text!r} can be neither a profile's name nor a path")
     return ProfileName(text)

@@ -65,7 +65,8 @@ def attach(host: str | None = None) -> Attached | Foreign | None:
     version = _version(reply.status_code, body)
     if version is None:
         kind = reply.headers.get("content-type", "").partition(";")[0] or "no content type"
-        described = shorten(f"HTTP {reply.status_code}, {kind}: {body[:200].decode(errors='replace')}")
+        said = "" if "html" in kind else f": {body[:200].decode(errors='replace')}"
+        described = shorten(f"HTTP {reply.status_code}, {kind}{said}")
         return Foreign(url=url, why=f"something else answers there: {described}")
     try:
         with OllamaClient(url, keep_alive=None) as client:

@@ -97,7 +97,8 @@ def split_words(candidate: Candidate) -> str:
     if not candidate.devices or not (cards or candidate.verdict == "illegal"):
         return f"CPU, {shape}" if shape else "CPU"
     if not shape:
-        return ", ".join(f"gpu{device.gpu}" for device in candidate.devices if not device.idle) + " alone"
+        used = [device for device in candidate.devices if not device.idle] or candidate.devices
+        return ", ".join(f"gpu{device.gpu}" for device in used) + " alone"
     return f"{shape} over {cards} cards" if candidate.backend != "vllm" else shape
 
 
@@ -133,7 +134,8 @@ def _ledger(candidate: Candidate, *, narrow: bool) -> Table:
     parts = (host.weights_bytes, host.kv_bytes, host.compute_bytes, 0)
     cells = [] if narrow else [cell_gib(size) for size in parts]
     cells += [cell_gib(host.total_bytes), cell_gib(host.free_bytes), cell_gib(host.spare_bytes)]
-    held = f"0-{host.layers - 1}" if host.layers else ("embeddings" if candidate.devices else "all")
+    rest = "-" if candidate.backend == "vllm" else "embeddings"
+    held = f"0-{host.layers - 1}" if host.layers else rest
     table.add_row("host", *cells, held if candidate.devices else "all")
     return table
 

@@ -115,7 +115,8 @@ def complaints(
         planned = device.total_bytes - device.runtime_bytes
         if actual.total_bytes > planned * (1 + _TOLERATED_EXCESS):
             found.append(f"{name} holds {gib(actual.total_bytes)}, planned were {gib(planned)}")
-        if actual.kv_bytes is not None and actual.kv_bytes < device.kv_bytes * _LEAST_KV_SHARE:
+        sizes_its_own = candidate.backend == "vllm" and actual.kv_bytes is not None
+        if sizes_its_own and (actual.kv_bytes or 0) < device.kv_bytes * _LEAST_KV_SHARE:
             found.append(f"{name} has room for {gib(actual.kv_bytes)} of KV cache, planned were {gib(device.kv_bytes)}")
     if not canary.text.strip():
         found.append("the first answer was empty")
