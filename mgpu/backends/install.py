@@ -12,14 +12,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mgpu.backends.engine import Engine, vllm_environment
+from mgpu.backends.engine import SECRET_VARIABLES, Engine, kill_group, start_program, vllm_environment
 from mgpu.backends.vllm import NAME
 from mgpu.backends.vllm_program import installed_version
 from mgpu.errors import EngineFailed, Missing, UsageError
@@ -43,9 +42,9 @@ def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE, on_step: On
     """Install `package` (a name with or without a version, such as "vllm==0.32.0") for `find_vllm` to find.
 
     What is done goes to `on_step` (else to `on_line`), what the installers print to `on_line`, line by line; blocks
-    for minutes. A vLLM installed before stays in
-    place until the new one is whole and answers, and then goes; engines running from it should be stopped first.
-    However this ends, nothing half-made is left. Raises UsageError for a package that is none, Missing (code
+    for minutes. A vLLM installed before stays in place until the new one is whole and answers, and then goes, unless a
+    process runs from it (`earlier_environments`). Either this returns, or nothing of the new one is left: an interrupt
+    after it has taken its place comes too late. Raises UsageError for a package that is none, Missing (code
     "disk-space", "venv-missing", "install-busy", "install-failed"), EngineFailed (code "engine-broken") when what
     was installed does not answer.
     """
@@ -61,17 +60,27 @@ def install_vllm(on_line: OnLine, *, package: str = DEFAULT_PACKAGE, on_step: On
             hint="set XDG_DATA_HOME to a folder that you may write to",
         ) from None
     with _only_installation(folder):
-        _remove_unfinished(link)
+        _remove_earlier()
         _check_space(folder, package)
         environment = folder / f"{NAME}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         try:
             _make(environment, package, on_line, on_step or on_line)
+            _undisturbed(lambda: _switch(link, environment))
+            _undisturbed(_remove_earlier)
         except BaseException:
-            _remove(environment)
-            raise
-        _switch(link, environment)
-        _remove_unfinished(link)
+            if link.resolve() != environment.resolve():
+                _undisturbed(lambda: shutil.rmtree(environment, ignore_errors=True))
+                raise
     return Engine(backend=NAME, path=link / "bin" / "vllm", found_in="mgpu")
+
+
+def earlier_environments() -> tuple[Path, ...]:
+    """Return the environments that are not in use for new engines and are still there: those a process runs from, and
+    what a killed installation left. The next installation removes them when nothing runs from them any more."""
+    link = vllm_environment()
+    used = link.resolve()
+    found = sorted(link.parent.glob(f"{NAME}-*"))
+    return tuple(path for path in found if path.is_dir() and not path.is_symlink() and path.resolve() != used)
 
 
 def require_package(package: str) -> None:
@@ -155,40 +164,31 @@ def _run(
 ) -> int:
     """Run `command`, hand on what it prints, and return its status; whatever happens, nothing of it goes on."""
     environment = _environment(os.environ) | ({"TMPDIR": str(temporary)} if temporary else {})
-    process = subprocess.Popen(
-        list(command),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-        process_group=0,
-    )
+    process = start_program(command, environment)
 
-    def end() -> None:
+    def give_up() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    watchdog = threading.Timer(limit_s or _NEVER_S, end)
+    watchdog = threading.Timer(limit_s or _NEVER_S, give_up)
     watchdog.daemon = True
     watchdog.start()
-    with process:
-        try:
-            assert process.stdout
-            for line in process.stdout:
-                if text := line.rstrip():
-                    on_line(text)
-            return process.wait()
-        finally:
-            watchdog.cancel()
-            end()
+    try:
+        assert process.stdout
+        for line in process.stdout:
+            if text := line.rstrip():
+                on_line(text)
+        return process.wait()
+    finally:
+        watchdog.cancel()
+        kill_group(process)
 
 
 def _environment(base: Mapping[str, str]) -> dict[str, str]:
-    """The user's environment without what would lead Python or pip back to mgpu's own packages."""
+    """The user's environment without what would lead Python or pip back to mgpu's own packages, and without secrets:
+    packages run programs of their own while they are installed."""
     elsewhere = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_ROOT")
-    kept = {name: value for name, value in base.items() if name not in elsewhere}
+    kept = {name: value for name, value in base.items() if name not in (*elsewhere, *SECRET_VARIABLES)}
     return kept | {"PYTHONUNBUFFERED": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -227,17 +227,29 @@ def _switch(link: Path, environment: Path) -> None:
     fresh.replace(link)
 
 
-def _remove(environment: Path) -> None:
-    """Remove it whole: gigabytes take a moment, and an impatient second Ctrl-C must not leave half of them."""
+def _undisturbed(work: Callable[[], None]) -> None:
+    """Do what can be begun anew to its end: gigabytes take a moment, and an impatient Ctrl-C must not leave half."""
     for _ in range(_IMPATIENCE):
         with contextlib.suppress(KeyboardInterrupt):
-            shutil.rmtree(environment, ignore_errors=True)
+            work()
             return
+    work()
 
 
-def _remove_unfinished(link: Path) -> None:
-    """Remove every environment but the one in use: those before it, and what a killed installation left."""
-    used = link.resolve()
-    for path in link.parent.glob(f"{NAME}-*"):
-        if path.is_dir() and not path.is_symlink() and path.resolve() != used:
+def _remove_earlier() -> None:
+    for path in earlier_environments():
+        if not _runs_something(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs_something(environment: Path) -> bool:
+    """Whether a process runs from it, as far as this user may see: by its command line or what it has loaded. One of
+    both would not do: vLLM writes over its workers' command lines, and the first program there is the system's."""
+    inside = [os.fsencode(f"{path}/") for path in {environment, environment.resolve()}]
+    # A program's own file is among its maps.
+    for file in (file for name in ("cmdline", "maps") for file in Path("/proc").glob(f"[0-9]*/{name}")):
+        with contextlib.suppress(OSError):
+            said = file.read_bytes()
+            if any(path in said for path in inside):
+                return True
+    return False

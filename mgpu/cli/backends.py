@@ -54,7 +54,7 @@ def install(
     json: JsonOption = False,
 ) -> Result:
     """Install an engine into a Python environment of its own: vllm, gigabytes of it."""
-    from mgpu.backends.install import install_vllm, require_package
+    from mgpu.backends.install import earlier_environments, install_vllm, require_package
     from mgpu.backends.vllm_program import installed_version
     from mgpu.cli.views.status import home_path
     from mgpu.units import seconds
@@ -69,7 +69,11 @@ def install(
         installed = install_vllm(on_line, package=package, on_step=on_step)
     duration_s = time.monotonic() - begun
     version = installed_version(installed.path)
-    hidden = [text for text in [_hidden(installed)] if text]
+    remarks = [text for text in [_hidden(installed)] if text]
+    remarks += [
+        f"the vLLM before stays, since a process runs from it: {home_path(path)}; the next installation removes it"
+        for path in earlier_environments()
+    ]
     where = home_path(installed.path)
     return Result(
         command="backends.install",
@@ -82,7 +86,7 @@ def install(
         },
         screen=lambda _: (f"installed vLLM {version or 'of unknown version'} in {seconds(duration_s)}: {where}",),
         # For people, the first ones were worth saying before anything was downloaded.
-        warnings=(*(warnings if output.as_json else ()), *hidden),
+        warnings=(*(warnings if output.as_json else ()), *remarks),
     )
 
 
@@ -135,7 +139,7 @@ def _shown_work() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]
     from mgpu.cli.views.status import printable
     from mgpu.units import seconds
 
-    begun, doing = time.monotonic(), "beginning"
+    begun, doing, done = time.monotonic(), "beginning", False
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     try:
         with live(output, error=True) as draw:
@@ -161,8 +165,9 @@ def _shown_work() -> Iterator[tuple[Callable[[str], None], Callable[[str], None]
 
             with _ticking(redraw):
                 yield on_step, on_line
+                done = True
     except KeyboardInterrupt:
-        output.note("stopped: nothing of it is left")
+        output.note("stopped: it is installed already" if done else "stopped: nothing of it is left")
         raise
     except MgpuError:
         for line in tail:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import mmap
 import os
 import shutil
 import stat
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mgpu.backends.engine import vllm_environment
-from mgpu.backends.install import install_vllm
+from mgpu.backends.install import earlier_environments, install_vllm
 from mgpu.backends.vllm_program import find_vllm, installed_version
 from mgpu.errors import EngineFailed, MgpuError, Missing, UsageError
 from tests.fakes.vllm_wheel import wheel
@@ -36,8 +41,23 @@ def environments() -> list[str]:
     return sorted(path.name for path in vllm_environment().parent.iterdir() if path.name.startswith("vllm-"))
 
 
-def test_it_is_installed_found_and_replaced(packages: Path) -> None:
-    wheel(packages, version="9.9.8")
+def one_before() -> Path:
+    """An environment that is in use for new engines."""
+    folder = vllm_environment().parent / "vllm-kept"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib").mkdir()
+    vllm_environment().symlink_to("vllm-kept")
+    return folder
+
+
+def test_it_is_installed_found_and_replaced(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("MGPU_API_KEY", "secret")
+    wheel(
+        packages,
+        version="9.9.8",
+        main="import os; print('9.9.9', *(n for n, v in os.environ.items() if v == 'secret'))",
+    )
     lines: list[str] = []
     steps: list[str] = []
     assert find_vllm() is None
@@ -47,7 +67,7 @@ def test_it_is_installed_found_and_replaced(packages: Path) -> None:
     assert engine.found_in == "mgpu"
     assert installed_version(engine.path) == "9.9.8"
     assert any("Successfully installed vllm-9.9.8" in line for line in lines)
-    assert lines[-1] == "9.9.9", "it was asked whether it runs"
+    assert lines[-1] == "9.9.9", "it was asked whether it runs, and told no secret"
     (old,) = environments()
 
     # The CPU build has another name, and its program asks for the version of a package that is not there.
@@ -86,9 +106,7 @@ def test_it_is_installed_found_and_replaced(packages: Path) -> None:
 def test_what_fails_leaves_the_old_one_and_nothing_else(
     made: dict[str, str], package: str, code: str, kind: type[MgpuError], message: str, packages: Path
 ) -> None:
-    kept = vllm_environment().parent / "vllm-kept"
-    kept.mkdir(parents=True)
-    vllm_environment().symlink_to("vllm-kept")
+    kept = one_before()
     wheel(packages, **made)
     with pytest.raises(kind) as caught:
         install_vllm(lambda _: None, package=package)
@@ -111,6 +129,86 @@ def test_an_interrupt_leaves_nothing(packages: Path) -> None:
         install_vllm(interrupted)
     assert environments() == []
     assert find_vllm() is None
+
+
+def interrupting(whole: Callable[..., Any], times: int, what: Path) -> Callable[..., Any]:
+    """`whole`, but interrupted the first times when it is to do something with `what`."""
+    interrupts = iter(range(times))
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if what in arguments and next(interrupts, None) is not None:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    return interrupted
+
+
+@pytest.mark.parametrize(
+    ("times", "installed", "kept"),
+    [
+        pytest.param({"replace": 1}, True, False, id="once while it takes its place"),
+        pytest.param({"replace": 999}, False, True, id="for ever while it takes its place"),
+        pytest.param({"rmtree": 3}, True, False, id="while the one before is removed"),
+        pytest.param({"rmtree": 999}, True, True, id="for ever while the one before is removed"),
+    ],
+)
+def test_an_interrupt_at_the_end_leaves_one_that_is_whole(
+    times: dict[str, int], installed: bool, kept: bool, packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = one_before()
+    wheel(packages)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupting(Path.replace, times.get("replace", 0), vllm_environment()))
+        patch.setattr(shutil, "rmtree", interrupting(shutil.rmtree, times.get("rmtree", 0), before))
+        with contextlib.nullcontext() if installed else pytest.raises(KeyboardInterrupt):
+            install_vllm(lambda _: None)
+    assert (vllm_environment().resolve() != before) == installed
+    assert before.exists() == kept
+    assert len(environments()) == installed + kept
+    assert earlier_environments() == ((before,) if installed and kept else ())
+
+
+@contextlib.contextmanager
+def program_in(environment: Path) -> Iterator[None]:
+    program = environment / "bin" / "vllm"
+    program.write_text("#!/bin/sh\necho here\nread line\n")
+    program.chmod(0o755)
+    with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline()
+        yield
+        process.communicate()
+
+
+@contextlib.contextmanager
+def library_of(environment: Path) -> Iterator[None]:
+    library = environment / "lib" / "libtorch.so"
+    library.write_bytes(bytes(4096))
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        yield
+
+
+@pytest.mark.parametrize(
+    "in_use",
+    [
+        pytest.param(program_in, id="a program in it"),
+        pytest.param(library_of, id="what has overwritten its command line, by its libraries"),
+    ],
+)
+def test_what_runs_keeps_the_one_before_until_the_next_installation(
+    in_use: Callable[[Path], contextlib.AbstractContextManager[None]], packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = one_before()
+    wheel(packages)
+    with in_use(before):
+        install_vllm(lambda _: None)
+        assert earlier_environments() == (before,)
+        assert vllm_environment().resolve() != before
+        assert (before / "lib").is_dir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    with pytest.raises(Missing):
+        install_vllm(lambda _: None)
+    assert earlier_environments() == ()
 
 
 def test_too_little_disk_is_said_before_anything_is_fetched(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:

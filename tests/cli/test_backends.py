@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,9 +239,15 @@ def test_vllm_is_installed_and_then_shown(here: Mgpu, tmp_path: Path) -> None:
     assert (entry["path"], entry["found_in"], entry["version"]) == (data["path"], "mgpu", "9.9.9")
     assert of("vllm", here("backends").out).startswith("vllm 9.9.9 · installed by mgpu")
 
-    # Again, beside another that comes first; for people, a line a step.
+    # Again, while an engine runs, beside another that comes first; for people, a line a step.
     other = vllm(tmp_path / "venv")
-    ended = here("backends", "install", "vllm", MGPU_VLLM=str(other))
+    before = Path(data["path"]).parents[1].resolve()
+    with subprocess.Popen(
+        [before / "bin" / "python", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    ) as running:
+        ended = here("backends", "install", "vllm", MGPU_VLLM=str(other))
+        running.communicate()
+    assert f"the vLLM before stays, since a process runs from it: {before}; the next" in " ".join(ended.err.split())
     assert re.fullmatch(r"installed vLLM 9\.9\.9 in \d.* s: \S+/bin/vllm\n", ended.out)
     assert [line.split()[1] for line in ended.err.splitlines() if line.startswith("install ")] == [
         "making",
