@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from mgpu.backends.ollama import INSTALL_OLLAMA
 from mgpu.cli.options import Backend
 from mgpu.errors import Missing, UsageError
 from mgpu.planning.wants import DEFAULT_HEADROOM_BYTES
 from mgpu.running.ollama_attach import HOST_VARIABLE, Attached, Foreign
-from mgpu.running.ports import is_loopback
+from mgpu.running.ports import is_loopback, is_this_machine
 
 if TYPE_CHECKING:
     from mgpu.cli.prepare import Prepared
@@ -37,6 +38,11 @@ def running_ollama(prepared: Prepared, endpoint: Endpoint, screen: RunScreen) ->
             )
         screen.warn([f"{found.url} is not Ollama: {found.why}; mgpu starts one of its own on another port"])
         return None
+    if found and not is_this_machine(urlsplit(found.url).hostname or ""):
+        raise UsageError(
+            f"the Ollama at {found.url} runs on another machine, whose cards mgpu cannot plan",
+            hint=f"unset {HOST_VARIABLE} for an Ollama on this one, or run mgpu there",
+        )
     if found and (told := _for_an_own_ollama(prepared, endpoint)):
         raise UsageError(
             f"an Ollama runs at {found.url} and is used as it is: {told}",

@@ -229,6 +229,13 @@ def find_way(
         remarks += [f"this vLLM is built for CPUs and uses no card: {named(usable)}"] if usable else []
     else:
         gpus, remarks = choose_cards(backend, machine, options.gpus, usable)
+    cards = [gpu for gpu in machine.gpus if gpu.vendor in ("nvidia", "amd", "intel")]
+    if backend == Backend.vllm and cards and not (gpus or options.gpus or for_cpus):
+        raise Missing(  # not a plan for the processor, which nobody with cards has asked for
+            f"vLLM cannot use {named(cards)}: it runs on NVIDIA cards since Volta and on AMD's",
+            code="gpu-unseen",
+            hint="leave --backend out for an engine that can; --gpus none for the processor",
+        )
     if backend == Backend.vllm and engine and not simulated:
         _require_the_right_build(engine, gpus, for_cpus=for_cpus)
     if arguments.unplanned:

@@ -90,7 +90,11 @@ def run(
         prepared = _with_weights(prepared, screen, running)
         screen.planned_again(prepared)
         endpoint = replace(endpoint, name=instance)
-        with attached(prepared, running, screen) if running else started(prepared, endpoint, folder, screen) as session:
+        with (
+            attached(prepared, running, screen, endpoint.stall_s)
+            if running
+            else started(prepared, endpoint, folder, screen)
+        ) as session:
             if ask is not None:
                 _ask(session, ask, max_tokens, screen)
             else:

@@ -16,7 +16,7 @@ from mgpu.cli.engines import require_engine
 from mgpu.errors import EngineFailed
 from mgpu.models.source import OllamaTag
 from mgpu.running.client import EngineClient, Link, Refused
-from mgpu.running.start import EngineDied, death, wait_for, wait_until_ready
+from mgpu.running.start import EngineDied, death, wait_for, wait_for_a_strangers, wait_until_ready
 
 if TYPE_CHECKING:
     from mgpu.backends.backend import Backend, Launch
@@ -85,7 +85,7 @@ def started(prepared: Prepared, endpoint: Endpoint, folder: Path, screen: RunScr
 
 
 @contextlib.contextmanager
-def attached(prepared: Prepared, found: Attached, screen: RunScreen) -> Iterator[Session]:
+def attached(prepared: Prepared, found: Attached, screen: RunScreen, stall_s: float) -> Iterator[Session]:
     """A model on the Ollama that already runs, proven; neither is stopped on the way out."""
     from mgpu.running.ollama_link import OllamaLink
 
@@ -95,7 +95,7 @@ def attached(prepared: Prepared, found: Attached, screen: RunScreen) -> Iterator
         screen.attached(found)
         _take_in(link, prepared, screen)
         with screen.loading(None):
-            link.load()
+            wait_for_a_strangers(link.load, link, stall_s=stall_s)
         session = Session(backend=backend, link=link, process=None)
         _check(session, prepared, screen, patience_s=None)
         screen.ready(prepared.name, found.url, None, prepared.plan.chosen, time.monotonic() - begun, model=link.model)

@@ -65,6 +65,19 @@ def hold_port(host: str, wanted: int | None) -> Iterator[int]:
     )
 
 
+def is_this_machine(host: str) -> bool:
+    """Whether `host` is an address of this machine, loopback or not: one that can be listened on."""
+    try:
+        addresses = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, _, _, address in addresses:
+        with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
+            probe.bind(address)
+            return True
+    return False
+
+
 def client_host(host: str) -> str:
     """Return the address, ready for a URL, under which this machine reaches a server that listens on `host`."""
     try:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import psutil
 
 _POLL_S = 0.05
+_ASK_AGAIN_S = 1.0
 # The last phase of every engine: it takes requests.
 _LISTENING = "listening"
 
@@ -77,20 +78,43 @@ def wait_for(
 
     Raises what the task raises, and as `wait_until_ready` does.
     """
+    problems, thread = _begun(task)
+    _wait(engine, backend, lambda _: not thread.is_alive(), on_loading, stall_s=stall_s)
+    if problems:
+        raise problems[0]
+
+
+def wait_for_a_strangers(task: Callable[[], None], client: Link, *, stall_s: float = DEFAULT_STALL_S) -> None:
+    """Do `task`, a request to an engine that somebody else runs: all that is known of it is whether it answers.
+
+    Raises what the task raises, and EngineFailed (code "stalled") when the engine has not answered for `stall_s`.
+    """
+    problems, thread = _begun(task)
+    answered_at = time.monotonic()
+    while thread.is_alive():
+        thread.join(_ASK_AGAIN_S)
+        if client.is_up():
+            answered_at = time.monotonic()
+        elif time.monotonic() - answered_at > stall_s:
+            raise EngineFailed("the engine stopped answering while it loaded the model", code="stalled")
+    if problems:
+        raise problems[0]
+
+
+def _begun(task: Callable[[], None]) -> tuple[list[BaseException], threading.Thread]:
+    """A thread that does `task`, and what the task raised. It is a daemon, since nothing but the engine's answer ends
+    it: after Ctrl-C mgpu ends, or stops the engine."""
     problems: list[BaseException] = []
 
     def do() -> None:
         try:
             task()
-        except BaseException as problem:  # it is the caller's, who waits for it below
+        except BaseException as problem:  # it is the caller's, who waits for the end
             problems.append(problem)
 
-    # A daemon, since nothing but the engine's answer ends it: after Ctrl-C the engine is stopped, and that does.
     thread = threading.Thread(target=do, daemon=True)
     thread.start()
-    _wait(engine, backend, lambda _: not thread.is_alive(), on_loading, stall_s=stall_s)
-    if problems:
-        raise problems[0]
+    return problems, thread
 
 
 def _wait(

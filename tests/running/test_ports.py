@@ -9,7 +9,7 @@ import pytest
 
 from mgpu.errors import Missing, UsageError
 from mgpu.running import ports
-from mgpu.running.ports import check_host, choose_port, client_host, hold_port
+from mgpu.running.ports import check_host, choose_port, client_host, hold_port, is_this_machine
 
 NOT_OURS = "203.0.113.7"  # kept for documentation (RFC 5737)
 
@@ -111,3 +111,10 @@ def test_a_port_that_is_held_goes_to_nobody_else() -> None:
             choose_port("127.0.0.1", held)
         assert refused.value.code == "port-in-use"
     assert choose_port("127.0.0.1", held) == held
+
+
+@pytest.mark.parametrize(
+    ("host", "here"), [("127.0.0.1", True), ("localhost", True), ("[::1]", True), ("192.0.2.1", False)]
+)
+def test_which_addresses_are_this_machines(host: str, here: bool) -> None:
+    assert is_this_machine(host) == here

@@ -115,9 +115,9 @@ def complaints(
         planned = device.total_bytes - device.runtime_bytes
         if actual.total_bytes > planned * (1 + _TOLERATED_EXCESS):
             found.append(f"{name} holds {gib(actual.total_bytes)}, planned were {gib(planned)}")
-        sizes_its_own = candidate.backend == "vllm" and actual.kv_bytes is not None
-        if sizes_its_own and (actual.kv_bytes or 0) < device.kv_bytes * _LEAST_KV_SHARE:
-            found.append(f"{name} has room for {gib(actual.kv_bytes)} of KV cache, planned were {gib(device.kv_bytes)}")
+        room = actual.kv_bytes if candidate.backend == "vllm" else None  # the others take what they are told
+        if room is not None and room < device.kv_bytes * _LEAST_KV_SHARE:
+            found.append(f"{name} has room for {gib(room)} of KV cache, planned were {gib(device.kv_bytes)}")
     if not canary.text.strip():
         found.append("the first answer was empty")
     elif canary.one_token_repeated:
