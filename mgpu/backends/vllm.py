@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from mgpu.backends.vllm_failure import diagnose
 from mgpu.backends.vllm_log import device_memory, phase
 from mgpu.backends.vllm_metrics import sample
 from mgpu.errors import UsageError
-from mgpu.planning.candidates import Candidate
+from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.planning.vllm_memory import DEFAULT_UTILISATION, VllmWants
 from mgpu.units import GIB
 
@@ -28,7 +29,7 @@ SHUTDOWN_TIMEOUT_S = 3
 STOP_GRACE_S = 8.0
 
 # Flags that mgpu sets itself, with the option to use instead.
-_OWNED_FLAGS = {
+OWNED_FLAGS = {
     "--model": "MODEL",
     "--served-model-name": "--name",
     "--host": "--host",
@@ -67,9 +68,9 @@ def read_engine_arguments(arguments: Sequence[str], wants: VllmWants) -> tuple[t
         flag, _, joined = word.partition("=")
         if flag.startswith("--"):
             flag = flag.replace("_", "-")  # as vLLM reads it
-        if owned := _abbreviated(flag, _OWNED_FLAGS):
+        if owned := _abbreviated(flag, OWNED_FLAGS):
             raise UsageError(
-                f"{flag} after -- would contradict the plan: mgpu sets it", hint=f"use {_OWNED_FLAGS[owned]}"
+                f"{flag} after -- would contradict the plan: mgpu sets it", hint=f"use {OWNED_FLAGS[owned]}"
             )
         if _abbreviated(flag, _HIDING_FLAGS):
             raise UsageError(
@@ -165,13 +166,18 @@ def _card_variables(candidate: Candidate) -> dict[str, str]:
     if all(device.uuid and device.device.startswith("CUDA") for device in devices):
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in devices)
     elif all(device.device.startswith("ROCm") for device in devices):
-        env = {"HIP_VISIBLE_DEVICES": ",".join(str(device.gpu) for device in devices)}
+        env = {"HIP_VISIBLE_DEVICES": ",".join(map(_place, devices))}
     else:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.gpu) for device in devices)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(_place, devices))
     if candidate.pipeline_parallel > 1:
         stages = devices[: candidate.pipeline_parallel * candidate.tensor_parallel : candidate.tensor_parallel]
         env["VLLM_PP_LAYER_PARTITION"] = ",".join(str(device.layers) for device in stages)
     return env
+
+
+def _place(device: PlannedDevice) -> str:
+    """A card's number among those of its driver, which knows no others."""
+    return re.sub(r"\D", "", device.device)
 
 
 def _cpu_variables(candidate: Candidate) -> dict[str, str]:

@@ -36,19 +36,22 @@ def choose_cards(
     backend: str, machine: Machine, selection: str | None, usable: Sequence[Gpu]
 ) -> tuple[tuple[Gpu, ...], list[str]]:
     """Return the cards that `--gpus` (or CUDA's mask) means for one engine, of those it can use, and what to tell the
-    user about those left out. Raises UsageError for what is no selection, Missing for a card that is not there or not
-    for this engine."""
+    user about those left out. vLLM's are of one maker, and by the names that its driver has for them.
+
+    Raises UsageError for what is no selection, Missing for a card that is not there or not for this engine, and for
+    cards that it cannot use together.
+    """
     option, remarks = "--gpus", []
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
     if selection is None and mask is not None and machine.source != "simulated" and any(map(_takes_cuda, machine.gpus)):
         option, selection = "CUDA_VISIBLE_DEVICES", _unmasked(mask)
         remarks.append(f"{option}={mask}: planned on {'no card' if selection == 'none' else f'{selection} only'}")
     counted = selection is not None and selection.strip().isdecimal()
-    among = machine
-    if counted and len(usable) >= int((selection or "0").strip()[:6]):
-        among = replace(machine, gpus=tuple(usable))  # of the cards that it can use
+    groups = _usable_together(backend, usable)
+    enough = [group for group in groups if counted and len(group) >= int((selection or "0").strip()[:6])]
     try:
-        chosen = select_gpus(among, selection)
+        among = [select_gpus(replace(machine, gpus=group), selection) for group in enough]  # what it can use
+        chosen = max(among, key=_memory) if among else select_gpus(machine, selection)
     except MgpuError as error:
         error.message = error.message.replace("--gpus", option, 1)
         raise
@@ -59,7 +62,51 @@ def choose_cards(
         raise _unseen(backend, unseen)
     if unseen:
         remarks.append(f"{_unseen(backend, unseen).message.partition(':')[0]}; mgpu backends shows what it sees")
-    return tuple(gpu for gpu in chosen if gpu in usable), remarks
+    chosen = tuple(gpu for gpu in chosen if gpu in usable)
+    if len(together := _usable_together(backend, chosen)) > 1:
+        if selection not in (None, "all"):
+            raise _never_together(chosen)
+        taken = max(together, key=_memory)
+        left = [gpu for gpu in chosen if gpu not in taken]
+        numbers = ",".join(f"gpu{gpu.index}" for gpu in left)
+        unused = f"vLLM never uses two makers' cards in one model: {named(left)} stays unused"
+        remarks.append(f"{unused}; --gpus {numbers} plans on it")
+        chosen = taken
+    return (_in_its_words(machine, chosen) if backend == Backend.vllm else chosen), remarks
+
+
+def _usable_together(backend: str, gpus: Sequence[Gpu]) -> list[tuple[Gpu, ...]]:
+    """The cards in groups that one model can be spread over. A vLLM is built for CUDA or for ROCm; Ollama's rule is
+    its planner's own."""
+    groups: dict[str, list[Gpu]] = {}
+    for gpu in gpus:
+        groups.setdefault(gpu.vendor if backend == Backend.vllm else "", []).append(gpu)
+    return [tuple(group) for group in groups.values()]
+
+
+def _memory(gpus: Sequence[Gpu]) -> int:
+    """The free memory that is the cards' own, in bytes."""
+    return sum(gpu.free_bytes or 0 for gpu in gpus if not gpu.integrated)
+
+
+def _in_its_words(machine: Machine, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """The cards with the names that CUDA or ROCm has for them: each counts its own alone, those left out as well."""
+    from mgpu.planning.vllm_placement import device_name
+
+    def named_by_driver(gpu: Gpu) -> Gpu:
+        before = [other for other in machine.gpus if other.vendor == gpu.vendor and other.index < gpu.index]
+        place = len([other for other in before if not other.problem])
+        return replace(gpu, engine_devices=(device_name(gpu, place),))
+
+    return tuple(map(named_by_driver, gpus))
+
+
+def _never_together(gpus: Sequence[Gpu]) -> Missing:
+    return Missing(
+        f"vLLM cannot use {named(gpus)} together: it is built for NVIDIA's cards or for AMD's, never for both",
+        code="gpu-unseen",
+        hint="choose cards of one maker with --gpus, or leave --backend out",
+    )
 
 
 def _unseen(backend: str, gpus: Sequence[Gpu]) -> Missing:

@@ -54,6 +54,14 @@ def vllm_candidate(
     return plan.on_cards() if gpus else plan.on_the_cpu()
 
 
+def device_name(gpu: Gpu, place: int) -> str:
+    """Return what vLLM's driver calls a card: the name that an engine of that driver gives it or, where none does, by
+    its `place` among the cards of its vendor."""
+    library = "ROCm" if gpu.vendor == "amd" else "CUDA"
+    named = (name for name in gpu.engine_devices if name.rstrip("0123456789") == library)
+    return next(named, f"{library}{place}")
+
+
 def planned_kv_tokens(candidate: Candidate, facts: ModelFacts) -> int:
     """Return how many tokens the planned KV cache of one replica holds, of one length or many, windows left aside:
     the number vLLM logs as "KV cache size"."""
@@ -193,7 +201,7 @@ class _Placement:
             gpu=gpu.index,
             uuid=gpu.uuid,
             name=gpu.name,
-            device=f"{'ROCm' if gpu.vendor == 'amd' else 'CUDA'}{gpu.index}",
+            device=device_name(gpu, gpu.index),
             first_layer=first,
             layers=layers,
             head=first + layers == len(self.facts.layers),

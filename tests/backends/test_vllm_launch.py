@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,16 @@ def test_the_shape_becomes_flags_and_variables(
     assert {flag: value(launch.argv, flag) for flag in flags} == flags
     assert {name: launch.env.get(name) for name in env} == env
     assert not launch.secrets
+
+
+@pytest.mark.parametrize(
+    ("vendor", "variable"),
+    [pytest.param("ROCm", "HIP_VISIBLE_DEVICES", id="AMD"), pytest.param("CUDA", "CUDA_VISIBLE_DEVICES", id="NVIDIA")],
+)
+def test_a_driver_counts_its_own_cards_only(vendor: str, variable: str) -> None:
+    planned = candidate(tensor=2, vendor=vendor, uuids=False)
+    behind = tuple(replace(device, gpu=device.gpu + 3) for device in planned.devices)
+    assert build_launch(replace(planned, devices=behind), serving()).env[variable] == "2,1"
 
 
 @pytest.mark.parametrize("key", [" blank", "line\nbreak", "tab\t"])
