@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mgpu.models.source import (
     ProfileName,
     in_quantisation,
 )
+from mgpu.units import gib
 
 if TYPE_CHECKING:
     from mgpu.models.hub import HubFiles
@@ -39,7 +41,8 @@ class Weights:
     """A model in one form and quantisation.
 
     `path` is the file or folder on disk; None while it is to be had from `source` only (None for a file of the
-    user's). `remote` is what was read of it on the hub, `unconfirmed` why the hub could not be asked again.
+    user's). `remote` is what was read of it on the hub, `unconfirmed` why the hub could not be asked again, `remark`
+    what the user should know of a plan made from these facts.
     """
 
     facts: ModelFacts
@@ -47,6 +50,7 @@ class Weights:
     source: GgufSource | HubFiles | HubFolder | OllamaTag | None = None
     remote: RemoteGguf | None = None
     unconfirmed: str | None = None
+    remark: str | None = None
 
     @property
     def parts(self) -> int:
@@ -201,7 +205,9 @@ def _folder(path: Path) -> Model:
     from mgpu.models.hf import facts_from_folder
 
     if not path.exists():
-        raise Missing(f"there is no file or folder {path}", code="model-missing", hint="check the path")
+        on_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path))
+        hint = f"on Hugging Face it would be hf:{path}" if on_hub else "check the path"
+        raise Missing(f"there is no file or folder {path}", code="model-missing", hint=hint)
     if path.is_dir() and not (path / "config.json").exists():
         raise BadModel(
             f"{path} is a folder without a config.json: there is no model in it that vLLM could load",
@@ -253,7 +259,14 @@ def _tagged(tag: OllamaTag, quant: str | None) -> Model:
         )
     found = find_tag(tag)
     name = f"{tag.name.rsplit('/', 1)[-1]}-{tag.tag}" if tag.tag != "latest" else tag.name.rsplit("/", 1)[-1]
-    weights = Weights(facts=replace(found.facts, name=name), source=tag, path=found.path, unconfirmed=found.unconfirmed)
+    projector = f"its vision projector ({gib(found.projector_bytes)}) is not in the plan"
+    weights = Weights(
+        facts=replace(found.facts, name=name),
+        source=tag,
+        path=found.path,
+        unconfirmed=found.unconfirmed,
+        remark=projector if found.projector_bytes else None,
+    )
     return Model(name=name, kind="an Ollama model", tag=(weights,))
 
 

@@ -59,11 +59,6 @@ class TaggedModel:
     projector_bytes: int = 0
     unconfirmed: str | None = None
 
-    @property
-    def has_projector(self) -> bool:
-        """Whether a vision projector is loaded beside the model."""
-        return self.projector_bytes > 0
-
 
 def find_tag(tag: OllamaTag) -> TaggedModel:
     """Return what `tag` means: in the folders of Ollama on this machine, else at the registry.

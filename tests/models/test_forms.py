@@ -228,6 +228,20 @@ def test_a_model_is_for_the_engines_that_load_its_form(
             assert error.hint
 
 
+@pytest.mark.parametrize(
+    ("projector", "remark"),
+    [
+        pytest.param(None, None, id="none"),
+        pytest.param(bytes(64 << 20), "its vision projector (0.06 GiB) is not in the plan", id="one of 64 MiB"),
+    ],
+)
+def test_a_projector_that_is_not_planned_is_remarked(
+    registry: FakeRegistry, files: Path, projector: bytes | None, remark: str | None
+) -> None:
+    registry.add("library/seeing:1b", files / "m-Q4_0.gguf", projector=projector)
+    assert [weights.remark for weights in found("ollama:seeing:1b").tag] == [remark]
+
+
 def test_a_repository_in_safetensors_is_planned_without_its_weights(filled: FakeHub) -> None:
     (weights,) = found("hf:org/tiny").safetensors
     assert (weights.source, weights.label) == (HubFolder(repository="org/tiny"), "org/tiny")

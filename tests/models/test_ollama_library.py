@@ -103,7 +103,7 @@ def test_a_model_of_40_gb_is_planned_from_its_first_megabytes(registry: FakeRegi
     assert (found.facts.name, found.facts.source) == ("sparse", "ollama:llama3.3:70b")
     assert (found.path, found.file_bytes, found.unconfirmed) == (None, big.stat().st_size, None)
     assert found.digest in registry.blobs
-    assert not found.has_projector
+    assert found.projector_bytes == 0
     assert registry.served_bytes == 4 << 20
     assert registry.downloads() == [("localhost", f"bytes=0-{(4 << 20) - 1}")]
     assert registry.requests[0][2]["accept"] == MANIFEST
@@ -166,7 +166,7 @@ def test_a_projector_is_counted_beside_the_model(
     weights = small(tmp_path / "m.gguf")
     registry.add("library/llava:7b", weights, projector=bytes(5000))
     found = find_tag(OllamaTag("llava", "7b"))
-    assert (found.has_projector, found.projector_bytes, found.file_bytes) == (True, 5000, len(weights))
+    assert (found.projector_bytes, found.file_bytes) == (5000, len(weights))
     monkeypatch.setattr(registry, "status", 503)
     assert find_tag(OllamaTag("llava", "7b")) == replace(found, unconfirmed="it answered 503")
 
