@@ -171,7 +171,7 @@ def place_layers(
         buffers = compute_buffers(facts, wants, ctx_tokens, devices=used, host_layers=host_layers)
 
     devices, start = [], host_units
-    for gpu, name, count in zip(gpus, names, counts, strict=False):
+    for gpu, name, count in zip(gpus, names, counts, strict=bool(counts)):  # else layers would be nowhere
         end = start + count
         head = start < total_units <= end
         own = slice(start, min(end, len(weights)))

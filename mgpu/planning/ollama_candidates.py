@@ -13,6 +13,7 @@ from mgpu.machine.snapshot import Gpu, Host, Machine
 from mgpu.models.facts import ModelFacts
 from mgpu.planning.candidates import Candidate, place_layers
 from mgpu.planning.memory import CTX_GRANULARITY
+from mgpu.planning.plan import Fix, find_fixes
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS, Wants
 from mgpu.units import GIB, MIB, gib
 
@@ -88,7 +89,11 @@ def ollama_candidates(facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], 
     asked = choice.gpus if wants.split_mode == "none" else group
     if wants.split_mode == "none" and len(asked) > 1:
         asked = (max(asked, key=lambda gpu: gpu.free_bytes or 0),)
-    candidates = [_placed(facts, wants, asked, machine.host, ctx_tokens)]
+    misdealt = _misdealt(wants, asked, others)
+    told = replace(wants, tensor_split=None) if misdealt else wants
+    candidates = [_placed(facts, told, asked, machine.host, ctx_tokens)]
+    if misdealt:
+        candidates = [replace(candidates[0], verdict="illegal", reasons=misdealt)]
     reasons = [_reason(asked, choice)]
     if len(asked) > 1 and len(choice.gpus) == 1 and not wants.tensor_split:
         alone = _placed(facts, replace(wants, offload=False), choice.gpus, machine.host, ctx_tokens)
@@ -101,6 +106,29 @@ def ollama_candidates(facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], 
         for candidate, why in zip(candidates, reasons, strict=True)
         if candidate is candidates[0] or candidate.verdict == "fits"
     )
+
+
+def _misdealt(wants: Wants, asked: Sequence[Gpu], others: Sequence[Gpu]) -> tuple[str, ...]:
+    """Why the proportions that the user gave cannot be those of the cards `asked`; empty where they can."""
+    count = len(wants.tensor_split or ())
+    if not count or count == len(asked):
+        return ()
+    mixed = f", and Ollama never mixes them with {_names(others)}" if others and wants.split_mode != "none" else ""
+    chosen = ",".join(f"gpu{gpu.index}" for gpu in asked)
+    instead = f"give {len(asked)} with --gpus {chosen}" if len(asked) > 1 else "leave it out"
+    return (f"--tensor-split has {count} proportions, where the model goes to {_names(asked)}{mixed}: {instead}",)
+
+
+def ollama_fixes(
+    facts: ModelFacts, others: Sequence[ModelFacts], machine: Machine, gpus: Sequence[Gpu], wants: Wants
+) -> tuple[Fix, ...]:
+    """Return the cheapest changes that make the model fit, mildest first; `others` are the same model in other
+    quantisations. Each was planned again."""
+
+    def planned(other: ModelFacts, changed: Wants) -> Candidate:
+        return ollama_candidates(other, machine, gpus, changed)[0]
+
+    return find_fixes(facts, wants, others, planned, on_cards=bool(gpus))
 
 
 def _refusals(facts: ModelFacts, wants: Wants) -> tuple[str, ...]:

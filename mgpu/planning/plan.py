@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mgpu.machine.snapshot import Gpu, Machine
@@ -15,11 +15,16 @@ _SMALLEST_USEFUL_CTX = 2048
 # Still offered as a way out, for the user to judge.
 _SMALLEST_OFFERED_CTX = 512
 
-NOT_MODELLED = (
+_NOT_MODELLED = (
     "speed below the physical bound (no prediction yet)",
     "memory other programs take between plan and start",
-    "llama-server's prompt cache in host memory, at most --cache-ram",
 )
+# What each engine takes besides.
+_NOT_MODELLED_OF = {
+    "llama.cpp": "llama-server's prompt cache in host memory, at most --cache-ram",
+    "vllm": "what vLLM's own processes take of the host memory",
+    "ollama": "the prompt cache of Ollama's llama-server in host memory",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +46,16 @@ class Plan:
     best: int | None
     fixes: tuple[Fix, ...]
     why: str | None = None
-    not_modelled: tuple[str, ...] = NOT_MODELLED
 
     @property
     def chosen(self) -> Candidate:
         """The candidate to run or, when none fits, the one that was asked for."""
         return self.candidates[self.best or 0]
+
+    @property
+    def not_modelled(self) -> tuple[str, ...]:
+        """What the chosen candidate leaves out, in words."""
+        return (*_NOT_MODELLED, _NOT_MODELLED_OF[self.chosen.backend])
 
 
 def make_plan(
@@ -69,7 +78,13 @@ def make_plan(
         candidates += [single] if single.verdict == "fits" else []
     runnable = ("fits", "fits-with-offload") if wants.offload else ("fits",)
     best = next((i for i, candidate in enumerate(candidates) if candidate.verdict in runnable), None)
-    fixes = () if best is not None else _fixes(facts, wants, gpus, machine, other_quantisations)
+    fixes: tuple[Fix, ...] = ()
+    if best is None:
+
+        def planned(other: ModelFacts, changed: Wants) -> Candidate:
+            return _asked(other, changed, gpus, machine)
+
+        fixes = find_fixes(facts, wants, other_quantisations, planned, on_cards=bool(gpus))
     return Plan(model=facts, machine=machine, candidates=tuple(candidates), best=best, fixes=fixes)
 
 
@@ -98,20 +113,24 @@ def _best_single(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: 
     return max(singles, key=rank)
 
 
-def _fixes(
+def find_fixes(
     facts: ModelFacts,
     wants: Wants,
-    gpus: Sequence[Gpu],
-    machine: Machine,
     other_quantisations: Sequence[ModelFacts],
+    planned: Callable[[ModelFacts, Wants], Candidate],
+    *,
+    on_cards: bool,
 ) -> tuple[Fix, ...]:
-    """The cheapest changes that make the model fit, mildest first."""
+    """Return the cheapest changes that make the model fit, mildest first, each as `planned` makes it.
+
+    For llama.cpp and what runs it: the options are theirs. `on_cards` says that there are cards to plan on.
+    """
     tries: list[tuple[str, ModelFacts, Wants]] = []
     if wants.tensor_split:
         tries.append(("without --tensor-split", facts, replace(wants, tensor_split=None)))
     if wants.split_mode == "none":
         tries.append(("without --split-mode none", facts, replace(wants, split_mode=None)))
-    largest = _asked(facts, replace(wants, offload=False), gpus, machine).max_ctx_tokens or 0
+    largest = planned(facts, replace(wants, offload=False)).max_ctx_tokens or 0
     if largest >= _SMALLEST_OFFERED_CTX:
         tries.append((f"--ctx {largest}", facts, replace(wants, ctx_tokens=largest)))
     if wants.kv_type_k == wants.kv_type_v == "f16" and wants.uses_flash_attention:
@@ -119,7 +138,7 @@ def _fixes(
     smaller = [other for other in other_quantisations if other.file_bytes < facts.file_bytes]
     for other in sorted(smaller, key=lambda other: -other.file_bytes):
         tries.append((f"--quant {other.quantisation}", other, wants))
-    if not wants.offload and gpus:
+    if not wants.offload and on_cards:
         tries.append(("--offload allow", facts, replace(wants, offload=True)))
 
     fixes: list[Fix] = []
@@ -127,7 +146,7 @@ def _fixes(
     for change, other_facts, other_wants in tries:
         if change.startswith("--quant") and quantisation_found:
             continue  # the largest that fits is the mildest; smaller ones need no mention
-        candidate = _asked(other_facts, other_wants, gpus, machine)
+        candidate = planned(other_facts, other_wants)
         if candidate.verdict in ("fits", "fits-with-offload"):
             quantisation_found |= change.startswith("--quant")
             fixes.append(Fix(change=change, candidate=candidate))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -17,7 +18,7 @@ from mgpu.models.shape import facts_from_shape
 from mgpu.planning import memory
 from mgpu.planning.candidates import Candidate
 from mgpu.planning.memory import DeviceKind
-from mgpu.planning.ollama_candidates import choose_cards, ollama_candidates, predicted_bytes
+from mgpu.planning.ollama_candidates import choose_cards, ollama_candidates, ollama_fixes, predicted_bytes
 from mgpu.planning.wants import Wants
 from mgpu.units import GIB, MIB
 from tests.fakes.shapes import SHAPES
@@ -187,6 +188,61 @@ def test_cards_of_several_libraries_are_never_mixed() -> None:
     assert [device.gpu for device in alone.devices] == [0]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "wants", "reason"),
+    [
+        pytest.param(
+            (*cards(24, 24), *cards(16, kind="Vulkan", vendor="intel", first=2)),
+            Wants(tensor_split=(1, 1, 1)),
+            "3 proportions, where the model goes to gpu0, gpu1, and Ollama never mixes them with gpu2: "
+            "give 2 with --gpus gpu0,gpu1",
+            id="a card of another library",
+        ),
+        pytest.param(
+            (*cards(24, 24), replace(cards(24, first=2)[0], problem="fallen off the bus")),
+            Wants(tensor_split=(1, 1, 1)),
+            "the model goes to gpu0, gpu1: give 2",
+            id="a broken card",
+        ),
+        pytest.param(
+            cards(24, 24), Wants(tensor_split=(3, 1), split_mode="none"), "goes to gpu0: leave it out", id="no split"
+        ),
+    ],
+)
+def test_proportions_are_those_of_the_cards_that_are_used(gpus: tuple[Gpu, ...], wants: Wants, reason: str) -> None:
+    (refused,) = planned(facts("llama-3.1-8b"), gpus, wants)
+    assert (refused.verdict, sum(layers(refused))) == ("illegal", 33)
+    assert any(reason in each for each in refused.reasons), refused.reasons
+    fixes = ollama_fixes(facts("llama-3.1-8b"), (), machine_of(gpus), gpus, wants)
+    assert fixes[0].change == "without --tensor-split"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wants", "changes"),
+    [
+        pytest.param(
+            cards(22.5, 22.5),
+            Wants(ctx_tokens=16384),
+            ["--ctx N", "--kv-type q8_0", "--quant Q3_K_M", "--offload allow"],
+            id="less context, a smaller cache, a smaller file, the host",
+        ),
+        pytest.param(cards(48, 48), Wants(ctx_tokens=1 << 20), ["--ctx N"], id="a context that it would cut"),
+        pytest.param((), Wants(ctx_tokens=1 << 20), ["--ctx N"], id="on the CPU"),
+        pytest.param(cards(2), Wants(), ["--offload allow"], id="nothing but the host"),
+    ],
+)
+def test_the_ways_out_were_planned_again(gpus: tuple[Gpu, ...], wants: Wants, changes: list[str]) -> None:
+    model, smaller = facts("llama-3.3-70b"), [facts("llama-3.3-70b", "Q3_K_M"), facts("llama-3.3-70b", "Q8_0")]
+    assert planned(model, gpus, wants)[0].verdict in ("does-not-fit", "illegal")
+    fixes = ollama_fixes(model, smaller, machine_of(gpus), gpus, wants)
+    assert [re.sub(r"--ctx \d+", "--ctx N", fix.change) for fix in fixes] == changes
+    for fix in fixes:
+        assert fix.candidate.backend == "ollama"
+        assert fix.candidate.verdict in ("fits", "fits-with-offload")
+        if fix.change.startswith("--ctx"):
+            assert fix.candidate.ctx_tokens == int(fix.change.split()[1])
+
+
 def test_nvidia_cards_are_cudas_whatever_another_llama_cpp_calls_them() -> None:
     gpus = cards(24, 24, kind="Vulkan")
     assert [device.device for device in planned(facts("llama-3.3-70b"), gpus)[0].devices] == ["CUDA0", "CUDA1"]
@@ -269,11 +325,12 @@ def test_a_simulated_machine_is_planned_too() -> None:
     st.sampled_from(["smollm2-135m", "llama-3.1-8b", "mixtral-8x7b"]),
     st.integers(256, 40000),
     st.booleans(),
+    st.none() | st.lists(st.floats(0.01, 4.0), min_size=1, max_size=5).map(tuple),
 )
 def test_every_layer_is_somewhere_and_fits_keeps_its_promise(
-    free_gib: list[float], model: str, ctx_tokens: int, offload: bool
+    free_gib: list[float], model: str, ctx_tokens: int, offload: bool, proportions: tuple[float, ...] | None
 ) -> None:
-    wants = Wants(ctx_tokens=ctx_tokens, offload=offload)
+    wants = Wants(ctx_tokens=ctx_tokens, offload=offload, tensor_split=proportions)
     for candidate in planned(facts(model), cards(*free_gib), wants):
         on_cards = sum(device.layers for device in candidate.devices)
         assert on_cards + candidate.host.layers == len(facts(model).layers)
