@@ -5,28 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING
 
-from mgpu.errors import EngineFailed, MgpuError, Missing
+from mgpu.errors import MgpuError, Missing
 from mgpu.models.local_model import LocalModel, Owners, last_used
 
 if TYPE_CHECKING:
     from mgpu.models.ollama_store import LocalTag
+    from mgpu.running.ollama_client import Tag
 
-_TIMEOUT_S = 5.0
 _THIS_MACHINE = re.compile(r"https?://(127\.|localhost\b|\[::1\])")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tag:
-    """A model that an Ollama says it has: `name` with its tag; `modified` in seconds since 1970."""
-
-    name: str
-    size_bytes: int
-    quantisation: str | None
-    modified: float
 
 
 def running_ollama() -> str:
@@ -58,17 +46,12 @@ def running_ollama() -> str:
     )
 
 
-def tags_at(url: str) -> tuple[Tag, ...]:
+def models_at(url: str) -> tuple[Tag, ...]:
     """Return the models of the Ollama at `url`. Raises EngineFailed when it does not answer as Ollama does."""
-    import httpx
+    from mgpu.running.ollama_client import OllamaClient
 
-    try:
-        reply = httpx.get(f"{url}/api/tags", timeout=_TIMEOUT_S, trust_env=False)
-        return tuple(_tag(entry) for entry in reply.json()["models"])
-    except (httpx.HTTPError, httpx.InvalidURL):
-        raise EngineFailed(f"the Ollama at {url} does not answer any more", code="engine-died") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise EngineFailed(f"what answers at {url} does not answer as Ollama does", code="wrong-answer") from None
+    with OllamaClient(url, keep_alive=None) as client:
+        return client.models()
 
 
 def models_in_ollama(owners: Owners, warnings: list[str]) -> Iterator[LocalModel]:
@@ -82,11 +65,11 @@ def models_in_ollama(owners: Owners, warnings: list[str]) -> Iterator[LocalModel
         found = attach()
         if isinstance(found, Foreign):
             warnings.append(f"{found.url} is not Ollama: {found.why}")
-        tags = tags_at(found.url) if isinstance(found, Attached) else tuple(map(_described, on_disk.values()))
+        tags = models_at(found.url) if isinstance(found, Attached) else None
     except MgpuError as error:
         warnings.append(error.message)
-        tags = tuple(map(_described, on_disk.values()))
-    for tag in tags:
+        tags = None
+    for tag in tuple(map(_described, on_disk.values())) if tags is None else tags:
         owner, stored = owners.of_tag(tag.name), on_disk.get(tag.name)
         yield LocalModel(
             format="ollama",
@@ -103,21 +86,10 @@ def models_in_ollama(owners: Owners, warnings: list[str]) -> Iterator[LocalModel
         )
 
 
-def _tag(entry: dict[str, object]) -> Tag:
-    """One entry of /api/tags."""
-    size, details = entry.get("size"), entry.get("details")
-    level = details.get("quantization_level") if isinstance(details, dict) else None
-    return Tag(
-        name="".join(character for character in str(entry["name"])[:256] if character.isprintable()),
-        size_bytes=size if type(size) is int and size >= 0 else 0,
-        quantisation=level if isinstance(level, str) and level.isprintable() and level != "unknown" else None,
-        modified=_seconds(entry.get("modified_at")),
-    )
-
-
 def _described(model: LocalTag) -> Tag:
     from mgpu.models.gguf import read_gguf
     from mgpu.models.gguf_facts import quantisation_of
+    from mgpu.running.ollama_client import Tag
 
     try:
         quantisation = quantisation_of(read_gguf(model.path))
@@ -126,11 +98,3 @@ def _described(model: LocalTag) -> Tag:
     return Tag(
         name=f"{model.name}:{model.tag}", size_bytes=model.bytes, quantisation=quantisation, modified=model.modified
     )
-
-
-def _seconds(moment: object) -> float:
-    """A time such as 2026-11-23T04:12:37.345293519Z; 0 if it is none."""
-    try:
-        return datetime.fromisoformat(f"{str(moment)[:19]}+00:00").timestamp()
-    except ValueError:
-        return 0.0

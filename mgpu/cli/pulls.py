@@ -123,14 +123,14 @@ class OllamaPull(Pull):
 
     def look(self) -> None:
         """Ask the Ollama that runs."""
-        from mgpu.cli.ollama_models import running_ollama, tags_at
+        from mgpu.cli.ollama_models import models_at, running_ollama
 
         self.url = running_ollama()
-        self.here = any(each.name == self.tag for each in tags_at(self.url))
+        self.here = any(each.name == self.tag for each in models_at(self.url))
 
     def fetch(self, on_progress: OnProgress) -> None:
         """Let Ollama fetch it."""
-        from mgpu.cli.ollama_models import tags_at
+        from mgpu.cli.ollama_models import models_at
         from mgpu.running.ollama_client import OllamaClient
 
         assert self.url
@@ -138,7 +138,7 @@ class OllamaPull(Pull):
             with OllamaClient(self.url, keep_alive=None) as client:
                 client.pull(self.tag, on_progress)
         self.done = True
-        for each in tags_at(self.url):
+        for each in models_at(self.url):
             if each.name == self.tag:
                 self.quantisation, self.size_bytes = each.quantisation, each.size_bytes
 

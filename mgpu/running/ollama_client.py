@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from mgpu.backends import llama_cpp
@@ -33,6 +35,16 @@ _ANSWER_TIMEOUT_S = 600.0
 _LONGEST_MESSAGE = 300
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tag:
+    """A model that an Ollama says it has: `name` with its tag; `modified` in seconds since 1970."""
+
+    name: str
+    size_bytes: int
+    quantisation: str | None
+    modified: float
+
+
 class OllamaClient:
     """A connection to one Ollama server; a context manager. Proxies in the environment are ignored.
 
@@ -56,8 +68,8 @@ class OllamaClient:
         certificates = httpx.create_ssl_context(trust_env=False)
         settings: dict[str, Any] = {"follow_redirects": False, "trust_env": False, "verify": certificates}
         self._settings = settings
+        # For answers of which the official client's releases know different fields.
         self._http = httpx.Client(base_url=self.url, timeout=_POLL_TIMEOUT_S, **settings)
-        self._quick = ollama.Client(self.url, timeout=_POLL_TIMEOUT_S, **settings)
         self._patient = ollama.Client(self.url, timeout=_timeout(_ANSWER_TIMEOUT_S), **settings)
         self._loading = ollama.Client(self.url, timeout=_timeout(_LOAD_TIMEOUT_S), **settings)
 
@@ -66,7 +78,7 @@ class OllamaClient:
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
-        for client in (self._quick, self._patient, self._loading):
+        for client in (self._patient, self._loading):
             _connections(client).close()
 
     def is_up(self) -> bool:
@@ -86,17 +98,16 @@ class OllamaClient:
             found = _json(reply).get("version") if reply.status_code == 200 else None
         return found if isinstance(found, str) and found else None
 
-    def models(self) -> tuple[str, ...]:
-        """Return the names, with tags, of the models this server has on disk."""
+    def models(self) -> tuple[Tag, ...]:
+        """Return the models this server has on disk."""
         with _errors():
-            return tuple(model.model for model in self._quick.list().models if model.model)
+            return tuple(_tag(entry) for entry in _json(self._http.get("/api/tags"))["models"])
 
     def loaded(self) -> tuple[LoadedModel, ...]:
         """Return what the server says it holds in memory; its division between cards and RAM is not to be relied on."""
         with _errors():
             reply = self._http.get("/api/ps")
             entries = _json(reply)["models"]
-            # Not through the official client, whose releases know different fields.
             return tuple(
                 LoadedModel(
                     name=str(entry["name"]),
@@ -139,11 +150,6 @@ class OllamaClient:
         """
         with _errors(self._explain(model)):
             self._loading.generate(model, "", options=dict(options or {}), keep_alive=self._keep_alive)
-
-    def unload(self, model: str) -> None:
-        """Take a model out of memory. Raises Missing ("not-found") for one the server does not have."""
-        with _errors(self._explain(model)):
-            self._patient.generate(model, "", keep_alive=0)
 
     def canary(self, model: str, *, patience_s: float | None = None) -> Canary:
         """Ask for a few tokens and return the answer, waiting `patience_s` for it at most. Raises as `load` does: the
@@ -301,6 +307,26 @@ def _json(reply: httpx.Response) -> dict[str, Any]:
 
 def _said(reply: httpx.Response) -> str:
     return shorten(str(_json(reply).get("error") or reply.text), _LONGEST_MESSAGE)
+
+
+def _tag(entry: Mapping[str, Any]) -> Tag:
+    """One entry of /api/tags."""
+    size, details = _whole(entry.get("size")), entry.get("details")
+    level = details.get("quantization_level") if isinstance(details, dict) else None
+    return Tag(
+        name="".join(character for character in str(entry["name"])[:256] if character.isprintable()),
+        size_bytes=max(0, size or 0),
+        quantisation=level if isinstance(level, str) and level.isprintable() and level != "unknown" else None,
+        modified=_seconds(entry.get("modified_at")),
+    )
+
+
+def _seconds(moment: object) -> float:
+    """A time such as 2026-11-23T04:12:37.345293519Z; 0 if it is none."""
+    try:
+        return datetime.fromisoformat(f"{str(moment)[:19]}+00:00").timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _whole(value: object) -> int | None:

@@ -68,7 +68,7 @@ class OllamaLink:
         """
         if isinstance(weights, OllamaTag):
             name = full_name(weights)
-            if f"{name.short}:{name.tag}" not in self._client.models():
+            if f"{name.short}:{name.tag}" not in {each.name for each in self._client.models()}:
                 self._client.pull(self.model, on_progress)
             return
         # Somebody else's server has a context length of its own, which a model can overrule.

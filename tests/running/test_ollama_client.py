@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -19,9 +20,10 @@ from mgpu.backends.ollama_placement import LoadedModel
 from mgpu.errors import BadModel, EngineFailed, MgpuError, Missing, UsageError
 from mgpu.models.transfer import Progress
 from mgpu.running.client import Answer
-from mgpu.running.ollama_client import OllamaClient
+from mgpu.running.ollama_client import OllamaClient, Tag
 from mgpu.running.ollama_import import create_from_gguf
 from tests.fakes.devices import free_port
+from tests.fakes.engines import http_answer, scripted_engine
 from tests.fakes.ollama_running import MODEL, TWO_CARDS, RunningOllama, running_ollama
 
 MIB = 1 << 20
@@ -47,11 +49,62 @@ def answered(client: OllamaClient, model: str = MODEL) -> tuple[str, Answer]:
     return "".join(piece for piece in pieces if isinstance(piece, str)), end
 
 
+def names(client: OllamaClient) -> set[str]:
+    return {model.name for model in client.models()}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        pytest.param({"models": []}, (), id="none"),
+        pytest.param(
+            {
+                "models": [
+                    {
+                        "name": "a:1b",
+                        "size": 5,
+                        "modified_at": "1970-01-01T00:01:00.345293519Z",
+                        "details": {"quantization_level": "Q4_0"},
+                    }
+                ]
+            },
+            (Tag(name="a:1b", size_bytes=5, quantisation="Q4_0", modified=60),),
+            id="as Ollama says it",
+        ),
+        pytest.param(
+            {
+                "models": [
+                    {"name": "a\x1b[2J", "size": True, "modified_at": 7, "details": {"quantization_level": "unknown"}},
+                    {"name": "b", "size": -1, "details": "none"},
+                ]
+            },
+            (
+                Tag(name="a[2J", size_bytes=0, quantisation=None, modified=0),
+                Tag(name="b", size_bytes=0, quantisation=None, modified=0),
+            ),
+            id="of a strange shape",
+        ),
+        pytest.param({"models": None}, None, id="no list"),
+        pytest.param({"models": ["a"]}, None, id="a list of words"),
+        pytest.param({"models": [{"size": 5}]}, None, id="a model without a name"),
+        pytest.param([], None, id="another list"),
+    ],
+)
+def test_the_models_are_what_the_server_says(answer: object, expected: tuple[Tag, ...] | None) -> None:
+    with scripted_engine({"/api/tags": http_answer(json.dumps(answer))}) as (url, _), OllamaClient(url) as client:
+        if expected is None:
+            with pytest.raises(EngineFailed) as caught:
+                client.models()
+            assert caught.value.code == "wrong-answer"
+        else:
+            assert client.models() == expected
+
+
 def test_a_pull_reports_one_total_over_all_layers(tmp_path: Path) -> None:
     seen: list[Progress] = []
     with running_ollama(tmp_path) as running, OllamaClient(running.url) as client:
         client.pull(MODEL, seen.append)
-        assert client.models() == (MODEL,)
+        assert names(client) == {MODEL}
     assert {progress.stage for progress in seen} == {"downloading"}
     done = [progress.done_bytes for progress in seen]
     assert done == sorted(done)
@@ -82,14 +135,12 @@ def test_an_error_of_who_watches_a_pull_is_not_taken_for_ollamas(client: OllamaC
         client.pull(MODEL, watch)
 
 
-def test_a_loaded_model_is_listed_until_it_is_unloaded(client: OllamaClient) -> None:
+def test_a_loaded_model_is_listed(client: OllamaClient) -> None:
     client.load(MODEL, options={"num_ctx": 2048})
     (loaded,) = client.loaded()
     assert loaded.name == MODEL
     assert loaded.ctx_tokens == 2048
     assert loaded.size_bytes == loaded.size_vram_bytes
-    client.unload(MODEL)
-    assert client.loaded() == ()
 
 
 def test_loading_the_recorded_model_gives_the_recorded_sizes(client: OllamaClient) -> None:
@@ -143,7 +194,6 @@ def test_the_runners_counters_grow_with_each_answer(client: OllamaClient, server
     "use",
     [
         pytest.param(lambda client: client.load("nope"), id="loading it"),
-        pytest.param(lambda client: client.unload("nope"), id="unloading it"),
         pytest.param(lambda client: client.canary("nope"), id="a canary"),
         pytest.param(lambda client: list(client.chat("nope", "hello")), id="a chat, which is a stream"),
     ],
@@ -279,7 +329,7 @@ class TestGgufFile:
             "hashing",
             "uploading",
         ]
-        assert "tiny:q4" in client.models()
+        assert "tiny:q4" in names(client)
         assert answered(client, "tiny:q4")[1].generated_tokens
 
     def test_a_file_the_server_has_is_not_uploaded_again(self, client: OllamaClient, gguf: Path) -> None:
@@ -287,7 +337,7 @@ class TestGgufFile:
         seen: list[Progress] = []
         create_from_gguf(client, "two", gguf, on_progress=seen.append)
         assert {progress.stage for progress in seen} == {"hashing"}
-        assert {"one:latest", "two:latest"} <= set(client.models())
+        assert {"one:latest", "two:latest"} <= names(client)
 
     def test_a_file_on_the_same_disk_is_linked_not_copied(
         self, client: OllamaClient, server: RunningOllama, gguf: Path

@@ -124,8 +124,6 @@ def test_a_file_is_served_on_the_cpu_and_everything_about_it_is_known(bench: Ben
         assert isinstance(found, Attached)
         assert found.loaded is not None
         assert [model.name for model in found.loaded] == ["round:latest"]
-        client.unload("round")
-        assert client.loaded() == ()
 
 
 def test_two_cards_hold_what_was_planned_for_each(bench: Bench, two_cards: tuple[Gpu, ...]) -> None:
