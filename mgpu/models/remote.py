@@ -79,14 +79,6 @@ def model_on_hub(source: HubRepository) -> RemoteGguf | RemoteConfig:
     return _read(source, _any_model, _any_remembered)
 
 
-def gguf_on_hub(source: HubRepository) -> RemoteGguf:
-    """Read the header of the GGUF model that `fetch` would take of `source`: some megabytes, once.
-
-    As `model_on_hub`, for repositories with GGUF files only: others raise Missing (`not-found`).
-    """
-    return _read(source, _gguf_model, _remembered_gguf)
-
-
 def folder_on_hub(source: HubRepository) -> RemoteConfig:
     """As `model_on_hub`, for repositories with safetensors only: others raise Missing (`not-found`)."""
     return _read(source, _config_model, _remembered_config)
@@ -95,11 +87,6 @@ def folder_on_hub(source: HubRepository) -> RemoteConfig:
 def is_folder_on_hub(source: HubRepository) -> bool:
     """Whether `model_on_hub` would find safetensors and not a GGUF; no header is read. Raises as it does."""
     return _read(source, _is_folder, lambda source, known, _: _means_folder(source, known) and known.config is not None)
-
-
-def header_from_hub(source: HubRepository) -> ModelFacts:
-    """Return the facts of the model that `gguf_on_hub` finds."""
-    return gguf_on_hub(source).facts
 
 
 def facts_from_remote(remote: RemoteConfig, name: str) -> ModelFacts:
@@ -199,14 +186,7 @@ def _gguf_model(hub: Hub, source: HubRepository, repository: _Repository) -> Rem
 def _described(hub: Hub, source: HubRepository, repository: _Repository) -> Sequence[RemoteFile]:
     """The model's files as the hub has them now."""
     known = repository.known
-    models = models_among(known.paths)
-    if not models:
-        raise Unavailable(
-            f"{source.repository} has no GGUF files",
-            code="not-found",
-            hint="give a repository with GGUF files; their names often end in -GGUF",
-        )
-    paths = choose_model(models, source.quantisation, repository=source.repository)
+    paths = choose_model(models_among(known.paths), source.quantisation, repository=source.repository)
     if all(path in known.files for path in paths):
         return [known.files[path] for path in paths]
     files = [hub.describe(source.repository, "main", path) for path in paths]

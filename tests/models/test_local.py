@@ -7,7 +7,7 @@ import pytest
 
 from mgpu.models.fetch import Progress, fetch
 from mgpu.models.local import LocalModel, local_models
-from mgpu.models.remote import gguf_on_hub
+from mgpu.models.remote import model_on_hub
 from mgpu.models.source import HubRepository
 from mgpu.models.tensors import GGML_TYPES, Tensor
 from mgpu.profile import Profile, load_profile
@@ -107,7 +107,7 @@ def test_what_was_broken_off_is_partial(
 ) -> None:
     monkeypatch.setattr("mgpu.models.transfer._CHUNK_BYTES", 1 << 10)
     hub.repositories["org/repo"] = {"a-Q4_0.gguf": content, "b-Q8_0.gguf": content + b"0"}
-    gguf_on_hub(HubRepository("org/repo", "Q4_0"))
+    model_on_hub(HubRepository("org/repo", "Q4_0"))
     for name in ("Q4_0", "Q8_0"):
         with pytest.raises(KeyboardInterrupt):
             fetch(HubRepository("org/repo", name), on_progress=interrupt)

@@ -19,7 +19,7 @@ from mgpu.errors import BadModel, MgpuError, Missing, UsageError
 from mgpu.models.facts import ModelFacts
 from mgpu.models.fetch import fetch
 from mgpu.models.gguf_facts import facts_from_gguf
-from mgpu.models.remote import RemoteConfig, RemoteGguf, facts_from_remote, gguf_on_hub, header_from_hub, model_on_hub
+from mgpu.models.remote import RemoteConfig, RemoteGguf, facts_from_remote, model_on_hub
 from mgpu.models.source import HubRepository
 from mgpu.models.tensors import GGML_TYPES, Tensor
 from tests.fakes import tiny_llama
@@ -60,6 +60,16 @@ def small(path: Path, *entries: Entry, layers: int = 1) -> Path:
     return path
 
 
+def gguf_on_hub(source: HubRepository) -> RemoteGguf:
+    found = model_on_hub(source)
+    assert isinstance(found, RemoteGguf)
+    return found
+
+
+def facts_on_hub(source: HubRepository) -> ModelFacts:
+    return gguf_on_hub(source).facts
+
+
 def test_a_model_of_40_gb_is_planned_from_its_first_megabytes(hub: FakeHub, big: Path) -> None:
     found = gguf_on_hub(SOURCE)
     assert same_but_named(found.facts, facts_from_gguf(big))
@@ -71,37 +81,37 @@ def test_a_model_of_40_gb_is_planned_from_its_first_megabytes(hub: FakeHub, big:
 
 
 def test_a_second_plan_asks_only_whether_the_repository_has_changed(hub: FakeHub, big: Path) -> None:
-    first = header_from_hub(SOURCE)
+    first = facts_on_hub(SOURCE)
     assert questions(hub) == ["GET api", "HEAD org", "GET org", "GET store"]
-    assert header_from_hub(SOURCE) == first
+    assert facts_on_hub(SOURCE) == first
     assert questions(hub) == ["HEAD org"]
 
 
 def test_a_changed_repository_is_read_again(hub: FakeHub, big: Path) -> None:
-    header_from_hub(SOURCE)
+    facts_on_hub(SOURCE)
     make_sparse_gguf(big, SHAPES["llama-3.1-8b"], "Q4_K_M")
     hub.commit = "f" * 40
-    assert len(header_from_hub(SOURCE).layers) == 32
+    assert len(facts_on_hub(SOURCE).layers) == 32
 
 
 def test_a_new_commit_with_the_same_file_costs_no_second_header(hub: FakeHub, big: Path) -> None:
-    first = header_from_hub(SOURCE)
+    first = facts_on_hub(SOURCE)
     hub.commit = "f" * 40
     hub.requests.clear()
-    assert header_from_hub(SOURCE) == first
+    assert facts_on_hub(SOURCE) == first
     assert "GET store" not in questions(hub)
 
 
 def test_another_quantisation_of_the_same_repository_is_read_too(hub: FakeHub, big: Path, tmp_path: Path) -> None:
     other = make_sparse_gguf(tmp_path / "big-Q8_0.gguf", SHAPES["llama-3.3-70b"], "Q8_0")
     hub.repositories["org/repo"][other.name] = other
-    assert [header_from_hub(HubRepository("org/repo", name)).quantisation for name in ("Q4_K_M", "Q8_0")] == [
+    assert [facts_on_hub(HubRepository("org/repo", name)).quantisation for name in ("Q4_K_M", "Q8_0")] == [
         "Q4_K_M",
         "Q8_0",
     ]
     questions(hub)
-    assert header_from_hub(HubRepository("org/repo", "Q8_0")).quantisation == "Q8_0"
-    assert header_from_hub(HubRepository("org/repo")).quantisation == "Q4_K_M"
+    assert facts_on_hub(HubRepository("org/repo", "Q8_0")).quantisation == "Q8_0"
+    assert facts_on_hub(HubRepository("org/repo")).quantisation == "Q4_K_M"
     assert questions(hub) == ["HEAD org"] * 2
 
 
@@ -111,7 +121,7 @@ def test_a_long_header_is_read_piece_by_piece(
 ) -> None:
     monkeypatch.setattr("mgpu.models.remote._FIRST_BYTES", 1 << 18)
     hub.knows_ranges = knows_ranges
-    assert same_but_named(header_from_hub(SOURCE), facts_from_gguf(big))
+    assert same_but_named(facts_on_hub(SOURCE), facts_from_gguf(big))
     edges = [0, 1 << 18, 1 << 19, 1 << 20, 1 << 21, 1 << 22]
     assert hub.downloads() == [f"bytes={start}-{end - 1}" for start, end in itertools.pairwise(edges)]
     assert hub.served_bytes < big.stat().st_size // 100
@@ -176,7 +186,7 @@ def test_without_the_hub_a_plan_is_made_from_what_is_remembered(
     monkeypatch: pytest.MonkeyPatch,
     cut: Callable[[FakeHub, pytest.MonkeyPatch], None],
 ) -> None:
-    first = header_from_hub(SOURCE)
+    first = facts_on_hub(SOURCE)
     cut(hub, monkeypatch)
     hub.commit = "f" * 40
     found = gguf_on_hub(SOURCE)
@@ -187,13 +197,13 @@ def test_without_the_hub_a_plan_is_made_from_what_is_remembered(
 
 
 def test_what_is_remembered_may_be_damaged(hub: FakeHub, big: Path, caches: Path) -> None:
-    first = header_from_hub(SOURCE)
+    first = facts_on_hub(SOURCE)
     files = [path for path in (caches / "cache" / "mgpu" / "hub").rglob("*") if path.is_file()]
     assert len(files) == 2
     for junk in (b"", b"{}", b'{"commit": 1}', b"[" * 100_000, b"\xff", b"GGUF" + bytes(100)):
         for path in files:
             path.write_bytes(junk)
-        assert header_from_hub(SOURCE) == first
+        assert facts_on_hub(SOURCE) == first
 
 
 def test_remembering_has_a_limit(hub: FakeHub, caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,19 +212,19 @@ def test_remembering_has_a_limit(hub: FakeHub, caches: Path, tmp_path: Path, mon
     for number in range(4):
         hub.repositories["org/repo"] = {"m.gguf": content + bytes(number)}
         hub.commit = str(number) * 40
-        header_from_hub(SOURCE)
+        facts_on_hub(SOURCE)
     assert len(list((caches / "cache" / "mgpu" / "hub" / "headers").iterdir())) == 2
 
 
 def test_a_connection_that_breaks_is_tried_again(hub: FakeHub, big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.breaks_after_bytes = [100_000, 0]
-    assert same_but_named(header_from_hub(SOURCE), facts_from_gguf(big))
+    assert same_but_named(facts_on_hub(SOURCE), facts_from_gguf(big))
     hub.breaks_after_bytes = [0] * 3
     hub.repositories["org/repo"] = {"x.gguf": bytes(1000)}
     hub.commit = "f" * 40
     with pytest.raises(Missing) as raised:
-        header_from_hub(SOURCE)
+        facts_on_hub(SOURCE)
     assert raised.value.code == "download-interrupted"
 
 
@@ -222,7 +232,7 @@ def test_a_slow_link_is_waited_for(hub: FakeHub, tmp_path: Path) -> None:
     path = make_sparse_gguf(tmp_path / "m.gguf", SHAPES["llama-3.2-1b"], "Q8_0", vocabulary=20_000)
     hub.repositories["org/repo"] = {path.name: path}
     hub.seconds_per_chunk = 0.01
-    assert same_but_named(header_from_hub(SOURCE), facts_from_gguf(path))
+    assert same_but_named(facts_on_hub(SOURCE), facts_from_gguf(path))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +248,7 @@ def test_a_slow_link_is_waited_for(hub: FakeHub, tmp_path: Path) -> None:
 def test_a_file_that_is_no_model_is_refused(hub: FakeHub, content: bytes, said: str) -> None:
     hub.repositories["org/repo"] = {"m.gguf": content}
     with pytest.raises(BadModel) as raised:
-        header_from_hub(SOURCE)
+        facts_on_hub(SOURCE)
     assert said in raised.value.message
     assert "hf:org/repo/m.gguf" in raised.value.message
 
@@ -249,7 +259,7 @@ def test_a_header_without_end_is_given_up(hub: FakeHub, tmp_path: Path, monkeypa
     path = make_sparse_gguf(tmp_path / "m.gguf", SHAPES["llama-3.2-1b"], "Q8_0", vocabulary=20_000)
     hub.repositories["org/repo"] = {path.name: path}
     with pytest.raises(BadModel, match="does not end within 65,536 bytes"):
-        header_from_hub(SOURCE)
+        facts_on_hub(SOURCE)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +273,7 @@ def test_a_header_without_end_is_given_up(hub: FakeHub, tmp_path: Path, monkeypa
         pytest.param({"listing": b'{"siblings": 1}'}, SOURCE, "bad-server", "as Hugging Face", id="no list"),
         pytest.param({"is_a_proxy_page": True}, SOURCE, "bad-server", "proxy", id="a page of a proxy"),
         pytest.param({}, HubRepository("org/none"), "not-found", "no repository org/none", id="no repository"),
-        pytest.param({}, HubRepository("org/text"), "not-found", "no GGUF files", id="no GGUF"),
+        pytest.param({}, HubRepository("org/text"), "not-found", "neither GGUF files nor", id="no model"),
     ],
 )
 def test_a_refusal_is_told_with_its_reason_and_what_to_do(
@@ -280,7 +290,7 @@ def test_a_refusal_is_told_with_its_reason_and_what_to_do(
     for name, value in changes.items():
         setattr(hub, name, value)
     with pytest.raises(Missing) as raised:
-        header_from_hub(source)
+        facts_on_hub(source)
     assert raised.value.code == code
     assert said in raised.value.message
     assert str(source) in raised.value.message
@@ -292,9 +302,9 @@ def test_a_refusal_is_told_with_its_reason_and_what_to_do(
 
 
 def test_a_quantisation_that_is_not_there_is_answered_with_those_that_are(hub: FakeHub, big: Path) -> None:
-    header_from_hub(SOURCE)
+    facts_on_hub(SOURCE)
     with pytest.raises(UsageError) as raised:
-        header_from_hub(HubRepository("org/repo", "Q2_K"))
+        facts_on_hub(HubRepository("org/repo", "Q2_K"))
     assert (raised.value.code, raised.value.hint) == ("quantisation-unknown", "it has Q4_K_M")
 
 
@@ -304,7 +314,7 @@ def test_an_endpoint_that_is_no_address_is_said_to_be_so(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
     with pytest.raises(Missing) as raised:
-        header_from_hub(SOURCE)
+        facts_on_hub(SOURCE)
     assert raised.value.code == "bad-environment"
     assert "HF_ENDPOINT" in raised.value.message
 
@@ -320,7 +330,7 @@ def test_an_endpoint_that_breaks_huggingface_hub_is_no_bug() -> None:
 def test_a_hub_that_is_not_there_is_given_up_at_once(caches: Path) -> None:
     began = time.monotonic()
     with pytest.raises(Missing) as raised:
-        header_from_hub(SOURCE)
+        facts_on_hub(SOURCE)
     assert raised.value.code == "hub-unreachable"
     assert time.monotonic() - began < 5
 
@@ -330,7 +340,7 @@ def test_this_machine_is_never_asked_through_a_proxy(
     hub: FakeHub, big: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    assert header_from_hub(SOURCE).quantisation == "Q4_K_M"
+    assert facts_on_hub(SOURCE).quantisation == "Q4_K_M"
 
 
 CONFIG = {**tiny_llama.CONFIG, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
@@ -384,7 +394,7 @@ def test_without_the_hub_safetensors_are_planned_from_what_is_remembered(
     assert replace(found, unconfirmed=None) == first
     assert found.unconfirmed
     with pytest.raises(Missing):
-        gguf_on_hub(SOURCE)
+        model_on_hub(HubRepository("org/other"))
 
 
 @pytest.mark.parametrize(
