@@ -112,12 +112,17 @@ def _by_users_and_cards(
         return _LLAMA_FIRST, "llama.cpp has the smallest files for one user on one card"
     if not _alike(gpus):
         return _LLAMA_FIRST, "llama.cpp deals layers to unequal cards by their memory"
-    if (cards := next((each.tensor_parallel for each in ways if _runs(each)), 1)) > 1:
+    if (cards := _read_at_once(ways)) > 1:
         among = f"{cards} of {len(gpus)}" if cards < len(gpus) else f"{cards}"
         return _VLLM_FIRST, f"vLLM reads {among} equal cards at once"
     if any(each.tensor_parallel > 1 and each.verdict == "does-not-fit" for each in ways):
         return _LLAMA_FIRST, "vLLM would read these cards at once, but does not fit on them"
     return _LLAMA_FIRST, f"vLLM cannot read these {len(gpus)} cards at once: llama.cpp is as fast"
+
+
+def _read_at_once(ways: Sequence[Candidate]) -> int:
+    """How many cards the first of vLLM's ways that can run reads at the same time; it is the one that would run."""
+    return next((each.tensor_parallel for each in ways if _runs(each)), 1)
 
 
 def _available(offer: Offer) -> tuple[Candidate, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mgpu.machine.snapshot import Gpu, Host
@@ -25,7 +25,8 @@ def vllm_candidates(facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], ho
 
     With a shape in `wants` that one alone, legal or not. Without one: tensor parallel over cards of one model (with
     a pipeline where the model cannot be cut that often), a pipeline over unlike cards, the largest group of like
-    cards among unlike ones, and the best single card where the model fits on one. What does not fit comes last.
+    cards among unlike ones, and the best single card where the model fits on one. For one user the fastest comes
+    first, for several or with `wants.all_cards` what uses all cards. What does not fit comes last.
     """
     cards = tuple(gpus)
     if wants.tensor_parallel or wants.pipeline_parallel or wants.replicas > 1 or not cards:
@@ -49,7 +50,7 @@ def vllm_candidates(facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], ho
     best_single = max(singles, key=_rank)
     if best_single.verdict == "fits" or not found:
         found.append(best_single)
-    return tuple(sorted(found, key=lambda candidate: candidate.verdict != "fits"))
+    return _in_order(found, wants)
 
 
 def vllm_fixes(
@@ -57,20 +58,44 @@ def vllm_fixes(
 ) -> tuple[Fix, ...]:
     """Return the cheapest changes that make the model fit, mildest first; `others` are the same model in other
     quantisations. Each was planned again."""
-    largest = vllm_candidates(facts, wants, gpus, host)[0].max_ctx_tokens or 0
-    tries: list[tuple[str, ModelFacts, VllmWants]] = []
+    cards = tuple(gpus)
+    tries = [(change, facts, shaped, some) for change, shaped, some in _lawful_shapes(facts, wants, cards)]
+    largest = max(each.max_ctx_tokens or 0 for each in vllm_candidates(facts, wants, cards, host))
     if largest >= _SMALLEST_USEFUL_CTX:
-        tries.append((f"--ctx {largest}", facts, replace(wants, ctx_tokens=largest)))
-    if wants.kv_type_k == "f16" and gpus:
-        tries.append(("--kv-type fp8", facts, replace(wants, kv_type_k="fp8", kv_type_v="fp8")))
+        tries.append((f"--ctx {largest}", facts, replace(wants, ctx_tokens=largest), cards))
+    if wants.kv_type_k == "f16" and cards:
+        tries.append(("--kv-type fp8", facts, replace(wants, kv_type_k="fp8", kv_type_v="fp8"), cards))
     smaller = sorted((other for other in others if other.file_bytes < facts.file_bytes), key=lambda o: -o.file_bytes)
-    tries += [(f"--quant {_method(other)}", other, wants) for other in smaller]
+    tries += [(f"--quant {_method(other)}", other, wants, cards) for other in smaller]
     fixes = []
-    for change, changed, other_wants in tries:
-        best = vllm_candidates(changed, other_wants, gpus, host)[0]
+    for change, changed, other_wants, some in tries:
+        best = vllm_candidates(changed, other_wants, some, host)[0]
         if best.verdict == "fits":
             fixes.append(Fix(change=change, candidate=best))
     return tuple(fixes)
+
+
+def _lawful_shapes(
+    facts: ModelFacts, wants: VllmWants, cards: tuple[Gpu, ...]
+) -> Iterator[tuple[str, VllmWants, tuple[Gpu, ...]]]:
+    """Instead of a shape that was asked for: the largest legal tensor-parallel size that uses all cards, and a larger
+    one on fewer of them."""
+    if not (wants.tensor_parallel or wants.pipeline_parallel or wants.split_mode == "tensor"):
+        return
+    asked = _asked_shape(wants, len(cards))
+    size, stages = max(legal_sizes(facts, asked[0])), asked[1]  # on the CPU any number of workers will do
+    if cards:
+        size, stages = best_shape(facts, max(1, len(cards) // wants.replicas))
+    if (size, stages) != asked:
+        again = wants.pipeline_parallel not in (None, stages)
+        change = f"--tensor-parallel {size}" + (f" --pipeline-parallel {stages}" if again else "")
+        pipeline = stages if again else wants.pipeline_parallel
+        yield change, replace(wants, tensor_parallel=size, pipeline_parallel=pipeline), cards
+    if cards and wants.replicas == 1 and wants.pipeline_parallel in (None, 1):
+        for some, (most, _) in _fewer(facts, cards):
+            if most > size:
+                names = ",".join(f"gpu{gpu.index}" for gpu in some)
+                yield f"--tensor-parallel {most} --gpus {names}", replace(wants, tensor_parallel=most), some
 
 
 def _method(facts: ModelFacts) -> str:
@@ -132,6 +157,15 @@ def _alike(cards: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
         groups.setdefault((gpu.name, size), []).append(gpu)
     largest = max(len(group) for group in groups.values())
     return next(tuple(group) for group in groups.values() if len(group) == largest)
+
+
+def _in_order(found: Sequence[Candidate], wants: VllmWants) -> tuple[Candidate, ...]:
+    """What fits first, and of that the fastest for one user, unless its context had to be lowered."""
+    fitting = [candidate for candidate in found if candidate.verdict == "fits"]
+    known = all(candidate.speed.bound_tok_s for candidate in fitting)
+    if known and wants.parallel == 1 and not wants.all_cards and wants.split_mode != "tensor":
+        fitting.sort(key=lambda candidate: (-candidate.ctx_tokens, -round(candidate.speed.bound_tok_s or 0)))
+    return (*fitting, *(candidate for candidate in found if candidate.verdict != "fits"))
 
 
 def _rank(candidate: Candidate) -> tuple[bool, int, float]:

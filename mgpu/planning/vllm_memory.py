@@ -36,13 +36,17 @@ KV_BYTES = {"f16": 2, "bf16": 2, "fp8": 1}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmWants(Wants):
     """The planner's options with vLLM's own: the shape (None: mgpu chooses), the share of each card's memory (None:
-    0.90, or less where less is free), and whether CUDA graphs are left out."""
+    0.90, or less where less is free), and whether CUDA graphs are left out.
+
+    `all_cards` says that the user named or counted the cards: fewer of them that are faster come after all of them.
+    """
 
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
     replicas: int = 1
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
+    all_cards: bool = False
 
     @property
     def graph_bytes(self) -> int:

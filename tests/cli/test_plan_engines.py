@@ -136,9 +136,9 @@ def shape(candidate: Json) -> str:
         pytest.param(
             "--machine 3x4090",
             ALL,
-            "llama.cpp",
-            "vLLM cannot read these 3 cards at once",
-            "llama.cpp fits",
+            "vllm",
+            "vLLM reads 2 of 3 equal cards at once",
+            "vllm 2x1 fits",
             id="3x4090",
         ),
         pytest.param("--machine 4090", ALL, None, None, "llama.cpp does-not-fit", id="one card"),
@@ -160,9 +160,9 @@ def shape(candidate: Json) -> str:
             id="8 users without a queue",
         ),
         pytest.param(
-            "--machine 3x4090 --for throughput", ALL, "vllm", "serves many users", "vllm 1x3 fits", id="throughput"
+            "--machine 3x4090 --for throughput", ALL, "vllm", "serves 8 users", "vllm 1x3 fits", id="throughput"
         ),
-        pytest.param("--machine 3x4090 --for latency", ALL, "llama.cpp", "3 cards", "llama.cpp fits", id="latency"),
+        pytest.param("--machine 3x4090 --for latency", ALL, "vllm", "2 of 3", "vllm 2x1 fits", id="latency"),
         pytest.param(
             "--machine 4090+4080 --parallel 8",
             ("llama.cpp",),
@@ -239,6 +239,12 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
             ("vllm",),
             ["--quant awq"],
             id="another quantisation for vLLM",
+        ),
+        pytest.param(
+            "--machine 3x4090 --tensor-parallel 3 --backend vllm",
+            ("vllm",),
+            ["--tensor-parallel 1", "--tensor-parallel 2 --gpus gpu0,gpu1"],
+            id="other shapes, over all cards and over fewer",
         ),
     ],
 )
@@ -333,6 +339,52 @@ def test_cards_that_vllm_has_no_kernels_for_are_not_planned_with_it(having: With
     assert "vLLM cannot use gpu0 (NVIDIA Tesla P40)" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("machine", "words", "devices", "pinned", "unused"),
+    [
+        pytest.param("4090+2x7900XTX", "", ["ROCm0", "ROCm1"], "0,1", "gpu0", id="the most memory"),
+        pytest.param("2x7900XTX+4090", "--gpus all", ["ROCm0", "ROCm1"], "0,1", "gpu2", id="all, in another order"),
+        pytest.param("4090+2x7900XTX", "--gpus 2", ["ROCm0", "ROCm1"], "0,1", None, id="two, which only AMD has"),
+        pytest.param("4090+2x7900XTX", "--gpus gpu2", ["ROCm1"], "1", None, id="one by its name"),
+        pytest.param("7900XTX+2x4090", "", ["CUDA0", "CUDA1"], None, "gpu0", id="NVIDIA's"),
+        pytest.param("A770+7900XTX+4060", "", ["ROCm0"], "0", "gpu2", id="one that no vLLM can use counts for nothing"),
+    ],
+)
+def test_vllm_takes_cards_of_one_maker_and_numbers_them_as_its_driver_does(
+    having: With, machine: str, words: str, devices: list[str], pinned: str | None, unused: str | None
+) -> None:
+    asked = ["plan", "llama-8b", "--backend", "vllm", "--machine", machine.replace("7900XTX", "RX 7900 XTX")]
+    ended = having(*ALL)(*asked, *words.split(), "--json")
+    first = checked(ended.json, "plan", PLAN)["candidates"][0]
+    assert first["verdict"] == "fits"
+    assert [device["device"] for device in first["devices"]] == devices
+    assert first["env"].get("HIP_VISIBLE_DEVICES") == pinned
+    told = [text for text in ended.json["warnings"] if "two makers' cards in one model" in text]
+    assert [f"{unused} (" in text and f"--gpus {unused} plans on it" in text for text in told] == [True] * bool(unused)
+
+
+@pytest.mark.parametrize("words", ["--gpus 0,1", "--gpus 3"])
+def test_cards_of_two_makers_are_not_for_one_vllm(having: With, words: str) -> None:
+    mgpu, machine = having(*ALL), "--machine '4090+2xRX 7900 XTX'"
+    ended = mgpu("plan", "llama-8b", *shlex.split(machine), *words.split(), "--backend", "vllm")
+    assert ended.exit_code == 3
+    assert "vLLM cannot use gpu0 (NVIDIA GeForce RTX 4090), gpu1 (AMD Radeon RX 7900 XTX)" in ended.err
+    assert best(planned(mgpu, f"llama-8b {machine} {words}")) == "llama.cpp"
+
+
+@pytest.mark.parametrize(
+    ("backend", "left_out"),
+    [
+        pytest.param("llama.cpp", "at most --cache-ram", id="llama.cpp"),
+        pytest.param("vllm", "vLLM's own processes", id="vLLM"),
+        pytest.param("ollama", "Ollama's llama-server", id="Ollama"),
+    ],
+)
+def test_what_a_plan_leaves_out_is_the_engines_own(having: With, backend: str, left_out: str) -> None:
+    *_, own = planned(having(*ALL), f"llama-8b --machine 2x4090 --backend {backend}")["not_modelled"]
+    assert left_out in own
+
+
 def test_amd_is_told_of_a_build_that_it_can_use(having: With) -> None:
     why = planned(having("llama.cpp"), "llama-70b --machine '2xRX 7900 XTX'")["why"]
     assert why == "vLLM reads 2 equal cards at once; not installed: https://docs.vllm.ai (ROCm)"
@@ -369,7 +421,7 @@ def test_what_ollama_would_not_do_is_what_is_said_of_it(having: With) -> None:
     ("words", "engines", "message", "hint"),
     [
         pytest.param("--parallel 2 --ctx 9k", ("llama.cpp",), "fits no engine", "backends install vllm", id="install"),
-        pytest.param("--tensor-parallel 3", ALL, "cannot be run so", "mgpu plan llama-70b", id="illegal"),
+        pytest.param("--tensor-parallel 3", ALL, "cannot be run so", "add --tensor-parallel 2", id="illegal"),
         pytest.param("--ctx 64k", ALL, "does not fit", "add --ctx", id="too large"),
     ],
 )

@@ -83,6 +83,7 @@ def order(plan: Plan) -> list[tuple[str, str]]:
         pytest.param((Goal.throughput, 8), "4090", 1, VLLM, "vLLM serves 8 users fastest", id="one card, many users"),
         pytest.param(NOBODY, "2x4090", 2, VLLM, "vLLM reads 2 equal cards at once", id="equal cards"),
         pytest.param(NOBODY, "4x4090", 2, VLLM, "vLLM reads 2 of 4 equal cards at once", id="equal cards in pairs"),
+        pytest.param(NOBODY, "3x4090", 2, VLLM, "vLLM reads 2 of 3 equal cards at once", id="fewer are read at once"),
         pytest.param((Goal.latency, 8), "2x4090", 2, VLLM, "2 equal cards", id="many users who want no queue"),
         pytest.param((Goal.throughput, 1), "2x4090", 2, VLLM, "vLLM serves many users", id="users not counted"),
         pytest.param(NOBODY, "3x4090", 1, LLAMA, "cannot read these 3 cards at once", id="equal but not to be cut"),

@@ -14,7 +14,7 @@ from mgpu.machine.snapshot import Gpu, Host
 from mgpu.models.facts import ModelFacts
 from mgpu.models.hf import facts_from_config
 from mgpu.planning.candidates import Candidate
-from mgpu.planning.vllm_candidates import vllm_candidates
+from mgpu.planning.vllm_candidates import vllm_candidates, vllm_fixes
 from mgpu.planning.vllm_memory import OVERHEAD_BYTES, VllmWants, request_bytes, visible_bytes
 from mgpu.planning.vllm_placement import planned_kv_tokens, vllm_candidate
 from mgpu.units import GIB
@@ -51,7 +51,7 @@ def shapes(candidates: Sequence[Candidate]) -> list[tuple[str, int, int, int]]:
         pytest.param(EIGHT, "2x4090", [("fits", 2, 1, 2), ("fits", 1, 1, 1)], id="two alike, one would do"),
         pytest.param(SEVENTY, "2x4090", [("fits", 2, 1, 2)], id="two alike, both are needed"),
         pytest.param(
-            SEVENTY, "3x3090", [("fits", 1, 3, 3), ("fits", 2, 1, 2), ("illegal", 3, 1, 3)], id="64 heads on three"
+            SEVENTY, "3x3090", [("fits", 2, 1, 2), ("fits", 1, 3, 3), ("illegal", 3, 1, 3)], id="64 heads on three"
         ),
         pytest.param(
             THIRTY,
@@ -62,8 +62,8 @@ def shapes(candidates: Sequence[Candidate]) -> list[tuple[str, int, int, int]]:
         pytest.param(
             EIGHT,
             "4090+4080+4080",
-            [("fits", 1, 3, 3), ("fits", 2, 1, 2), ("fits", 1, 1, 1)],
-            id="a pipeline over unlike cards, the two like ones, the largest",
+            [("fits", 2, 1, 2), ("fits", 1, 1, 1), ("fits", 1, 3, 3)],
+            id="the two like ones, the largest, a pipeline over unlike cards",
         ),
         pytest.param(SEVENTY, "4090+4080", [("does-not-fit", 1, 2, 2)], id="too little together"),
         pytest.param(EIGHT, "4060", [("does-not-fit", 1, 1, 1)], id="too little on one"),
@@ -71,6 +71,61 @@ def shapes(candidates: Sequence[Candidate]) -> list[tuple[str, int, int, int]]:
 )
 def test_the_ways_that_are_found(facts: ModelFacts, machine: str, expected: list[tuple[str, int, int, int]]) -> None:
     assert shapes(planned(facts, machine)) == expected
+
+
+@pytest.mark.parametrize(
+    ("facts", "wants", "expected"),
+    [
+        pytest.param(SEVENTY, VllmWants(), [(2, 1), (1, 3)], id="one user: two at once are faster"),
+        pytest.param(SEVENTY, VllmWants(all_cards=True), [(1, 3), (2, 1)], id="who counts the cards wants them"),
+        pytest.param(SEVENTY, VllmWants(parallel=8), [(1, 3), (2, 1)], id="many users need the memory of all"),
+        pytest.param(EIGHT, VllmWants(), [(2, 1), (1, 3), (1, 1)], id="as fast on all: those"),
+        pytest.param(
+            facts_of(LLAMA_70B | AWQ, 39), VllmWants(), [(1, 3), (2, 1)], id="not where its context had to be lowered"
+        ),
+        pytest.param(SEVENTY, VllmWants(split_mode="tensor"), [(3, 1)], id="what was asked for"),
+    ],
+)
+def test_the_fastest_comes_first_for_one_user(
+    facts: ModelFacts, wants: VllmWants, expected: list[tuple[int, int]]
+) -> None:
+    found = [each for each in planned(facts, "3x3090", wants) if each.verdict == "fits" or wants.split_mode]
+    assert [(each.tensor_parallel, each.pipeline_parallel) for each in found] == expected
+    unknown = [replace(gpu, bandwidth_gb_s=None) for gpu in simulate("3x3090").gpus]
+    (first, *_) = vllm_candidates(facts, wants, unknown, HOST)
+    assert len(first.devices) == 3, "of what is not known to be faster all cards"
+
+
+@pytest.mark.parametrize(
+    ("wants", "machine", "changes"),
+    [
+        pytest.param(VllmWants(tensor_parallel=3), "2x3090", ["--tensor-parallel 2"], id="more than there are"),
+        pytest.param(
+            VllmWants(tensor_parallel=3),
+            "3x3090",
+            ["--tensor-parallel 1", "--tensor-parallel 2 --gpus gpu0,gpu1"],
+            id="a pipeline, and fewer cards",
+        ),
+        pytest.param(
+            VllmWants(tensor_parallel=3, pipeline_parallel=2),
+            "6x3090",
+            ["--tensor-parallel 2 --pipeline-parallel 3"],
+            id="a pipeline that was asked for becomes another",
+        ),
+        pytest.param(VllmWants(tensor_parallel=3, replicas=2), "4x3090", ["--tensor-parallel 2"], id="of each replica"),
+        pytest.param(VllmWants(tensor_parallel=3), "none", ["--tensor-parallel 2"], id="on the CPU"),
+        pytest.param(VllmWants(replicas=2), "3x3090", [], id="cards that cannot be dealt evenly"),
+    ],
+)
+def test_an_illegal_shape_has_a_legal_one_as_its_way_out(wants: VllmWants, machine: str, changes: list[str]) -> None:
+    gpus = simulate(machine).gpus
+    assert vllm_candidates(SEVENTY, wants, gpus, HOST)[0].verdict == "illegal"
+    fixes = vllm_fixes(SEVENTY, (), wants, gpus, HOST)
+    assert [fix.change for fix in fixes] == changes
+    for fix in fixes:
+        assert fix.candidate.verdict == "fits"
+        assert str(fix.candidate.tensor_parallel) in fix.change
+        assert fix.candidate.replicas == wants.replicas
 
 
 @pytest.mark.parametrize(
