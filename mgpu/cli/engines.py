@@ -89,13 +89,15 @@ class Way:
             assert isinstance(self.wants, VllmWants)
             others = tuple(model.other_quantisations(weights))
             return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine.host))
-        if self.backend == Backend.llama_cpp:
-            from mgpu.planning.plan import make_plan
+        others = tuple(model.other_quantisations(weights))
+        if self.backend == Backend.ollama:
+            from mgpu.planning.ollama_candidates import ollama_fixes
 
-            smaller = tuple(model.other_quantisations(weights))
-            plan = make_plan(offer.facts, machine, self.gpus, self.wants, other_quantisations=smaller)
-            return replace(offer, fixes=plan.fixes)
-        return offer
+            return replace(offer, fixes=ollama_fixes(offer.facts, others, machine, self.gpus, self.wants))
+        from mgpu.planning.plan import make_plan
+
+        plan = make_plan(offer.facts, machine, self.gpus, self.wants, other_quantisations=others)
+        return replace(offer, fixes=plan.fixes)
 
 
 def find_engine(backend: str) -> Engine | None:

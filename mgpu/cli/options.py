@@ -152,6 +152,7 @@ class PlannerOptions:
             tensor_parallel=self.tensor_parallel,
             pipeline_parallel=self.pipeline_parallel,
             replicas=self.replicas,
+            all_cards=self.gpus is not None,
         )
 
     def refused_by(self, backend: str) -> UsageError | None:

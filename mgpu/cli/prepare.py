@@ -146,6 +146,8 @@ def prepare(
         warnings.append(f"{TITLES[chosen]} is not installed (planned as if it were): {ways[chosen].install}")
     if unconfirmed := weights[chosen].unconfirmed:
         warnings.append(f"planned from what was read of {source} before: {unconfirmed}")
+    if remark := weights[chosen].remark:
+        warnings.append(remark)
     return Prepared(
         argument=model,
         model=prepared,

@@ -141,6 +141,10 @@ def shape(candidate: Json) -> str:
             "vllm 2x1 fits",
             id="3x4090",
         ),
+        pytest.param("--machine 3x4090 --gpus 3", ALL, "llama.cpp", "these 3 cards", "llama.cpp fits", id="counted"),
+        pytest.param(
+            "--machine 3x4090 --gpus 0,1,2 --backend vllm", ALL, "vllm", None, "vllm 1x3 fits", id="cards by name"
+        ),
         pytest.param("--machine 4090", ALL, None, None, "llama.cpp does-not-fit", id="one card"),
         pytest.param(
             "--machine 8xA100-80", ALL, "vllm", "vLLM reads 8 equal cards at once", "vllm 8x1 fits", id="8xA100"
@@ -239,6 +243,12 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
             ("vllm",),
             ["--quant awq"],
             id="another quantisation for vLLM",
+        ),
+        pytest.param(
+            "--machine 2x4090 --ctx 24k --backend ollama",
+            ("ollama",),
+            ["--ctx N", "--kv-type q8_0", "--quant Q3_K_M", "--offload allow"],
+            id="of Ollama",
         ),
         pytest.param(
             "--machine 3x4090 --tensor-parallel 3 --backend vllm",
