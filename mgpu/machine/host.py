@@ -53,7 +53,7 @@ def _ram(root: Path) -> tuple[int | None, int | None]:
     """Total and available bytes, each capped by the tightest control group around this process."""
     fields = sysfs.read_fields(root / "proc/meminfo")
     total, available = _kilobytes(fields.get("MemTotal")), _kilobytes(fields.get("MemAvailable"))
-    for group in _control_groups(root):
+    for group in control_groups(root):
         limit = sysfs.read_int(group / "memory.max")  # "max" is no integer: no limit
         if limit is None:
             continue
@@ -74,8 +74,8 @@ def _integer(text: str) -> int:
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
-def _control_groups(root: Path) -> list[Path]:
-    """Our control group (version 2) and those around it; in a container the outermost is the container's."""
+def control_groups(root: Path) -> list[Path]:
+    """Return our control group's folder (version 2) and those around it; in a container the outermost is its own."""
     line = re.search(r"^0::(/\S*)", sysfs.read_text(root / "proc/self/cgroup") or "", re.M)
     if not line or ".." in line[1]:
         return []

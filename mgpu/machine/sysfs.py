@@ -93,24 +93,26 @@ def pcie_link(device: Path) -> PcieLink:
 
     A device's own `max_link_width` says 16 even in a slot wired for 4. `gen_max` is what both ends can do.
     """
-    ends = [_generation(device / "max_link_speed"), _generation(device.parent / "max_link_speed")]
+    ends = [link_generation(device / "max_link_speed"), link_generation(device.parent / "max_link_speed")]
     return PcieLink(
-        gen=_generation(device / "current_link_speed"),
+        gen=link_generation(device / "current_link_speed"),
         gen_max=min((gen for gen in ends if gen is not None), default=None),
-        width=_width(device / "current_link_width"),
-        width_max=_width(device / "max_link_width"),
-        slot_width=_width(device.parent / "max_link_width"),
+        width=link_width(device / "current_link_width"),
+        width_max=link_width(device / "max_link_width"),
+        slot_width=link_width(device.parent / "max_link_width"),
     )
 
 
-def _generation(path: Path) -> int | None:
+def link_generation(path: Path) -> int | None:
+    """Return the PCIe generation of a file such as `current_link_speed` ("16.0 GT/s PCIe" is 4), or None."""
     rate = re.match(r"\d{1,3}(\.\d)?", read_text(path, 64) or "")
     return _GENERATIONS.get(float(rate[0])) if rate else None
 
 
-def _width(path: Path) -> int | None:
+def link_width(path: Path) -> int | None:
+    """Return the lanes in a file such as `current_link_width`, None where there is no link."""
     width = read_int(path)
-    return width if width in {1, 2, 4, 8, 12, 16, 32} else None  # 0 and 255 mean that there is no link
+    return width if width in {1, 2, 4, 8, 12, 16, 32} else None  # 0 and 255: no link
 
 
 def _parts(name: str) -> list[str]:
