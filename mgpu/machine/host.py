@@ -124,11 +124,11 @@ _CONTAINER_GROUPS = {
 
 
 def _container(root: Path) -> str | None:
-    if _exists(root / ".dockerenv"):
+    if sysfs.is_there(root / ".dockerenv"):
         return "docker"
-    if _exists(root / "run/.containerenv"):
+    if sysfs.is_there(root / "run/.containerenv"):
         return "podman"
-    if _exists(root / "var/run/secrets/kubernetes.io"):
+    if sysfs.is_there(root / "var/run/secrets/kubernetes.io"):
         return "kubernetes"
     named = _printable(sysfs.read_text(root / "run/systemd/container", 64))
     if named and named != "wsl":  # so systemd calls WSL, which is a virtual machine
@@ -139,10 +139,3 @@ def _container(root: Path) -> str | None:
     names = (name for word, name in _CONTAINER_GROUPS.items() if word in groups)
     environment = sysfs.read_text(root / "proc/1/environ") or ""  # root alone may read it
     return next(names, "lxc" if "container=lxc" in environment.split("\0") else "none")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mgpu.machine.snapshot import Machine
+from mgpu.machine.snapshot import Machine, value_from_json
 
 SCHEMA_VERSION = 1
 
@@ -27,12 +27,14 @@ class Unread:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NvidiaDriver:
     """The NVIDIA driver as it is installed and loaded. `nvml_error` is the number with which NVML refuses (18: library
-    and module differ, 9: no driver, 12: no library, 999: unknown); 0 is no refusal, None: NVML was not asked."""
+    and module differ, 9: no driver, 12: no library, 999: unknown); 0 is no refusal, None: NVML was not asked.
+    `on_disk` is whether there is a module for the kernel that runs, `on_disk_version` which would be loaded next."""
 
     nvml_error: int | None = None
     loaded_version: str | None = None
     library_version: str | None = None
     on_disk_version: str | None = None
+    on_disk: bool | None = None
     open_module: bool | None = None
     cuda_version: int | None = None
     uvm_loaded: bool | None = None
@@ -70,7 +72,7 @@ class CardHealth:
     """What only a diagnosis asks of a card; `gpu` is its index in the machine, `bus_id` as sysfs writes it.
 
     `nvml_error` is the number with which the card refuses all questions (15: lost, 16: needs a reset), 0 if none.
-    `p2p_cache_...`: None. Powers are W, clocks MHz.
+    Powers are W, clocks MHz. `temperature_margin_c` is how far the card is from its limit.
     """
 
     gpu: int
@@ -122,7 +124,8 @@ class PciDevice:
     """A graphics card, or a bridge above one. `parent` is the address of the bridge above, None at the root.
 
     `acs` is the ACS control word (0x04 request redirect, 0x08 completion redirect, 0x10 upstream forwarding), None
-    where it has none or may not be read (`acs_known`). AER counters are totals since boot.
+    where it has none or may not be read (`acs_known`). AER counters are totals since boot. `bar_bytes` is the size of
+    its largest memory region.
     """
 
     address: str
@@ -145,6 +148,7 @@ class PciDevice:
     numa_node: int | None = None
     local_cpus: str | None = None
     bar_sizes: int | None = None
+    bar_bytes: int | None = None
     atomics: bool | None = None
 
 
@@ -182,7 +186,12 @@ class Listener:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
-    """The computer around the cards, as far as it breaks or slows them."""
+    """The computer around the cards, as far as it breaks or slows them.
+
+    `kernel_command_line` holds only the options that matter to cards. `memory_pressure_percent` is the share of the
+    last minute in which something waited for memory. `governors` are those in use, each once. `environment` and
+    `nccl_configuration` hold only the variables that change what engines do with cards.
+    """
 
     boot_age_s: float | None = None
     kernel_command_line: str | None = None
@@ -215,7 +224,8 @@ class HostFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerFacts:
-    """What a container was given, and what Docker on a host can give."""
+    """What a container was given, and what Docker on a host can give. `cgroup_driver` is Docker's ("systemd" or
+    "cgroupfs"); `device_links` is whether /dev/char has links to the NVIDIA devices."""
 
     visible_devices: str | None = None
     capabilities: str | None = None
@@ -225,7 +235,10 @@ class ContainerFacts:
     docker_nvidia_runtime: bool | None = None
     cdi_files: tuple[str, ...] = ()
     cdi_older_than_driver: bool | None = None
+    toolkit: bool | None = None
     toolkit_version: str | None = None
+    cgroup_driver: str | None = None
+    device_links: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +266,7 @@ class InstalledEngine:
     architectures: tuple[str, ...] = ()
     architectures_known: bool = False
     nccl: bool | None = None
+    nccl_version: str | None = None
     devices: int | None = None
     problem: str | None = None
 
@@ -274,3 +288,22 @@ class Inspection:
     engines: tuple[InstalledEngine, ...] = ()
     root: bool = False
     unread: tuple[Unread, ...] = ()
+
+
+def inspection_from_json(data: object) -> Inspection:
+    """Rebuild an Inspection from `to_json`'s output; unknown keys are ignored.
+
+    Raises ValueError naming the path of the first value of a wrong type, missing, out of range, or about a card that
+    is not in the machine.
+    """
+    found = value_from_json(Inspection, data, "inspection")
+    if found.schema_version > SCHEMA_VERSION:
+        raise ValueError(f"inspection has schema version {found.schema_version}, newest known is {SCHEMA_VERSION}")
+    indices = {gpu.index for gpu in found.machine.gpus}
+    for position, card in enumerate(found.cards):
+        if card.gpu not in indices:
+            raise ValueError(f"inspection.cards[{position}].gpu: the machine has no card {card.gpu}")
+    for position, peer in enumerate(found.peers):
+        if peer.a not in indices or peer.b not in indices or peer.a == peer.b:
+            raise ValueError(f"inspection.peers[{position}]: {peer.a} and {peer.b} are not two cards of the machine")
+    return found

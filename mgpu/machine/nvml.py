@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+# nvmlReturn_t: invalid argument (a port the card does not have), not supported, function not found, and of cards that
+# are lost, of which more is said elsewhere.
+_NO_ANSWER = frozenset({2, 3, 13, 15, 16})
+
 
 class Nvml:
-    """NVML's functions, with None for whatever cannot be answered; `failure` is the last NVML error."""
+    """NVML's functions, with None for whatever cannot be answered; `failure` is the last NVML error, and `refused` the
+    error of each function that was refused for another reason than that card or driver have no answer."""
 
     def __init__(self, pynvml: Any) -> None:
         self.pynvml = pynvml
         self.failure: int | None = None
+        self.refused: dict[str, int] = {}
 
     def ask(self, function: str, *arguments: object) -> Any:
         """Call a function by name; None where binding or driver are too old to have it, or NVML refuses."""
@@ -22,6 +28,8 @@ class Nvml:
             return getattr(self.pynvml, function)(*arguments)
         except self.pynvml.NVMLError as error:
             self.failure = getattr(error, "value", None)
+            if self.failure is not None and self.failure not in _NO_ANSWER:
+                self.refused.setdefault(function, self.failure)
         except Exception:
             # Bindings and drivers of unequal age fail in ways of their own: ctypes.ArgumentError,
             # AttributeError, names that are not UTF-8.
@@ -62,6 +70,8 @@ class NvmlCard:
         """Return one of NVML's numbered fields, of one of the card's NVLink ports where that is given."""
         answer = self.ask("nvmlDeviceGetFieldValues", [field if port is None else (field, port)])
         if answer is None or answer[0].nvmlReturn != 0:
+            if answer is not None and answer[0].nvmlReturn not in _NO_ANSWER:
+                self.nvml.refused.setdefault(f"nvmlDeviceGetFieldValues {field}", int(answer[0].nvmlReturn))
             return None
         # nvmlValueType_t: 0 is a double; the signed ones are 4 and 5.
         members = {1: "uiVal", 2: "ulVal", 3: "ullVal", 4: "sllVal", 5: "siVal", 6: "usVal"}

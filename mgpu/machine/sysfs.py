@@ -20,6 +20,12 @@ def read_text(path: Path, limit: int = 64 * 1024) -> str | None:
 
     Anything but a regular file gives None, so that a pipe or a device under a replaced root cannot block.
     """
+    content = read_bytes(path, limit)
+    return None if content is None else content.decode("utf-8", "replace").strip()
+
+
+def read_bytes(path: Path, limit: int) -> bytes | None:
+    """Return the first `limit` bytes of a regular file, None when it is none or cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
@@ -31,7 +37,15 @@ def read_text(path: Path, limit: int = 64 * 1024) -> str | None:
                 limit -= len(chunk)
     except (OSError, ValueError):
         return None
-    return b"".join(chunks).decode("utf-8", "replace").strip()
+    return b"".join(chunks)
+
+
+def is_there(path: Path) -> bool:
+    """Return whether something is at the path; False also where that may not be looked at."""
+    try:
+        return path.exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def read_int(path: Path, base: int = 10) -> int | None:
@@ -61,6 +75,11 @@ def children(directory: Path, pattern: str) -> list[Path]:
     except OSError:
         return []
     return sorted(found, key=lambda entry: [int(part) if part.isdecimal() else part for part in _parts(entry.name)])
+
+
+def below(root: Path, path: str) -> Path:
+    """Return where an absolute path lies under a replaced root; a ".." in it does not lead out."""
+    return root / os.path.normpath(f"/{path}").lstrip("/")
 
 
 def process_name(root: Path, pid: int) -> str | None:
