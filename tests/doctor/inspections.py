@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+from mgpu.doctor.check import Check, Finding, Purpose, Severity, Skip
 from mgpu.machine.cards import Card, card_for_name
 from mgpu.machine.inspection import (
     CardHealth,
@@ -145,6 +146,21 @@ def changed_pair(inspection: Inspection, a: int, b: int, *, kind: str | None = N
         dataclasses.replace(link, **linked) if (link.a, link.b) == (a, b) else link for link in inspection.machine.links
     ]
     return changed_machine(changed(inspection, peers=tuple(peers)), links=tuple(links))
+
+
+def verdict(check: Check, inspection: Inspection, **purpose: Any) -> str:
+    """Return the worst that a check says: "fail", "warn", "info", "skip", or "" where all is well. Findings must be
+    fit for the screen."""
+    said = list(check.run(inspection, Purpose(**purpose)))
+    for item in said:
+        text = item.summary if isinstance(item, Finding) else item.reason
+        assert text.isprintable()
+        assert len(text) <= (90 if isinstance(item, Finding) else 160), text
+        assert not isinstance(item, Finding) or item.evidence
+        assert isinstance(item, Skip) or item.severity is Severity.info or item.fix, "a coloured finding has a fix"
+    words = [item.severity.value if isinstance(item, Finding) else "skip" for item in said]
+    assert words.count("skip") <= 1
+    return next((word for word in ("fail", "warn", "info", "skip") if word in words), "")
 
 
 def _merged(value: Any, changes: dict[str, Any]) -> dict[str, Any]:

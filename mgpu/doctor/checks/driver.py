@@ -7,7 +7,7 @@ from mgpu.doctor.checks.driver_fit import is_blackwell, is_too_old, needs_other_
 from mgpu.machine.inspection import Inspection, PciDevice
 from mgpu.machine.layout import cards, in_container, nvidia_on_bus
 
-_LIBRARY_MISMATCH, _NOT_LOADED, _NO_LIBRARY = 18, 9, 12
+_LIBRARY_MISMATCH, _NOT_LOADED, _NO_LIBRARY, _UNKNOWN = 18, 9, 12, 999
 
 _RELOAD = "sudo rmmod nvidia_drm nvidia_modeset nvidia_uvm nvidia && sudo modprobe nvidia nvidia_uvm"
 
@@ -24,7 +24,7 @@ def no_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
         return
     if not inspection.pci_known:
         yield Skip(reason="the PCI bus could not be read, so whether a card is there is unknown")
-    elif not inspection.pci:
+    elif not any(_is_card(each) for each in inspection.pci):
         yield Finding(
             severity=Severity.info,
             summary="no GPU found: models run on the processor; try others with --machine 2x4090",
@@ -86,7 +86,19 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
     merely not loaded. Without any card on the bus this is no finding.
     """
     driver, bus = inspection.driver, nvidia_on_bus(inspection)
-    if driver.nvml_error not in (_NOT_LOADED, _NO_LIBRARY) or not (bus or _promised(inspection)):
+    if not (bus or _promised(inspection)) or driver.nvml_error in (0, _LIBRARY_MISMATCH):
+        return
+    if driver.nvml_error is None:
+        yield Skip(reason="NVML could not be asked whether the driver is loaded")
+        return
+    if driver.nvml_error not in (_NOT_LOADED, _NO_LIBRARY):
+        if driver.nvml_error != _UNKNOWN or not in_container(inspection):  # container-cgroup-lost says that
+            yield Finding(
+                severity=Severity.fail,
+                summary=f"the NVIDIA driver does not answer: NVML ends with error {driver.nvml_error}",
+                evidence=(Evidence(path="nvmlInit", value=str(driver.nvml_error)),),
+                fix=("ls -l /dev/nvidia*   (may this user read and write them?)", "sudo reboot"),
+            )
         return
     if bus and all(is_too_old(each, inspection) for each in bus):
         return  # driver-too-new-for-gpu says it
@@ -241,6 +253,14 @@ def _why_not_loaded(inspection: Inspection, bus: tuple[PciDevice, ...]) -> tuple
         "sudo apt install linux-headers-$(uname -r) && sudo dkms autoinstall",
         "not installed at all: sudo ubuntu-drivers install, then sudo reboot",
     )
+
+
+def _is_card(device: PciDevice) -> bool:
+    """Whether it is a graphics card: not a bridge, not a server's display chip, not Intel's graphics in the processor,
+    which are always at 00:02.0."""
+    if device.pci_class is None or device.pci_class >> 16 == 0x06:
+        return False
+    return device.vendor in (0x10DE, 0x1002) or (device.vendor == 0x8086 and not device.address.endswith(":00:02.0"))
 
 
 def _nvidia(inspection: Inspection) -> bool:
