@@ -58,6 +58,7 @@ def virtual(inspection: Inspection, kind: str | None = "kvm", **host: Any) -> In
         pytest.param(
             gpu_lost, changed_gpu(healthy(), 1, problem="it fell off the bus"), {}, "fail", id="problem known"
         ),
+        pytest.param(gpu_lost, changed_card(healthy(), 1, nvml_error=999), {}, "fail", id="answers with an error"),
         pytest.param(gpu_lost, healthy(), {}, "", id="both answer"),
         pytest.param(xid_recent, xid(79), {}, "fail", id="off the bus a minute ago"),
         pytest.param(xid_recent, xid(94), {}, "warn", id="contained memory error"),

@@ -68,6 +68,9 @@ IN_DOCKER = {"visible_devices": "all"}
         pytest.param(no_gpu, undriven(), {}, "", id="a card without a driver is there"),
         pytest.param(no_gpu, bare(pci_known=False), {}, "skip", id="without the bus nobody knows whether there is one"),
         pytest.param(
+            no_gpu, bare(pci_known=False, driver={"nvml_error": 18}), {}, "", id="a driver that refuses is one"
+        ),
+        pytest.param(
             driver_lib_mismatch, undriven(nvml_error=18), {}, "fail", id="NVML refuses for library and module differ"
         ),
         pytest.param(

@@ -116,6 +116,7 @@ BRIDGED = changed_pair(healthy(2, RTX_3090), 0, 1, kind="NVLink", read=0, write=
         pytest.param(
             p2p_none, virtual(changed_pair(healthy(2, PRO), 0, 1, read=1)), {}, "info", id="without, in a guest"
         ),
+        pytest.param(p2p_none, changed_pair(healthy(2, PRO), 0, 1, kind="SYS", read=1), {}, "info", id="two sockets"),
         pytest.param(p2p_none, healthy(2, PRO), {}, "", id="granted"),
         pytest.param(p2p_none, changed_pair(healthy(), 0, 1, read=None, write=None), {}, "skip", id="status unread"),
         pytest.param(patched_p2p_risk, FORCED, {}, "warn", id="GeForce with peer access"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
+from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import named, nvidia_cards, unread
 from mgpu.machine.inspection import Inspection, LogEntry
-from mgpu.machine.layout import is_geforce, is_virtual, pairs
+from mgpu.machine.layout import is_geforce, is_virtual, nvidia_on_bus, pairs
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import MIB, gib, seconds
 
@@ -27,17 +27,22 @@ def gpu_lost(inspection: Inspection, _purpose: Purpose) -> Said:
     health = {card.gpu: card.nvml_error for card in inspection.cards}
     for gpu in inspection.machine.gpus:
         error = health.get(gpu.index)
-        if gpu.vendor != "nvidia" or not (error in (15, 16) or (gpu.problem and not error)):
+        if gpu.vendor != "nvidia" or not (error or gpu.problem):
             continue
         reset = error == 16
+        said = (
+            "needs a reset" if reset else f"does not answer{': it fell off the bus' if error in (15, None, 0) else ''}"
+        )
         log = [entry for entry in inspection.host.log if entry.kind == "bus" and entry.bus_id in (None, gpu.bus_id)]
         yield Finding(
             severity=Severity.fail,
-            summary=f"GPU{gpu.index} {'needs a reset' if reset else 'does not answer: it fell off the bus'}",
+            summary=f"GPU{gpu.index} {said}",
             evidence=(
                 Evidence(
                     path=f"nvml GPU{gpu.index}",
-                    value={15: "15 (lost)", 16: "16 (reset required)"}.get(error or 0) or (gpu.problem or "")[:120],
+                    value={15: "15 (lost)", 16: "16 (reset required)", 0: (gpu.problem or "")[:120]}.get(
+                        error or 0, f"error {error}"
+                    ),
                 ),
                 *(Evidence(path="kernel log", value=entry.text[:120]) for entry in log[-1:]),
             ),
@@ -87,10 +92,9 @@ def xid_recent(inspection: Inspection, _purpose: Purpose) -> Said:
     unknown age, never colours: it is said with its age.
     """
     log = inspection.host.log
-    if not nvidia_cards(inspection) and not inspection.machine.gpus:
-        return
-    if not inspection.host.log_known and any(gpu.vendor == "nvidia" for gpu in inspection.machine.gpus):
-        yield Skip(reason="the kernel's log could not be read", needs_root=True)
+    present = nvidia_on_bus(inspection) or any(gpu.vendor == "nvidia" for gpu in inspection.machine.gpus)
+    if present and not inspection.host.log_known:
+        yield unread(inspection, "the kernel's log", "kmsg")
     seen: dict[tuple[int, str | None], list[LogEntry]] = {}
     for entry in log:
         if entry.kind == "xid" and entry.number is not None:

@@ -20,7 +20,8 @@ def no_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     of the speed, and plans can be made for other machines with --machine. If there is a card, it is not seated, has
     no power, or is turned off in the BIOS; a virtual machine or a container sees only the cards that it was given.
     """
-    if inspection.machine.gpus or nvidia_on_bus(inspection) or _promised(inspection):
+    refused = inspection.driver.nvml_error not in (None, 0, _NOT_LOADED, _NO_LIBRARY)  # so there is a driver
+    if inspection.machine.gpus or nvidia_on_bus(inspection) or _promised(inspection) or refused:
         return
     if not inspection.pci_known:
         yield Skip(reason="the PCI bus could not be read, so whether a card is there is unknown")
@@ -54,7 +55,7 @@ def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
             ),
             fix=("sudo reboot", f"or, with all GPU programs stopped: {_RELOAD}"),
         )
-    elif not _nvidia(inspection) or driver.nvml_error in (_NOT_LOADED, _NO_LIBRARY):
+    elif not _nvidia(inspection) or driver.nvml_error in (_NOT_LOADED, _NO_LIBRARY) or inspection.host.wsl:
         return
     elif driver.loaded_version is None:
         yield Skip(reason="/sys/module/nvidia/version could not be read")

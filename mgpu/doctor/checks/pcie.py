@@ -29,12 +29,14 @@ def pcie_width_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
     unknown = []
     for gpu, card in nvidia_cards(inspection):
         width, slot = _width(gpu, card), _slot_width(inspection, gpu)
+        if width is not None and width <= _RISER_LANES:
+            continue  # pcie-x1-riser says it
         if width is None or gpu.pcie.width_max is None or (slot is None and width < gpu.pcie.width_max):
             unknown.append(gpu.index)
             continue
         possible = min(gpu.pcie.width_max, slot or gpu.pcie.width_max)
-        if width >= possible or width <= _RISER_LANES:
-            continue  # one or two lanes are a riser's, and pcie-x1-riser's to say
+        if width >= possible:
+            continue
         severe = width * 4 <= possible and _loaded_gen(gpu, card) is not None
         yield Finding(
             severity=Severity.fail if severe else Severity.warn,
@@ -66,7 +68,7 @@ def pcie_slot_limited(inspection: Inspection, purpose: Purpose) -> Said:
     unknown = []
     for gpu, card in nvidia_cards(inspection):
         width, slot = _width(gpu, card), _slot_width(inspection, gpu)
-        if width is None or (slot is None and width <= 4):
+        if width is None or (slot is None and _RISER_LANES < width <= 4):
             unknown.append(gpu.index)
         elif slot is not None and width == slot and _RISER_LANES < slot <= 4 and (gpu.pcie.width_max or 16) > slot:
             yield Finding(
@@ -109,7 +111,7 @@ def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
                 fix=("replace the riser by one with 16 lanes, or reseat the card", *without),
                 gpus=(gpu.index,),
             )
-    if unknown:
+    if unknown and not is_virtual(inspection):
         yield unread(inspection, "the link width", "link_width", "LinkWidth", of=unknown)
 
 
@@ -186,15 +188,16 @@ def pcie_host_gen(inspection: Inspection, purpose: Purpose) -> Said:
 def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's link repeats more packets than a clean one does.
 
-    Compares NVML's replay counter over several readings; its value alone is no fault (a healthy H100 shows 9). DCGM
-    allows GT/s × 0.06 × lanes a minute (8 for gen 3 x16, 16 for gen 4, 31 for gen 5); a run shorter than a minute is
-    only called bad when it has seen that many. A warning: such links come before a card that falls off the bus.
+    Compares NVML's replay counter over several readings, made while a card works; its value alone is no fault (a
+    healthy H100 shows 9). DCGM allows GT/s × 0.06 × lanes a minute (8 for gen 3 x16, 16 for gen 4, 31 for gen 5); a run
+    shorter than a minute is only called bad when it has seen that many. A warning: such links come before a card that
+    falls off the bus.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
         counted = [(each.at_s, each.pcie_replays) for each in card.readings if each.pcie_replays is not None]
         gen, width = gpu.pcie.gen_max, _width(gpu, card)
-        if len(counted) < 2 or gen not in _TRANSFERS_GT_S or width is None:
+        if not counted or gen not in _TRANSFERS_GT_S or width is None:
             unknown.append(gpu.index)
             continue
         (start_s, first), (end_s, last) = counted[0], counted[-1]
@@ -210,7 +213,7 @@ def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
                 fix=_CLEAN_LINK,
                 gpus=(gpu.index,),
             )
-    if unknown:
+    if unknown and not is_virtual(inspection):
         yield unread(inspection, "the PCIe replay counter", "Replay", of=unknown)
 
 

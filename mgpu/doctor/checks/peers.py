@@ -158,24 +158,24 @@ _STATUS_WORDS = {
 def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards have no access to each other's memory.
 
-    Read from NVML's peer status of every two cards. Normal on GeForce: only said, and NCCL then goes through host
-    memory. For two workstation or datacentre cards it is a warning, unless the engine does not use it: peer access is
-    worth 10 to 14 % in decode on x4 and 12 to 14 % in prefill, and nothing to llama.cpp splitting by layers. A patched
-    driver grants it to GeForce at a risk of its own (patched-p2p-risk).
+    Read from NVML's peer status of every two cards. Normal on GeForce and between sockets: only said, and NCCL then
+    goes through host memory. For two other cards on one socket it is a warning, unless the engine does not use it: peer
+    access is worth 10 to 14 % in decode on x4 and 12 to 14 % in prefill, and nothing to llama.cpp splitting by layers.
+    A patched driver grants it to GeForce at a risk of its own (patched-p2p-risk).
     """
-    without: dict[bool, list[Pair]] = {}
+    without: dict[str, list[Pair]] = {}
     unknown = []
     for pair in pairs(inspection):
         if pair.granted is None or pair.status == 6:
             unknown.append(pair)
         elif not pair.granted and not pair.nvlink:
-            without.setdefault(is_geforce(pair.a) or is_geforce(pair.b), []).append(pair)
+            without.setdefault(_why_none(pair), []).append(pair)
     layers = purpose.backend in ("llama.cpp", "ollama") or is_virtual(inspection)
-    for geforce, found in without.items():
-        said = "not granted to GeForce, which is normal" if geforce else "missing, though these cards support it"
+    for why, found in without.items():
+        unexpected = why == _UNEXPECTED
         yield Finding(
-            severity=Severity.info if geforce or layers else Severity.warn,
-            summary=f"peer access between {named(_members(found))} is {said}",
+            severity=Severity.warn if unexpected and not layers else Severity.info,
+            summary=f"peer access between {named(_members(found))} is {why}",
             evidence=tuple(
                 Evidence(
                     path=f"nvmlDeviceGetP2PStatus {_named(pair)}",
@@ -183,7 +183,7 @@ def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
                 )
                 for pair in found[:4]
             ),
-            fix=("export NCCL_P2P_DISABLE=1",) if geforce else ("BIOS: enable Above 4G Decoding and Re-Size BAR",),
+            fix=("BIOS: enable Above 4G Decoding and Re-Size BAR",) if unexpected else ("export NCCL_P2P_DISABLE=1",),
             gpus=_members(found),
         )
     if unknown and not inspection.host.wsl:
@@ -249,6 +249,15 @@ def vllm_p2p_cache_stale(inspection: Inspection, purpose: Purpose) -> Said:
             ),
             fix=("rm ~/.cache/vllm/gpu_p2p_access_cache_for_*.json", "then start vLLM once with VLLM_SKIP_P2P_CHECK=0"),
         )
+
+
+_UNEXPECTED = "missing, though these cards support it"
+
+
+def _why_none(pair: Pair) -> str:
+    if is_geforce(pair.a) or is_geforce(pair.b):
+        return "not granted to GeForce, which is normal"
+    return "not possible between sockets, which is normal" if pair.kind == "SYS" else _UNEXPECTED
 
 
 def _peers_wanted(purpose: Purpose) -> bool:
