@@ -8,10 +8,13 @@ from mgpu.doctor.check import Skip
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
 from mgpu.machine.layout import cards, health
 from mgpu.machine.snapshot import Gpu
+from mgpu.units import MIB
 
 BUSY_PERCENT = 50
 _LONGEST_REASON = 160
 _MOST_NAMED = 4
+# What NVIDIA's driver keeps for itself: 450 to 640 MiB where it was read.
+_MOST_RESERVED_BYTES = 640 * MIB
 
 
 def usable_cards(inspection: Inspection, *vendors: str) -> tuple[Gpu, ...]:
@@ -56,7 +59,10 @@ def in_use_bytes(gpu: Gpu, card: CardHealth) -> int | None:
     """Return the memory that is taken, without what the driver keeps for itself; None where it cannot be told."""
     if gpu.total_bytes is None or gpu.free_bytes is None:
         return None
-    return max(gpu.total_bytes - gpu.free_bytes - (card.reserved_bytes or 0), 0)
+    reserved = card.reserved_bytes
+    if reserved is None:
+        reserved = _MOST_RESERVED_BYTES if gpu.vendor == "nvidia" else 0
+    return max(gpu.total_bytes - gpu.free_bytes - reserved, 0)
 
 
 def named(indices: Iterable[int]) -> str:
