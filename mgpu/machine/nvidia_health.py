@@ -141,8 +141,11 @@ def _fabric(card: NvmlCard) -> tuple[int | None, int | None]:
     make = getattr(card.nvml.pynvml, "c_nvmlGpuFabricInfoV_t", None)
     if make is None:
         return None, None
+    import ctypes
+
     information = make()
-    if card.ask("nvmlDeviceGetGpuFabricInfoV", information) is None:
+    # The binding hands its argument on as it is; without byref the library would write to a random place.
+    if card.ask("nvmlDeviceGetGpuFabricInfoV", ctypes.byref(information)) is None:
         return None, None
     return int(information.state), int(information.status)
 

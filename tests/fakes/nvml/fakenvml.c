@@ -119,10 +119,10 @@ static int card_count(void) {
 
 Result nvmlInitWithFlags(u32 flags) {
     (void)flags;
-    load();
+    if (!initialized) load();
     const char *value = fact("sys.init");
     if (value && value[0] == '!') return atoi(value + 1);
-    initialized = 1;
+    initialized++; /* as many calls as shut it down again */
     return SUCCESS;
 }
 Result nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
@@ -130,9 +130,10 @@ Result nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
 /* $FAKE_NVML_SHUTDOWN names a file that appears when the library is shut down, for tests to see. */
 Result nvmlShutdown(void) {
     const char *path = getenv("FAKE_NVML_SHUTDOWN");
+    if (!initialized) return UNINITIALIZED;
+    if (--initialized) return SUCCESS;
     FILE *file = path ? fopen(path, "w") : NULL;
     if (file) fclose(file);
-    initialized = 0;
     return SUCCESS;
 }
 
