@@ -167,5 +167,15 @@ def test_errors_of_the_same_card_and_number_are_one_finding_with_the_youngest_ag
     assert isinstance(first, Finding)
     assert isinstance(second, Finding)
     assert (first.gpus, second.gpus) == ((1,), (0,))
-    assert "2.0 min ago" in first.summary
+    assert first.summary == "Xid 79 on GPU1 2.0 min ago: fell off the bus"
     assert first.evidence[1].value == "2"
+
+
+def test_a_lost_card_shows_what_the_kernel_logged_of_it() -> None:
+    lines = tuple(
+        LogEntry(kind=kind, text=f"{kind} of {bus_id}", age_s=60.0, bus_id=bus_id)
+        for kind, bus_id in (("bus", "0000:20:00.0"), ("bus", "0000:10:00.0"), ("init", "0000:20:00.0"))
+    )
+    (finding,) = gpu_lost.run(changed(changed_card(healthy(), 1, nvml_error=15), host={"log": lines}), Purpose())
+    assert isinstance(finding, Finding)
+    assert [each.value for each in finding.evidence] == ["15 (lost)", "bus of 0000:20:00.0"]

@@ -57,6 +57,9 @@ def logged(kind: str, text: str = "NVRM: it went wrong") -> dict[str, Any]:
 
 
 DISPLAY_CHIP = PciDevice(address="0000:03:00.0", vendor=0x1A03, device=0x2000, pci_class=0x030000)
+AMD_CARD = PciDevice(address="0000:03:00.0", vendor=0x1002, device=0x744C, pci_class=0x030000)
+IN_PROCESSOR = PciDevice(address="0000:00:02.0", vendor=0x8086, device=0xA780, pci_class=0x030000)
+PORT = PciDevice(address="0000:00:01.0", vendor=0x8086, device=0x460D, pci_class=0x060400)
 IN_DOCKER = {"visible_devices": "all"}
 
 
@@ -65,6 +68,8 @@ IN_DOCKER = {"visible_devices": "all"}
     [
         pytest.param(no_gpu, bare(), {}, "info", id="no card at all is said, and is no failure"),
         pytest.param(no_gpu, bare(pci=(DISPLAY_CHIP,)), {}, "info", id="a server's display chip is no card"),
+        pytest.param(no_gpu, bare(pci=(IN_PROCESSOR, PORT)), {}, "info", id="nor are a processor's graphics and ports"),
+        pytest.param(no_gpu, bare(pci=(AMD_CARD,)), {}, "", id="an AMD card without a driver is there"),
         pytest.param(no_gpu, undriven(), {}, "", id="a card without a driver is there"),
         pytest.param(no_gpu, bare(pci_known=False), {}, "skip", id="without the bus nobody knows whether there is one"),
         pytest.param(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mgpu.doctor.check import Check
+from mgpu.doctor.check import Check, Finding, Purpose
 from mgpu.doctor.checks.pcie import (
     pcie_aer,
     pcie_gen_degraded,
@@ -131,3 +131,9 @@ def test_a_riser_under_load_at_gen_1_is_one_finding() -> None:
     )
     checks = (pcie_width_degraded, pcie_slot_limited, pcie_x1_riser, pcie_gen_degraded)
     assert [verdict(check, riser) for check in checks] == ["", "", "warn", ""]
+
+
+def test_the_cards_without_the_riser_are_named() -> None:
+    (finding,) = pcie_x1_riser.run(width(2), Purpose(tensor_parallel=2))
+    assert isinstance(finding, Finding)
+    assert finding.fix[-1] == "without it: CUDA_VISIBLE_DEVICES=0"
