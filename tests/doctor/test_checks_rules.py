@@ -75,6 +75,7 @@ FULL = dataclasses.replace(
         log=(LogEntry(kind="xid", text=""),),
         environment=(("CUDA_VISIBLE_DEVICES", "0"), ("NCCL_DEBUG", "trace"), ("LD_PRELOAD", "libnccl.so")),
         nodes_without_memory=(-1,),
+        governors=("powersave",),
     ),
     unread=(Unread(what="x" * 300, why="y" * 300), Unread(what="", why="", needs_root=True)),
 )
@@ -133,8 +134,10 @@ def damaged(value: Any, chance: random.Random, *, nothing_only: bool) -> Any:
     hints = typing.get_type_hints(type(value))
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(value):
-        kinds = [kind for kind in (hints[field.name], *typing.get_args(hints[field.name])) if kind in ODD]
-        optional = type(None) in typing.get_args(hints[field.name])
+        several = typing.get_origin(hints[field.name]) is tuple
+        choices = () if several else (hints[field.name], *typing.get_args(hints[field.name]))
+        kinds = [kind for kind in choices if kind in ODD]
+        optional = type(None) in choices
         if optional and chance.random() < 0.25:
             changes[field.name] = None
         elif kinds and not nothing_only and chance.random() < 0.15:
