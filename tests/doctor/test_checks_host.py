@@ -112,6 +112,13 @@ STALE = docker(cdi_files=("/etc/cdi/nvidia.yaml",), cdi_older_than_driver=True)
         pytest.param("container-visibility", inside(healthy()), Purpose(), [], id="given all"),
         pytest.param("container-visibility", inside(bare()), Purpose(), [], id="a host without cards has none to give"),
         pytest.param(
+            "container-visibility",
+            inside(bare(), host_gpus=None),
+            Purpose(),
+            [],
+            id="a host without a driver of NVIDIA's",
+        ),
+        pytest.param(
             "container-visibility", inside(healthy(), capabilities="utility"), Purpose(), ["fail"], id="may not compute"
         ),
         pytest.param(

@@ -63,6 +63,8 @@ def container_visibility(inspection: Inspection, _purpose: Purpose) -> Said:
     if not in_container(inspection):
         return
     nodes, total = facts.device_nodes, facts.host_gpus
+    if not nodes and not total and not usable_cards(inspection, "nvidia"):
+        return  # no sign of a card of NVIDIA's, here or outside
     if nodes is None or total is None:
         yield unread(inspection, "the cards of the container and of its host", "/dev/nvidia", "driver/nvidia/gpus")
     evidence = (
