@@ -50,7 +50,7 @@ def inspect_machine(root: Path | None = None, *, engines: tuple[InstalledEngine,
             unread.append(Unread(what="NVML", why=reason))
         cards = _safely("the NVIDIA cards", lambda: NvidiaCards(nvml), None, unread) if nvml else None
         samples = [cards.sample()] if cards else []
-        machine = probe(root)
+        machine = _safely("the machine", lambda: probe(root), Machine(captured_at="", source="probed"), unread)
         host = _joined("the host", lambda: read_host_facts(root), HostFacts(), unread)
         no_bus: tuple[tuple[PciDevice, ...], bool, tuple[Unread, ...]] = ((), False, ())
         pci, pci_known, pci_unread = _safely("the PCI bus", lambda: read_pci(root), no_bus, unread)

@@ -62,9 +62,9 @@ def read_fields(path: Path, separator: str | None = ":", limit: int = 64 * 1024)
     """Return the lines "key: value" of a file as a dict, the first of equal keys; empty when unreadable."""
     fields: dict[str, str] = {}
     for line in (read_text(path, limit) or "").splitlines():
-        key, *value = line.split(separator, 1)
-        if value:
-            fields.setdefault(key.strip(), value[0].strip())
+        parts = line.split(separator, 1)
+        if len(parts) == 2:
+            fields.setdefault(parts[0].strip(), parts[1].strip())
     return fields
 
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -196,22 +192,25 @@ def test_nothing_that_names_a_person_or_the_computer_is_kept(
     assert len(host) < 4 or f"on {host}" not in text
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace shows what is opened")
-def test_reading_opens_few_files_writes_none_and_makes_no_context(nvml: dict[str, Path], tmp_path: Path) -> None:
+AUDITOR = """
+import json, sys
+from mgpu.machine.inspection_reader import inspect_machine
+
+seen = []
+sys.addaudithook(lambda event, arguments: seen.append((event, [str(argument) for argument in arguments])))
+inspect_machine()
+print(json.dumps(seen))
+"""
+
+
+def test_reading_opens_few_files_writes_none_and_starts_nothing(run_python: Callable[..., str], tmp_path: Path) -> None:
     rig = RIGS / "8xh100-sxm.txt"
-    root, trace = tree_of_rig(tmp_path / "root", rig).root, tmp_path / "trace"
-    environment: dict[str, Any] = {"LD_LIBRARY_PATH": nvml["new"], "FAKE_NVML": rig, "MGPU_ROOT": root}
-    environment |= {"PYTHONPATH": REPOSITORY, "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run(
-        ["strace", "-f", "-e", "trace=open,openat,creat,execve", "-o", trace, sys.executable, "-c", READER],
-        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-        check=True,
-        stdout=subprocess.DEVNULL,
-        timeout=60,
-    )
-    lines = trace.read_text().splitlines()
-    opened = [line for line in lines if "open" in line and f'"{root}' in line and "= -1" not in line]
-    assert 100 < len(opened) < 600
-    assert not [line for line in lines if "O_WRONLY" in line or "O_RDWR" in line or "creat(" in line]
-    assert not [line for line in lines if "nvidia-uvm" in line or "libcuda" in line]
-    assert sum("execve(" in line for line in lines) == 1
+    root = tree_of_rig(tmp_path / "root", rig).root
+    seen = json.loads(run_python(AUDITOR, FAKE_NVML=str(rig), MGPU_ROOT=str(root), PYTHONDONTWRITEBYTECODE="1"))
+    opened = [arguments for event, arguments in seen if event == "open"]
+    assert 200 < len([path for path, *_ in opened if path.startswith(str(root))]) < 700
+    assert [path for path, _, flags in opened if int(flags) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)] == []
+    changing = ("os.remove", "os.rename", "os.mkdir", "os.chmod", "os.utime", "subprocess", "os.exec", "os.posix_spawn")
+    assert [event for event, _ in seen if event.startswith(changing)] == []
+    libraries = {name for event, (name, *_) in seen if event == "ctypes.dlopen"}
+    assert libraries <= {"libnvidia-ml.so.1", "None"}  # libcuda alone makes contexts
