@@ -238,6 +238,11 @@ def version(engine: Engine) -> str | None:
     return next((match[1].strip() for match in matches if match), None)
 
 
+def help_text(engine: Engine) -> str:
+    """Return what the engine's --help prints. Raises EngineFailed (code "engine-broken") when it does not answer."""
+    return _answer(_start(engine, ["--help"]), engine)
+
+
 def _start(engine: Engine, arguments: Sequence[str]) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(

@@ -23,7 +23,6 @@ class ProfilePlan:
     verdict: str
     reasons: tuple[str, ...] = ()
     short_bytes: int = 0
-    installed: bool = True
     install: str = ""
     missing_flags: tuple[str, ...] | None = None
     unasked: str | None = None
@@ -62,13 +61,6 @@ def unknown_flags(argv: Sequence[str], help_text: str) -> tuple[str, ...] | None
 
 
 def _fits(plan: ProfilePlan) -> Said:
-    if not plan.installed:
-        yield Finding(
-            severity=Severity.fail,
-            summary=f"{plan.backend}, which {plan.name} would run on, is not installed",
-            evidence=(Evidence(path=plan.command, value="planned as if it were"),),
-            fix=(plan.install,) if plan.install else (),
-        )
     if plan.verdict == "fits":
         return
     if plan.verdict == "fits-with-offload":
@@ -96,13 +88,13 @@ def _knows(plan: ProfilePlan) -> Said:
 
 @check("profile-plan", Area.profile, "A")
 def _plan(_: Inspection, __: Purpose) -> Said:
-    """The named profile does not fit on these cards, or its engine is not installed.
+    """The named profile does not fit on these cards.
 
     How it is read: the profile is planned on this machine exactly as `mgpu plan PROFILE` does it, with the memory
     that is free on each card now. With --for and --tensor-parallel that engine and that cut are planned.
 
     Rule: a plan that does not fit, or that the engine cannot start, is a failure; one that fits only with layers in
-    host memory is a warning; an engine that is missing is a failure.
+    host memory is a warning.
 
     Why: an engine that runs out of memory says so after minutes of loading. Layers in host memory are read over the
     memory bus at a tenth of a card's bandwidth or less, for every token.
