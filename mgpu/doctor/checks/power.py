@@ -303,16 +303,16 @@ def idle_power_stuck(inspection: Inspection, _purpose: Purpose) -> Said:
     """An idle card that holds a model and stays at full clocks.
 
     Read: performance state, utilisation and power over several readings, and the memory in use.
-    Rule: info when P0, under 5 % utilisation and above 40 W last while more than 1 GiB is in use.
+    Rule: info when all readings show P0, under 5 % utilisation and above 40 W while more than 1 GiB is in use.
     Why: a Tesla P40 with a model loaded takes about 50 W instead of 10 for as long as it waits.
     Do: stop the model between uses (Ollama's keep_alive does), or run nvidia-pstated.
     """
     unknown: list[int] = []
     for gpu, card in nvidia_cards(inspection):
-        stuck = lasting(card.readings, _idle_at_full_clocks)
-        if stuck is None:
+        answers = [answer for reading in card.readings if (answer := _idle_at_full_clocks(reading)) is not None]
+        if not answers:
             unknown.append(gpu.index)
-        elif stuck and (in_use_bytes(gpu, card) or 0) > GIB:
+        elif all(answers) and (in_use_bytes(gpu, card) or 0) > GIB:
             yield Finding(
                 severity=Severity.info,
                 summary=f"{named([gpu.index])} stays at full clocks while its model waits",
