@@ -25,7 +25,7 @@ from mgpu.machine.inspection import (
     Unread,
 )
 from mgpu.machine.nvidia_driver import read_nvidia_driver
-from mgpu.machine.nvidia_health import INTERVAL_S, SAMPLES, NvidiaCards, is_busy
+from mgpu.machine.nvidia_health import INTERVAL_S, SAMPLES, NvidiaCards, may_pass
 from mgpu.machine.nvml import Nvml
 from mgpu.machine.pci import read_pci
 from mgpu.machine.probe import probe
@@ -40,8 +40,8 @@ def inspect_machine(root: Path | None = None, *, engines: tuple[InstalledEngine,
 
     `root` is where /sys, /proc, /dev and /etc are looked for, by default $MGPU_ROOT or "/". NVML is always this
     machine's. Reads only, makes no CUDA context and never raises; what only root may read is in `unread`. Blocks while
-    the NVIDIA driver answers, and 0.6 s more where a card is busy, to tell what lasts. Nothing that names a person or
-    this computer is kept.
+    the NVIDIA driver answers, and 0.6 s more where a card is not at rest, to tell what lasts. Nothing that names a
+    person or this computer is kept.
     """
     root = root or Path(os.environ.get("MGPU_ROOT") or "/")
     unread: list[Unread] = []
@@ -59,7 +59,7 @@ def inspect_machine(root: Path | None = None, *, engines: tuple[InstalledEngine,
         driver = _joined(
             "the NVIDIA driver", lambda: read_nvidia_driver(root, nvml=nvml, nvml_error=error), NvidiaDriver(), unread
         )
-        if cards and is_busy(samples[0]):
+        if cards and may_pass(samples[0]):
             for _ in range(SAMPLES - 1):
                 time.sleep(INTERVAL_S)
                 samples.append(cards.sample())

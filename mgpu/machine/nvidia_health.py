@@ -11,7 +11,7 @@ from typing import Any
 from mgpu.machine.inspection import CardHealth, PeerAccess, Readings, Unread
 from mgpu.machine.nvml import Nvml, NvmlCard, pci_address, thousandth
 
-# Of a card that is busy: enough to tell a state from a moment, in little more than half a second.
+# Where one look is not enough: enough to tell a state from a moment, in little more than half a second.
 SAMPLES, INTERVAL_S = 3, 0.3
 
 
@@ -77,9 +77,16 @@ class NvidiaCards:
         )
 
 
-def is_busy(sample: tuple[Readings | None, ...]) -> bool:
-    """Return whether a card of the sample works, so that a second look could show something else."""
-    return any(reading is not None and bool(reading.utilisation_percent) for reading in sample)
+def may_pass(sample: tuple[Readings | None, ...]) -> bool:
+    """Return whether a card of the sample shows what could be gone a moment later, so that one look proves nothing: it
+    works, it is in a high performance state, or its clocks are held down (hardware, heat, power brake)."""
+    return any(
+        reading.utilisation_percent
+        or (reading.pstate is not None and reading.pstate <= 2)
+        or (reading.events or 0) & 0xE8
+        for reading in sample
+        if reading is not None
+    )
 
 
 def _integer(answer: object) -> int | None:

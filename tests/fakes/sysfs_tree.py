@@ -28,6 +28,7 @@ _HOST: dict[str, str | bytes] = {
     "proc/1/cgroup": "0::/init.scope\n",
     "proc/net/tcp": "  sl  local_address rem_address   st tx_queue\n",
     "sys/devices/system/node/node0/meminfo": "Node 0 MemTotal:       131072000 kB\n",
+    **{f"sys/devices/system/cpu/cpu{number}/topology/core_id": f"{number % 16}\n" for number in range(32)},
     "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "performance\n",
     "sys/class/powercap/intel-rapl:0/constraint_0_power_limit_uw": "162000000\n",
     "sys/devices/nvme/nvme0n1/queue/rotational": "0\n",

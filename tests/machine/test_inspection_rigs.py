@@ -115,8 +115,21 @@ def test_degrees_below_the_limit_are_no_temperature(inspect: Inspect) -> None:
     assert inspect("2x4090-x670e", "gpu0.temp.slowdown = 4294967294").cards[0].temperature_slowdown_c is None
 
 
-def test_idle_cards_are_looked_at_once(inspect: Inspect) -> None:
-    assert [len(card.readings) for card in inspect("8xh100-sxm", at_most_s=2.0).cards] == [1] * 8
+@pytest.mark.parametrize(
+    ("name", "lines", "looks"),
+    [
+        pytest.param("2x4090-x670e", [], 1, id="at rest"),
+        pytest.param("2x5090-x8", [], 1, id="at rest with the bit of a power cap"),
+        pytest.param("2x4090-x670e", ["gpu1.events = 0x40"], 3, id="held down by heat"),
+        pytest.param("2x4090-x670e", ["gpu0.util = 3"], 3, id="at work"),
+        pytest.param("8xh100-sxm", [], 3, id="idle in a high state, as server cards are"),
+    ],
+)
+def test_cards_are_looked_at_again_where_one_look_proves_nothing(
+    inspect: Inspect, name: str, lines: list[str], looks: int
+) -> None:
+    cards = inspect(name, *lines, at_most_s=2.0).cards
+    assert {len(card.readings) for card in cards} == {looks}
 
 
 def test_busy_cards_are_looked_at_three_times(inspect: Inspect) -> None:
