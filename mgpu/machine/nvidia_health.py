@@ -13,6 +13,8 @@ from mgpu.machine.nvml import Nvml, NvmlCard, pci_address, thousandth
 
 # Where one look is not enough: enough to tell a state from a moment, in little more than half a second.
 SAMPLES, INTERVAL_S = 3, 0.3
+# NVML's events: hardware slowdown, the driver's and the hardware's thermal slowdown, power brake.
+_HELD_DOWN = 0x08 | 0x20 | 0x40 | 0x80
 
 
 class NvidiaCards:
@@ -80,13 +82,10 @@ class NvidiaCards:
 def may_pass(sample: tuple[Readings | None, ...]) -> bool:
     """Return whether a card of the sample shows what could be gone a moment later, so that one look proves nothing: it
     works, it is in a high performance state, or its clocks are held down (hardware, heat, power brake)."""
-    return any(
-        reading.utilisation_percent
-        or (reading.pstate is not None and reading.pstate <= 2)
-        or (reading.events or 0) & 0xE8
-        for reading in sample
-        if reading is not None
-    )
+    readings = [reading for reading in sample if reading is not None]
+    at_work = any(reading.utilisation_percent for reading in readings)
+    high = any(reading.pstate is not None and reading.pstate <= 2 for reading in readings)
+    return at_work or high or any((reading.events or 0) & _HELD_DOWN for reading in readings)
 
 
 def _integer(answer: object) -> int | None:
