@@ -78,6 +78,8 @@ def libraries_of(path: Path) -> tuple[str, ...]:
     with path.open("rb") as file:
 
         def part(offset: int, size: int) -> bytes:
+            if offset >= 2**63:
+                raise ValueError(f"{path} names a place outside it")
             file.seek(offset)
             return file.read(size)
 

@@ -233,7 +233,17 @@ def _report(
         proof=proof,
         plan=plan,
         root=os.geteuid() == 0,
+        program=_program(),
     )
+
+
+def _program() -> str:
+    """What sudo finds mgpu by: its PATH has the system's folders only, not those of a user's environments."""
+    import shlex
+    import shutil
+
+    path = shutil.which("mgpu")
+    return "mgpu" if path is None or path.startswith(("/usr/", "/bin/")) else shlex.quote(path)
 
 
 def _fixed(report: Report, *, dry_run: bool, yes: bool) -> Report:

@@ -155,6 +155,8 @@ def _cards(gpus: tuple[int, ...]) -> str:
 
 
 def _slow_copies(proof: Proof) -> Iterator[Finding | Skip]:
+    if proof.problem and not proof.copies:
+        yield Skip(reason=f"not proved: {proof.problem}")
     for copy in proof.copies:
         lane = _LANE_GB_S.get(copy.pcie_gen or 0)
         if lane is None or not copy.pcie_width:

@@ -29,7 +29,8 @@ class Group:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """One run: what was read, which `checks` ran and what they said. `whole` is False where only some were asked for.
-    `outcomes` are those of --fix; `replayed` says that the inspection is a file's."""
+    `outcomes` are those of --fix; `replayed` says that the inspection is a file's. `program` is what sudo finds mgpu
+    by."""
 
     inspection: Inspection
     checks: tuple[Check, ...]
@@ -42,6 +43,7 @@ class Report:
     plan: ProfilePlan | None = None
     outcomes: tuple[Outcome, ...] = ()
     root: bool = False
+    program: str = "mgpu"
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -65,7 +67,7 @@ class Report:
 
     def rerun(self, *ids: str) -> str:
         """Return the command that lets root read what this user may not."""
-        return f"sudo mgpu doctor --only {','.join(dict.fromkeys(ids))}"
+        return f"sudo {self.program} doctor --only {','.join(dict.fromkeys(ids))}"
 
 
 def report_data(report: Report) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import subprocess
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from tests.doctor.inspections import (
 )
 
 from .contract import DOCTOR, DOCTOR_ENVELOPE, DOCTOR_EXPLAIN, DOCTOR_LIST, NOTHING, checked
-from .program import Mgpu
+from .program import LIMIT_S, Mgpu
 
 ENGINES = (InstalledEngine(backend="llama.cpp", path="/usr/bin/llama-server"),)
 FINE = changed(healthy(lanes=8), engines=ENGINES)
@@ -260,6 +261,21 @@ def test_fixes_of_a_machine_that_needs_none_are_none(mgpu: Mgpu) -> None:
         assert diagnosis(mgpu("doctor", "--fix", choice, "--json").json)["fixes"] == []
 
 
+def test_a_probe_without_cards_is_skipped_with_the_reason(mgpu: Mgpu) -> None:
+    data = diagnosis(mgpu("doctor", "--probe", "--only", "p2p-proof,pcie-measured", "--json").json)
+    assert data["proof"]["problem"] == "there is no NVIDIA or AMD card that can be used"
+    assert {each["result"] for each in data["checks"]} == {"skipped"}
+    assert "not proved: there is no" in mgpu("doctor", "--probe").out
+
+
+def test_many_things_that_cannot_be_read_are_one_line(mgpu: Mgpu, saved: Saved) -> None:
+    nothing = Inspection(machine=FINE.machine)
+    short, long = (mgpu("doctor", "--replay", saved(nothing), *words).out for words in ((), ("-v",)))
+    assert len(re.findall(r"(?m)^\[-\] Skipped", short)) == 1
+    assert "-v says why" in short
+    assert long.count("could not be") > 10
+
+
 @pytest.fixture
 def exclusive(mgpu: Mgpu, nvml: dict[str, Path], tmp_path: Path) -> Mgpu:
     """mgpu on two cards that only one process may use, with an nvidia-smi that changes that."""
@@ -280,6 +296,39 @@ def exclusive(mgpu: Mgpu, nvml: dict[str, Path], tmp_path: Path) -> Mgpu:
         "PATH": f"{programs}:{os.defpath}",
     }
     return mgpu
+
+
+@pytest.mark.parametrize(
+    ("answer", "result", "called"),
+    [
+        pytest.param(b"y\n", "done", True, id="yes"),
+        pytest.param(b"\n", "declined", False, id="nothing"),
+        pytest.param(b"\x04", "declined", False, id="the end of the input"),
+    ],
+)
+def test_a_fix_is_asked_for_on_a_terminal(
+    exclusive: Mgpu, tmp_path: Path, answer: bytes, result: str, called: bool
+) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        exclusive.command("doctor", "--only", "compute-mode", "--fix"),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=exclusive.here,
+        env=exclusive.with_variables(),
+        text=True,
+    )
+    os.write(ours, answer)
+    out, err = process.communicate(timeout=LIMIT_S)
+    os.close(ours)
+    os.close(theirs)
+    assert "nvidia-smi -i 0000:01:00.0 -c 0" in err
+    assert "[y/N]" in err
+    assert "Traceback" not in err
+    assert re.search(rf"(?m)^\[.\] Fixes +{result}", out), out
+    assert (tmp_path / "calls").exists() == called
+    assert process.returncode == 0
 
 
 def test_a_fix_is_shown_run_and_judged_again(exclusive: Mgpu, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ _WIDEST = 100
 _AREA_COLUMNS = 11
 _LABEL_COLUMNS = 16
 _MOST_EVIDENCE = 4
+_MOST_REASONS = 4
+_PROOF = "p2p-proof"
 # Where a note does not say what the cards are.
 _FACTS_BESIDE_NOTES = (Area.driver, Area.gpus, Area.pcie)
 # Symbol, its word where symbols cannot be shown, and its colour. Information is never coloured.
@@ -165,6 +167,13 @@ class _Screen:
             need = "needs" if len(for_root) == 1 else "need"
             yield from self.line("skip", name, f"{', '.join(for_root)} {need} root:")
             yield from self.labelled("run", self.report.rerun(*for_root))
+            name = ""
+        if len(by_reason) > _MOST_REASONS and not self.verbose:
+            # But why there is no proof is told to who asked for one.
+            unasked = {reason: ids for reason, ids in by_reason.items() if _PROOF not in ids}
+            every = dict.fromkeys(check_id for ids in unasked.values() for check_id in ids)
+            yield from self.line("skip", name, f"{', '.join(every)}: -v says why")
+            by_reason = {reason: ids for reason, ids in by_reason.items() if reason not in unasked}
             name = ""
         for reason, ids in by_reason.items():
             yield from self.line("skip", name, f"{', '.join(dict.fromkeys(ids))}: {reason}")

@@ -102,6 +102,7 @@ def _pcie(report: Report) -> str | None:
     now = {gpu.pcie.gen for gpu in cards if gpu.pcie.gen and gpu.pcie.gen_max and gpu.pcie.gen < gpu.pcie.gen_max}
     idle = all((gpu.utilisation_percent or 0) < _IDLE_PERCENT for gpu in cards)
     note = f" (Gen{min(now)} now because idle)" if now and idle else ""
+    words, note = (words[:-1], f";{note[2:]}".replace(";", "; ")) if note and words.endswith(")") else (words, note)
     if report.proof and report.proof.copies:
         speeds = [copy.gb_s for copy in report.proof.copies]
         note = f" · {min(speeds):.1f} GB/s measured" + (f" to {max(speeds):.1f}" if len(speeds) > 1 else "")
