@@ -38,7 +38,7 @@ class ForBackend(StrEnum):
 
 def doctor(
     profile: Annotated[
-        str | None, typer.Argument(metavar="[PROFILE]", help="Also check what this profile or model needs.")
+        str | None, typer.Argument(metavar="PROFILE", help="Also check what this profile or model needs.")
     ] = None,
     backend: Annotated[ForBackend | None, typer.Option("--for", help="Judge for this engine.")] = None,
     tensor_parallel: Annotated[
