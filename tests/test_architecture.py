@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mgpu"
-ROOMS = ("errors", "units", "machine", "profile", "configuration", "models", "planning", "backends", "running", "cli")
+ROOMS = (
+    "errors",
+    "units",
+    "machine",
+    "profile",
+    "configuration",
+    "models",
+    "planning",
+    "backends",
+    "running",
+    "doctor",
+    "cli",
+)
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_MODULE = 400
 

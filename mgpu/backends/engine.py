@@ -268,6 +268,11 @@ def version(engine: Engine) -> str | None:
     return next((match[1].strip() for match in matches if match), None)
 
 
+def help_text(engine: Engine) -> str:
+    """Return what the engine's --help prints. Raises EngineFailed (code "engine-broken") when it does not answer."""
+    return ask(engine, ["--help"])
+
+
 def ask(
     engine: Engine,
     arguments: Sequence[str],

@@ -82,14 +82,8 @@ def serve_help(engine: Engine) -> str:
 
     Blocks for ten seconds the first time. Raises EngineFailed (code "engine-broken") when it does not answer.
     """
-    import platformdirs
-
-    status = engine.path.resolve().stat()
-    identity = f"{engine.path.resolve()} {status.st_mtime_ns} {installed_version(engine.path)}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    remembered = platformdirs.user_cache_path("mgpu") / "vllm" / f"help-{digest}.txt"
-    with contextlib.suppress(OSError, ValueError):
-        return remembered.read_text()
+    if text := remembered_help(engine):
+        return text
     # Wide, so that no flag is broken; and with nothing that could be sent anywhere.
     environment = engine_environment() | {"COLUMNS": "200", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
     try:
@@ -97,8 +91,26 @@ def serve_help(engine: Engine) -> str:
     except EngineFailed:  # before help came in groups
         text = ask(engine, ["serve", "--help"], environment=environment, limit_s=_ANSWER_TIMEOUT_S)
     with contextlib.suppress(OSError):
+        remembered = _help_file(engine)
         remembered.parent.mkdir(parents=True, exist_ok=True)
         fresh = remembered.with_suffix(f".{os.getpid()}")
         fresh.write_text(text)
         fresh.replace(remembered)
     return text
+
+
+def remembered_help(engine: Engine) -> str | None:
+    """Return what `serve_help` was once told by this very program, None where it was not asked yet; starts nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        return _help_file(engine).read_text()
+    return None
+
+
+def _help_file(engine: Engine) -> Path:
+    """Raises OSError where the program is gone."""
+    import platformdirs
+
+    status = engine.path.resolve().stat()
+    identity = f"{engine.path.resolve()} {status.st_mtime_ns} {installed_version(engine.path)}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return platformdirs.user_cache_path("mgpu") / "vllm" / f"help-{digest}.txt"

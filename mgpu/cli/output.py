@@ -23,7 +23,22 @@ if TYPE_CHECKING:
 _PIPE_COLUMNS = 100
 # What is written where a terminal's encoding lacks a character.
 _PLAIN = "mgpu-plain"
-_PLAIN_WORDS = {"·": "-", "×": "x", "÷": "/", "−": "-", "●": "*", "…": "...", "━": "=", "─": "-", "°": " "}
+_PLAIN_WORDS = {
+    "·": "-",
+    "×": "x",
+    "÷": "/",
+    "−": "-",
+    "●": "*",
+    "…": "...",
+    "━": "=",
+    "─": "-",
+    "°": " ",
+    "≥": ">=",
+    "≤": "<=",
+    "→": "->",
+    "–": "-",
+    "µ": "u",
+}
 
 
 def _plainly(error: UnicodeError) -> tuple[str, int]:

@@ -53,7 +53,7 @@ def _ram(root: Path) -> tuple[int | None, int | None]:
     """Total and available bytes, each capped by the tightest control group around this process."""
     fields = sysfs.read_fields(root / "proc/meminfo")
     total, available = _kilobytes(fields.get("MemTotal")), _kilobytes(fields.get("MemAvailable"))
-    for group in _control_groups(root):
+    for group in control_groups(root):
         limit = sysfs.read_int(group / "memory.max")  # "max" is no integer: no limit
         if limit is None:
             continue
@@ -74,8 +74,8 @@ def _integer(text: str) -> int:
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
 
 
-def _control_groups(root: Path) -> list[Path]:
-    """Our control group (version 2) and those around it; in a container the outermost is the container's."""
+def control_groups(root: Path) -> list[Path]:
+    """Return our control group's folder (version 2) and those around it; in a container the outermost is its own."""
     line = re.search(r"^0::(/\S*)", sysfs.read_text(root / "proc/self/cgroup") or "", re.M)
     if not line or ".." in line[1]:
         return []
@@ -124,11 +124,11 @@ _CONTAINER_GROUPS = {
 
 
 def _container(root: Path) -> str | None:
-    if _exists(root / ".dockerenv"):
+    if sysfs.is_there(root / ".dockerenv"):
         return "docker"
-    if _exists(root / "run/.containerenv"):
+    if sysfs.is_there(root / "run/.containerenv"):
         return "podman"
-    if _exists(root / "var/run/secrets/kubernetes.io"):
+    if sysfs.is_there(root / "var/run/secrets/kubernetes.io"):
         return "kubernetes"
     named = _printable(sysfs.read_text(root / "run/systemd/container", 64))
     if named and named != "wsl":  # so systemd calls WSL, which is a virtual machine
@@ -139,10 +139,3 @@ def _container(root: Path) -> str | None:
     names = (name for word, name in _CONTAINER_GROUPS.items() if word in groups)
     environment = sysfs.read_text(root / "proc/1/environ") or ""  # root alone may read it
     return next(names, "lxc" if "container=lxc" in environment.split("\0") else "none")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False

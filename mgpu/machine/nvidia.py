@@ -14,6 +14,7 @@ from typing import Any
 
 from mgpu.machine import sysfs
 from mgpu.machine.cards import card_for_name
+from mgpu.machine.nvml import Nvml, NvmlCard, pci_address, thousandth
 from mgpu.machine.snapshot import Driver, Gpu, GpuProcess, Link, NvLinkPort, PcieLink
 
 
@@ -35,33 +36,13 @@ def read_nvidia(root: Path = Path("/")) -> tuple[Driver | None, tuple[Gpu, ...],
     except pynvml.NVMLError as error:
         return _broken_driver(error, root), (), ()
     try:
-        nvml = _Nvml(pynvml)
+        nvml = Nvml(pynvml)
         cards = [_read_card(nvml, index, root) for index in range(nvml.ask("nvmlDeviceGetCount") or 0)]
         links = tuple(_read_links(nvml, cards))
         gpus = _with_lost_cards_named(tuple(card.gpu for card in cards), root)
         return _read_driver(nvml, root), gpus, links
     finally:
-        _Nvml(pynvml).ask("nvmlShutdown")
-
-
-class _Nvml:
-    """NVML's functions, with None for whatever cannot be answered; `failure` is the last NVML error."""
-
-    def __init__(self, pynvml: Any) -> None:
-        self.pynvml = pynvml
-        self.failure: int | None = None
-
-    def ask(self, function: str, *arguments: object) -> Any:
-        """Call a function by name; None where binding or driver are too old to have it, or NVML refuses."""
-        try:
-            return getattr(self.pynvml, function)(*arguments)
-        except self.pynvml.NVMLError as error:
-            self.failure = getattr(error, "value", None)
-        except Exception:
-            # Bindings and drivers of unequal age fail in ways of their own: ctypes.ArgumentError,
-            # AttributeError, names that are not UTF-8.
-            self.failure = None
-        return None
+        Nvml(pynvml).ask("nvmlShutdown")
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,14 +61,14 @@ _CARD_PROBLEMS = {
 }
 
 
-def _read_card(nvml: _Nvml, index: int, root: Path) -> _Card:
+def _read_card(nvml: Nvml, index: int, root: Path) -> _Card:
     handle = nvml.ask("nvmlDeviceGetHandleByIndex", index)
     if handle is None:
         problem = _CARD_PROBLEMS.get(nvml.failure or 0, f"does not answer (NVML error {nvml.failure})")
         return _Card(None, Gpu(index=index, vendor="nvidia", name="NVIDIA GPU", problem=problem))
-    card = _CardReader(nvml, handle)
+    card = NvmlCard(nvml, handle)
     name = card.text("nvmlDeviceGetName") or "NVIDIA GPU"
-    bus_id = _bus_id(card.ask("nvmlDeviceGetPciInfo"))
+    bus_id = pci_address(card.ask("nvmlDeviceGetPciInfo"))
     memory = card.ask("nvmlDeviceGetMemoryInfo", getattr(nvml.pynvml, "nvmlMemory_v2", None))
     memory = memory or card.ask("nvmlDeviceGetMemoryInfo")
     capability = card.ask("nvmlDeviceGetCudaComputeCapability")
@@ -108,8 +89,8 @@ def _read_card(nvml: _Nvml, index: int, root: Path) -> _Card:
         bandwidth_gb_s=_bandwidth_gb_s(card, name),
         pcie=_pcie(card, bus_id, root),
         bar1_bytes=int(bar1.bar1Total) if bar1 else None,
-        power_w=_thousandth(card.ask("nvmlDeviceGetPowerUsage")),
-        power_limit_w=_thousandth(card.ask("nvmlDeviceGetEnforcedPowerLimit")),
+        power_w=thousandth(card.ask("nvmlDeviceGetPowerUsage")),
+        power_limit_w=thousandth(card.ask("nvmlDeviceGetEnforcedPowerLimit")),
         temperature_c=card.ask("nvmlDeviceGetTemperature", 0),
         utilisation_percent=int(utilisation.gpu) if utilisation else None,
         nvlink=tuple(_nvlink_ports(card)),
@@ -119,39 +100,7 @@ def _read_card(nvml: _Nvml, index: int, root: Path) -> _Card:
     return _Card(handle, dataclasses.replace(gpu, problem=_CARD_PROBLEMS.get(card.fatal or 0)))
 
 
-class _CardReader:
-    """Questions about one card. `fatal` is the error when it was lost while being asked."""
-
-    def __init__(self, nvml: _Nvml, handle: Any) -> None:
-        self.nvml = nvml
-        self.handle = handle
-        self.fatal: int | None = None
-
-    def ask(self, function: str, *arguments: object) -> Any:
-        self.nvml.failure = None
-        answer = self.nvml.ask(function, self.handle, *arguments)
-        if self.nvml.failure in (15, 16):
-            self.fatal = self.nvml.failure
-        return answer
-
-    def text(self, function: str) -> str | None:
-        answer = self.ask(function)
-        answer = answer.decode("utf-8", "replace") if isinstance(answer, bytes) else answer
-        return "".join(filter(str.isprintable, answer)).strip() or None if isinstance(answer, str) else None
-
-
-def _thousandth(value: int | None) -> float | None:
-    return None if value is None else value / 1000
-
-
-def _bus_id(info: Any) -> str | None:
-    """The PCI address as sysfs writes it: NVML's has eight digits of domain and capitals."""
-    if info is None:
-        return None
-    return f"{int(info.domain):04x}:{int(info.bus):02x}:{int(info.device):02x}.0"
-
-
-def _bandwidth_gb_s(card: _CardReader, name: str) -> float | None:
+def _bandwidth_gb_s(card: NvmlCard, name: str) -> float | None:
     """The catalogue's figure; for a card it does not have, two transfers a clock over the width of the bus.
 
     The formula is that of NVIDIA's deviceQuery sample: 1008 GB/s for the RTX 4090 (384 bits, 10501 MHz).
@@ -163,7 +112,7 @@ def _bandwidth_gb_s(card: _CardReader, name: str) -> float | None:
     return round(2 * clock_mhz * width_bits / 8 / 1000, 1) if width_bits and clock_mhz else None
 
 
-def _pcie(card: _CardReader, bus_id: str | None, root: Path) -> PcieLink:
+def _pcie(card: NvmlCard, bus_id: str | None, root: Path) -> PcieLink:
     device = sysfs.pci_device(root, bus_id) if bus_id else None
     return PcieLink(
         gen=card.ask("nvmlDeviceGetCurrPcieLinkGeneration"),
@@ -174,7 +123,7 @@ def _pcie(card: _CardReader, bus_id: str | None, root: Path) -> PcieLink:
     )
 
 
-def _processes(card: _CardReader, root: Path) -> tuple[GpuProcess, ...]:
+def _processes(card: NvmlCard, root: Path) -> tuple[GpuProcess, ...]:
     """Who holds memory of the card; a process that computes and draws is in both of NVML's lists."""
     used: dict[int, int | None] = {}
     for kind in ("Compute", "Graphics"):
@@ -195,7 +144,7 @@ _NVLINK_GENERATIONS = {1: 1, 2: 2, 3: 2, 4: 3, 5: 3, 6: 4, 7: 5, 8: 6}
 _NVLINK_TO_SWITCH = 2
 
 
-def _nvlink_ports(card: _CardReader) -> Iterator[NvLinkPort]:
+def _nvlink_ports(card: NvmlCard) -> Iterator[NvLinkPort]:
     for port in range(getattr(card.nvml.pynvml, "NVML_NVLINK_MAX_LINKS", 18)):
         state = card.ask("nvmlDeviceGetNvLinkState", port)
         if state is None:  # the card has no such port
@@ -207,7 +156,7 @@ def _nvlink_ports(card: _CardReader) -> Iterator[NvLinkPort]:
             port=port,
             active=bool(state),
             version=_NVLINK_GENERATIONS.get(version or 0),
-            remote_bus_id=_bus_id(remote),
+            remote_bus_id=pci_address(remote),
         )
 
 
@@ -218,7 +167,7 @@ _ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 _P2P_READ, _P2P_NVLINK, _P2P_OK = 0, 2, 0
 
 
-def _read_links(nvml: _Nvml, cards: Iterable[_Card]) -> Iterator[Link]:
+def _read_links(nvml: Nvml, cards: Iterable[_Card]) -> Iterator[Link]:
     usable = [card for card in cards if card.gpu.problem is None]
     for one, other in itertools.combinations(usable, 2):
         level = nvml.ask("nvmlDeviceGetTopologyCommonAncestor", one.handle, other.handle)
@@ -228,7 +177,7 @@ def _read_links(nvml: _Nvml, cards: Iterable[_Card]) -> Iterator[Link]:
         yield Link(a=one.gpu.index, b=other.gpu.index, kind=kind, p2p=p2p)
 
 
-def _joined_by_nvlink(nvml: _Nvml, cards: list[_Card], one: _Card, other: _Card) -> bool:
+def _joined_by_nvlink(nvml: Nvml, cards: list[_Card], one: _Card, other: _Card) -> bool:
     if other.gpu.bus_id and any(port.active and port.remote_bus_id == other.gpu.bus_id for port in one.gpu.nvlink):
         return True
     addresses = {card.gpu.bus_id for card in cards} - {None}
@@ -238,7 +187,7 @@ def _joined_by_nvlink(nvml: _Nvml, cards: list[_Card], one: _Card, other: _Card)
     return switched and nvml.ask("nvmlDeviceGetP2PStatus", one.handle, other.handle, _P2P_NVLINK) == _P2P_OK
 
 
-def _read_driver(nvml: _Nvml, root: Path) -> Driver:
+def _read_driver(nvml: Nvml, root: Path) -> Driver:
     cuda = nvml.ask("nvmlSystemGetCudaDriverVersion_v2") or nvml.ask("nvmlSystemGetCudaDriverVersion")
     version = nvml.ask("nvmlSystemGetDriverVersion")
     return Driver(

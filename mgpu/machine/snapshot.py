@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 
 SCHEMA_VERSION = 1
+
+_Value = typing.TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,25 +153,44 @@ def machine_from_json(data: object) -> Machine:
     Unknown keys are ignored, so that an older mgpu reads a newer snapshot.
     Raises ValueError naming the path of the first value of a wrong type or missing.
     """
-    machine = _build(Machine, data, "snapshot")
-    assert isinstance(machine, Machine)
+    machine = value_from_json(Machine, data, "snapshot")
     if machine.schema_version > SCHEMA_VERSION:
         raise ValueError(f"snapshot has schema version {machine.schema_version}, newest known is {SCHEMA_VERSION}")
     return machine
 
 
-def _build(kind: object, data: object, path: str) -> object:
+def value_from_json(kind: type[_Value], data: object, path: str) -> _Value:
+    """Rebuild a value of the dataclass `kind` from `to_json`'s output, which is called `path` in errors.
+
+    Unknown keys are ignored. Raises ValueError naming the path of the first value of a wrong type or missing.
+    """
+    value = build(kind, data, path)
+    assert isinstance(value, kind)
+    return value
+
+
+def build(kind: object, data: object, path: str) -> object:
+    """Return `data`, as json.loads has it, as a value of type `kind`: a frozen dataclass of scalars, unions with None,
+    tuples and other such dataclasses. `path` is what an error calls it.
+
+    Unknown keys are ignored. Raises ValueError naming the path of the first value of a wrong type or missing.
+    """
     origin = typing.get_origin(kind)
     if origin is types.UnionType:
         if data is None:
             return None
         (inner,) = (arg for arg in typing.get_args(kind) if arg is not type(None))
-        return _build(inner, data, path)
+        return build(inner, data, path)
     if origin is tuple:
         if not isinstance(data, list):
             raise ValueError(f"{path}: expected a list, found {type(data).__name__}")
-        item = typing.get_args(kind)[0]
-        return tuple(_build(item, entry, f"{path}[{i}]") for i, entry in enumerate(data))
+        item, *others = typing.get_args(kind)
+        items = [item] * len(data) if others == [...] else [item, *others]
+        if len(items) != len(data):
+            raise ValueError(f"{path}: expected {len(items)} values, found {len(data)}")
+        return tuple(
+            build(item, entry, f"{path}[{i}]") for i, (item, entry) in enumerate(zip(items, data, strict=True))
+        )
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, data, path)
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
@@ -176,6 +198,8 @@ def _build(kind: object, data: object, path: str) -> object:
             return float(data)
         except OverflowError:
             raise ValueError(f"{path}: too large a number") from None
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ValueError(f"{path}: {data} is out of range")
     assert isinstance(kind, type)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
         raise ValueError(f"{path}: expected {kind.__name__}, found {type(data).__name__}")
@@ -189,7 +213,7 @@ def _build_dataclass(kind: type, data: object, path: str) -> object:
     values = {}
     for f in dataclasses.fields(kind):
         if f.name in data:
-            values[f.name] = _build(hints[f.name], data[f.name], f"{path}.{f.name}")
+            values[f.name] = build(hints[f.name], data[f.name], f"{path}.{f.name}")
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{path}.{f.name}: missing")
     return kind(**values)

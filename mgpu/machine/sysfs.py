@@ -20,6 +20,12 @@ def read_text(path: Path, limit: int = 64 * 1024) -> str | None:
 
     Anything but a regular file gives None, so that a pipe or a device under a replaced root cannot block.
     """
+    content = read_bytes(path, limit)
+    return None if content is None else content.decode("utf-8", "replace").strip()
+
+
+def read_bytes(path: Path, limit: int) -> bytes | None:
+    """Return the first `limit` bytes of a regular file, None when it is none or cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
@@ -31,7 +37,15 @@ def read_text(path: Path, limit: int = 64 * 1024) -> str | None:
                 limit -= len(chunk)
     except (OSError, ValueError):
         return None
-    return b"".join(chunks).decode("utf-8", "replace").strip()
+    return b"".join(chunks)
+
+
+def is_there(path: Path) -> bool:
+    """Return whether something is at the path; False also where that may not be looked at."""
+    try:
+        return path.exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def read_int(path: Path, base: int = 10) -> int | None:
@@ -48,9 +62,9 @@ def read_fields(path: Path, separator: str | None = ":", limit: int = 64 * 1024)
     """Return the lines "key: value" of a file as a dict, the first of equal keys; empty when unreadable."""
     fields: dict[str, str] = {}
     for line in (read_text(path, limit) or "").splitlines():
-        key, *value = line.split(separator, 1)
-        if value:
-            fields.setdefault(key.strip(), value[0].strip())
+        parts = line.split(separator, 1)
+        if len(parts) == 2:
+            fields.setdefault(parts[0].strip(), parts[1].strip())
     return fields
 
 
@@ -61,6 +75,11 @@ def children(directory: Path, pattern: str) -> list[Path]:
     except OSError:
         return []
     return sorted(found, key=lambda entry: [int(part) if part.isdecimal() else part for part in _parts(entry.name)])
+
+
+def below(root: Path, path: str) -> Path:
+    """Return where an absolute path lies under a replaced root; a ".." in it does not lead out."""
+    return root / os.path.normpath(f"/{path}").lstrip("/")
 
 
 def process_name(root: Path, pid: int) -> str | None:
@@ -93,24 +112,26 @@ def pcie_link(device: Path) -> PcieLink:
 
     A device's own `max_link_width` says 16 even in a slot wired for 4. `gen_max` is what both ends can do.
     """
-    ends = [_generation(device / "max_link_speed"), _generation(device.parent / "max_link_speed")]
+    ends = [link_generation(device / "max_link_speed"), link_generation(device.parent / "max_link_speed")]
     return PcieLink(
-        gen=_generation(device / "current_link_speed"),
+        gen=link_generation(device / "current_link_speed"),
         gen_max=min((gen for gen in ends if gen is not None), default=None),
-        width=_width(device / "current_link_width"),
-        width_max=_width(device / "max_link_width"),
-        slot_width=_width(device.parent / "max_link_width"),
+        width=link_width(device / "current_link_width"),
+        width_max=link_width(device / "max_link_width"),
+        slot_width=link_width(device.parent / "max_link_width"),
     )
 
 
-def _generation(path: Path) -> int | None:
+def link_generation(path: Path) -> int | None:
+    """Return the PCIe generation of a file such as `current_link_speed` ("16.0 GT/s PCIe" is 4), or None."""
     rate = re.match(r"\d{1,3}(\.\d)?", read_text(path, 64) or "")
     return _GENERATIONS.get(float(rate[0])) if rate else None
 
 
-def _width(path: Path) -> int | None:
+def link_width(path: Path) -> int | None:
+    """Return the lanes in a file such as `current_link_width`, None where there is no link."""
     width = read_int(path)
-    return width if width in {1, 2, 4, 8, 12, 16, 32} else None  # 0 and 255 mean that there is no link
+    return width if width in {1, 2, 4, 8, 12, 16, 32} else None  # 0 and 255: no link
 
 
 def _parts(name: str) -> list[str]:

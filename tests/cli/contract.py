@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jsonschema
+
+import mgpu
 
 from .program import Ended
 
@@ -218,6 +222,11 @@ OVERVIEW = exactly(
     version=TEXT, gpus=COUNT, llama_cpp=maybe(TEXT), vllm=maybe(TEXT), ollama=maybe(TEXT), ollama_url=maybe(TEXT)
 )
 NOTHING: Json = {"type": "null"}
+DOCTOR_ENVELOPE: Json = json.loads((Path(mgpu.__file__).parent / "doctor" / "doctor.schema.json").read_text())
+DOCTOR: Json = DOCTOR_ENVELOPE["properties"]["data"]["anyOf"][0]
+_CHECK: Json = {"id": TEXT, "area": TEXT, "tier": TEXT, "needs_root": FLAG, "fixable": FLAG, "title": TEXT}
+DOCTOR_LIST = exactly(checks=listed(exactly(**_CHECK)))
+DOCTOR_EXPLAIN = exactly(checks=listed(exactly(**_CHECK, explanation=TEXT)))
 
 EVENTS: dict[str, Json] = {
     "planned": exactly(

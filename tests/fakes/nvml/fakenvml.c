@@ -6,6 +6,7 @@
  *   gpu0.name = Tesla P40          a fact of card 0; gpu.name would be the default for all cards
  *   gpu1.temp = !15                asking card 1 for its temperature gives NVML error 15
  *   gpu1.handle = !15              card 1 cannot be opened at all
+ *   gpu0.util = 0; 97; 98          what changes: each time it is asked for, the next, and then the last again
  *   gpu0.compute = 4711:1073741824 4712:-    processes and the bytes they hold ("-": the driver does not say)
  *   gpu0.nvlink.count = 4          NVLink ports, described by nvlink.KEY or, one by one, nvlinkN.KEY
  *   topo.0.1 = 30                  the common ancestor of a pair; p2p.0.1 and p2p.nvlink.0.1 likewise
@@ -29,7 +30,7 @@ enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, 
 
 /* ---- the file ---- */
 
-static struct { char key[96], value[256]; } facts[8192];
+static struct { char key[96], value[256]; int asked; } facts[8192];
 static int fact_count, initialized;
 
 static char *trimmed(char *text) {
@@ -52,9 +53,21 @@ static void load(void) {
         *equals = 0;
         snprintf(facts[fact_count].key, sizeof facts->key, "%s", trimmed(line));
         snprintf(facts[fact_count].value, sizeof facts->value, "%s", trimmed(equals + 1));
+        facts[fact_count].asked = 0;
         fact_count++;
     }
     if (file) fclose(file);
+}
+
+/* The part of "0; 97; 98" whose turn it is. */
+static const char *in_turn(int i) {
+    static char part[256];
+    char *value = facts[i].value;
+    if (!strchr(value, ';')) return value;
+    for (int skipped = 0; skipped < facts[i].asked && strchr(value, ';'); skipped++) value = strchr(value, ';') + 1;
+    facts[i].asked++;
+    snprintf(part, sizeof part, "%.*s", (int)strcspn(value, ";"), value);
+    return trimmed(part);
 }
 
 static const char *fact(const char *format, ...) {
@@ -64,7 +77,7 @@ static const char *fact(const char *format, ...) {
     vsnprintf(key, sizeof key, format, arguments);
     va_end(arguments);
     for (int i = fact_count - 1; i >= 0; i--)
-        if (!strcmp(facts[i].key, key)) return facts[i].value;
+        if (!strcmp(facts[i].key, key)) return in_turn(i);
     return NULL;
 }
 
@@ -106,10 +119,10 @@ static int card_count(void) {
 
 Result nvmlInitWithFlags(u32 flags) {
     (void)flags;
-    load();
+    if (!initialized) load();
     const char *value = fact("sys.init");
     if (value && value[0] == '!') return atoi(value + 1);
-    initialized = 1;
+    initialized++; /* as many calls as shut it down again */
     return SUCCESS;
 }
 Result nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
@@ -117,9 +130,10 @@ Result nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
 /* $FAKE_NVML_SHUTDOWN names a file that appears when the library is shut down, for tests to see. */
 Result nvmlShutdown(void) {
     const char *path = getenv("FAKE_NVML_SHUTDOWN");
+    if (!initialized) return UNINITIALIZED;
+    if (--initialized) return SUCCESS;
     FILE *file = path ? fopen(path, "w") : NULL;
     if (file) fclose(file);
-    initialized = 0;
     return SUCCESS;
 }
 
@@ -281,11 +295,12 @@ NUMBER(nvmlDeviceGetVirtualizationMode, "virt")
 NUMBER(nvmlDeviceGetNumaNodeId, "numa")
 NUMBER(nvmlDeviceGetFanSpeed, "fan")
 NUMBER(nvmlDeviceGetMemoryBusWidth, "membus")
+NUMBER(nvmlDeviceGetRetiredPagesPendingStatus, "retired.pending")
 
-#define TWICE(function, key) /* current and pending, which are equal here */ \
+#define TWICE(function, key) /* current, and pending, which is equal where the file does not say */ \
     Result function(Device device, u32 *current, u32 *pending) { \
         Result result = number(device, key, current); \
-        if (!result) *pending = *current; \
+        if (!result && number(device, key ".pending", pending)) *pending = *current; \
         return result; \
     }
 TWICE(nvmlDeviceGetEccMode, "ecc")
@@ -314,6 +329,26 @@ Result nvmlDeviceGetTemperatureThreshold(Device device, u32 threshold, u32 *out)
 Result nvmlDeviceGetMaxClockInfo(Device device, u32 clock, u32 *out) {
     static const char *keys[] = {"clock.graphics", "clock.sm", "clock.mem", "clock.video"};
     return clock < 4 ? number(device, keys[clock], out) : INVALID_ARGUMENT;
+}
+Result nvmlDeviceGetClockInfo(Device device, u32 clock, u32 *out) {
+    static const char *keys[] = {"clock.now.graphics", "clock.now.sm", "clock.now.mem", "clock.now.video"};
+    return clock < 4 ? number(device, keys[clock], out) : INVALID_ARGUMENT;
+}
+Result nvmlDeviceGetMarginTemperature(Device device, u32 out[2]) { return number(device, "temp.margin", &out[1]); }
+Result nvmlDeviceGetTotalEccErrors(Device device, u32 type, u32 counter, u64 *out) {
+    static const char *keys[] = {"ecc.volatile", "ecc.aggregate"};
+    const char *value = type == 1 && counter < 2 ? card_fact(device, keys[counter]) : NULL;
+    if (!status(value)) *out = strtoull(value, NULL, 0);
+    return status(value);
+}
+typedef struct { u32 version; unsigned char cluster[16]; Result status; u32 clique; unsigned char state; u32 health; } Fabric;
+Result nvmlDeviceGetGpuFabricInfoV(Device device, Fabric *out) {
+    u32 state = 0, result = 0;
+    Result missing = number(device, "fabric.state", &state);
+    if (missing) return missing;
+    number(device, "fabric.status", &result);
+    out->state = (unsigned char)state, out->status = (Result)result;
+    return SUCCESS;
 }
 Result nvmlDeviceGetRemappedRows(Device device, u32 *corrected, u32 *uncorrected, u32 *pending, u32 *failure) {
     *uncorrected = *pending = *failure = 0;

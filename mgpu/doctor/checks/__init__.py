@@ -1,0 +1,1 @@
+"""Every check there is, in files by subject."""

@@ -1,0 +1,164 @@
+"""What --fix may do: only what can be undone, only for what was found, and what is said of how it went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mgpu.doctor.check import Finding, Severity
+from mgpu.doctor.diagnosis import Diagnosis
+from mgpu.doctor.fixes import Remedy, apply, fixable_ids, remedies
+from mgpu.machine.inspection import Inspection
+
+from .inspections import changed, changed_card, changed_gpu, changed_machine, changed_pci, healthy
+
+REDIRECTS = 0x1D
+PORTS = ("0000:00:01.0", "0000:00:01.1")
+
+
+def found(*ids: str, gpus: tuple[int, ...] = ()) -> Diagnosis:
+    findings = tuple(Finding(id=name, severity=Severity.warn, summary="x", gpus=gpus) for name in ids)
+    return Diagnosis(findings=findings, skipped=(), well=())
+
+
+def lines(inspection: Inspection, *ids: str, gpus: tuple[int, ...] = ()) -> list[str]:
+    return [" ".join(remedy.argv) for remedy in remedies(inspection, found(*ids, gpus=gpus))]
+
+
+CAPPED = changed_gpu(healthy(), 1, power_limit_w=300.0)
+UVM = changed(healthy(), driver={"uvm_loaded": False, "uvm_device": False})
+REDIRECTED = changed_pci(healthy(), *PORTS, acs=REDIRECTS)
+
+
+@pytest.mark.parametrize(
+    ("inspection", "finding", "expected"),
+    [
+        pytest.param(
+            changed_card(healthy(), 1, persistence=False),
+            "persistence-off",
+            ["nvidia-smi -i 0000:20:00.0 -pm 1"],
+            id="persistence of the one card that lacks it",
+        ),
+        pytest.param(CAPPED, "power-capped", ["nvidia-smi -i 0000:20:00.0 -pl 450"], id="a limit back to its default"),
+        pytest.param(healthy(), "power-capped", [], id="no limit where all have their default"),
+        pytest.param(
+            changed_card(CAPPED, 1, power_default_w=None), "power-capped", [], id="no limit where none is known"
+        ),
+        pytest.param(
+            changed_card(CAPPED, 1, power_max_w=400.0), "power-capped", [], id="no limit above what the card takes"
+        ),
+        pytest.param(
+            changed_card(healthy(), 0, compute_mode=3),
+            "compute-mode",
+            ["nvidia-smi -i 0000:10:00.0 -c 0"],
+            id="a card for several processes",
+        ),
+        pytest.param(UVM, "uvm-missing", ["modprobe nvidia_uvm", "nvidia-modprobe -c0 -u"], id="CUDA's module"),
+        pytest.param(
+            REDIRECTED,
+            "acs-redirect",
+            [f"setpci -s {port} ECAP_ACS+6.w=0000" for port in PORTS],
+            id="both bridges between two cards",
+        ),
+        pytest.param(
+            changed_pci(healthy(), *PORTS, acs=0x01), "acs-redirect", [], id="no bridge that redirects nothing"
+        ),
+        pytest.param(changed_pci(healthy(), *PORTS, acs=None), "acs-redirect", [], id="no bridge that was not read"),
+        pytest.param(changed_pci(healthy(1), PORTS[0], acs=REDIRECTS), "acs-redirect", [], id="no bridge of one card"),
+        pytest.param(healthy(), "iommu-translated", [], id="nothing for what only the boot can change"),
+        pytest.param(
+            changed(healthy(), cards=()), "persistence-off", [], id="nothing for cards of which nothing is known"
+        ),
+    ],
+)
+def test_a_finding_has_its_commands(inspection: Inspection, finding: str, expected: list[str]) -> None:
+    assert lines(inspection, finding) == expected
+
+
+def test_only_the_cards_of_the_finding_are_touched() -> None:
+    both = changed_card(changed_card(healthy(), 0, compute_mode=3), 1, compute_mode=3)
+    assert lines(both, "compute-mode", gpus=(1,)) == ["nvidia-smi -i 0000:20:00.0 -c 0"]
+
+
+def test_two_findings_with_the_same_command_have_it_once() -> None:
+    assert lines(REDIRECTED, "p2p-grant-unsafe", "acs-redirect") == lines(REDIRECTED, "acs-redirect")
+
+
+@pytest.mark.parametrize(
+    ("inspection", "why"),
+    [
+        pytest.param(changed(REDIRECTED, host={"vfio_in_use": True}), "virtual machine", id="vfio is in use"),
+        pytest.param(changed(REDIRECTED, host={"vfio_in_use": None}), "could not be read", id="vfio is unknown"),
+        pytest.param(
+            changed_pci(REDIRECTED, "0000:10:00.0", driver="vfio-pci"), "virtual machine", id="a card is passed on"
+        ),
+        pytest.param(
+            changed_machine(REDIRECTED, host={"virtualisation": "kvm"}), "virtual machine", id="inside a guest"
+        ),
+    ],
+)
+def test_acs_is_left_alone_where_something_may_depend_on_it(inspection: Inspection, why: str) -> None:
+    refused = remedies(inspection, found("acs-redirect"))
+    assert len(refused) == 2
+    for remedy in refused:
+        outcome = apply(remedy, root=True)
+        assert outcome.result == "refused"
+        assert why in (outcome.detail or "")
+
+
+def test_every_remedy_says_how_it_is_undone() -> None:
+    everything = changed(
+        changed_card(changed_card(CAPPED, 0, compute_mode=3), 0, persistence=False),
+        driver={"uvm_loaded": False, "uvm_device": False},
+        pci=REDIRECTED.pci,
+    )
+    made = remedies(everything, found(*fixable_ids()))
+    assert {remedy.id for remedy in made} == set(fixable_ids()) - {"p2p-grant-unsafe"}
+    assert all(remedy.undo and remedy.does for remedy in made)
+    assert f"ECAP_ACS+6.w={REDIRECTS:04x}" in next(each.undo for each in made if each.argv[0] == "setpci")
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs that stand in for sudo and nvidia-smi."""
+    for name, text in {
+        "sudo": 'printf "%s\\n" "$*" >> calls; exec "$@"\n',
+        "-n": 'exec "$@"\n',
+        "works": "exit 0\n",
+        "breaks": "echo first; printf 'Insufficient\\033 permissions\\nand more\\n' >&2; exit 4\n",
+        "mute": "exit 3\n",
+    }.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\ncd {tmp_path}\n{text}")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("program", "result", "detail"),
+    [
+        pytest.param("works", "done", None, id="it works"),
+        pytest.param("breaks", "failed", "Insufficient", id="it fails and says why"),
+        pytest.param("mute", "failed", "exit status 3", id="it fails without a word"),
+        pytest.param("absent", "failed", "absent: No such file", id="it is not there"),
+    ],
+)
+def test_what_became_of_a_command_is_told(programs: Path, program: str, result: str, detail: str | None) -> None:
+    remedy = Remedy(id="x", does="does", argv=(program, "-i", "a b; rm -rf /"), undo="undo")
+    outcome = apply(remedy, root=True)
+    assert outcome.result == result
+    assert (detail is None) == (outcome.detail is None)
+    assert (detail or "") in (outcome.detail or "")
+    assert (outcome.detail or "").isprintable()
+    assert not (programs / "calls").exists()
+
+
+def test_without_root_sudo_is_used_and_no_shell(programs: Path) -> None:
+    remedy = Remedy(id="x", does="does", argv=("works", "a b; touch harm"), undo="undo")
+    assert remedy.shown(root=False) == "sudo works 'a b; touch harm'"
+    assert apply(remedy, root=False).result == "done"
+    assert apply(remedy, root=False, ask_password=False).result == "done"
+    assert (programs / "calls").read_text().splitlines() == ["works a b; touch harm", "-n works a b; touch harm"]
+    assert not (programs / "harm").exists()
