@@ -244,7 +244,7 @@ def find_way(
         remarks.append(f"the memory that {', '.join(arguments.unplanned)} takes is not in the plan")
     stray = load_backend(backend).environment()[1]
     if stray and not simulated:
-        remarks.append(f"not passed to the engine: {', '.join(stray)}; give its own flags after --")
+        remarks.append(f"not passed to the engine, since it would change the plan: {', '.join(stray)}")
     if wants.tensor_split and len(wants.tensor_split) != len(gpus):
         raise UsageError(
             f"--tensor-split has {len(wants.tensor_split)} proportions for {len(gpus)} cards",
