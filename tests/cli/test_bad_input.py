@@ -236,7 +236,7 @@ def test_what_cannot_be_run_is_explained(
     ("variables", "exit_code", "message", "hint"),
     [
         pytest.param({"MGPU_LLAMA_SERVER": "{files}/nothing"}, 3, "not a program", "unset", id="an engine that is not"),
-        pytest.param({"MGPU_LLAMA_SERVER": "{files}/folder"}, 3, "not a program", "unset", id="an engine's folder"),
+        pytest.param({"MGPU_LLAMA_SERVER": "{files}/folder"}, 3, "a folder without", "unset", id="an engine's folder"),
         pytest.param(
             {"MGPU_LLAMA_SERVER": "{files}/unrunnable"}, 3, "not a program", "unset", id="an unrunnable engine"
         ),

@@ -218,7 +218,7 @@ def test_a_key_reaches_the_engine_and_nobody_else(on_two: Mgpu, model: Path, var
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
     assert request(url, "/v1/chat/completions", body)[0] == 401
     assert request(url, "/v1/chat/completions", body, key=SECRET)[0] == 200
-    listed = subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "args="], capture_output=True, text=True, check=True).stdout
     assert SECRET not in listed
     assert settings_of(running.engine_pid())["VLLM_API_KEY"] == SECRET
     ended = running.end(signal.SIGINT)

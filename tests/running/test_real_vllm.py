@@ -130,7 +130,7 @@ def serve_until_killed(program: str, folder: str) -> None:
 def members(group: int) -> list[str]:
     """The commands of the processes in a group; of those that are gone for good, none."""
     listed = subprocess.run(
-        ["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     rows = (line.split(None, 2) for line in listed)
     return [row[2] for row in rows if row[0] == str(group) and row[1][0] not in "ZX"]
