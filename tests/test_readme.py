@@ -12,14 +12,15 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
-CONSOLE = re.findall(r"```console\n\$ (mgpu plan [^\n]+)\n(.+?)```", README, re.DOTALL)
+CONSOLE = re.findall(r"```console\n\$ (mgpu (?:plan|doctor) [^\n]+)\n(.+?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize(("command", "shown"), [pytest.param(*block, id=block[0]) for block in CONSOLE])
-def test_a_plan_prints_what_the_readme_shows(command: str, shown: str) -> None:
+def test_a_command_prints_what_the_readme_shows(command: str, shown: str) -> None:
     printed = subprocess.run(
         [sys.executable, "-m", *command.split()],
         env={**os.environ, "COLUMNS": "100"},
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,
@@ -27,13 +28,14 @@ def test_a_plan_prints_what_the_readme_shows(command: str, shown: str) -> None:
     assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
 
 
-def test_the_readme_shows_plans_that_fit_and_that_do_not() -> None:
-    assert [shown.split("   ")[0] for _, shown in CONSOLE] == ["FITS", "DOES NOT FIT"]
+def test_the_readme_shows_plans_that_fit_and_that_do_not_and_a_diagnosis() -> None:
+    assert [shown.split("   ")[0] for command, shown in CONSOLE if "plan" in command] == ["FITS", "DOES NOT FIT"]
+    assert [shown.rstrip().splitlines()[-1][:6] for command, shown in CONSOLE if "doctor" in command] == ["1 fail"]
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z-]+)", README)) - {"--help"}))
 def test_every_option_of_the_readme_exists(option: str) -> None:
-    assert any(option in help_of(command) for command in ("run", "plan"))
+    assert any(option in help_of(command) for command in ("run", "plan", "doctor"))
 
 
 def help_of(command: str) -> str:

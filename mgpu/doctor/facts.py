@@ -11,6 +11,8 @@ from mgpu.machine.snapshot import Gpu
 from mgpu.units import MIB
 
 BUSY_PERCENT = 50
+# Of its power limit, what no card draws at rest.
+BUSY_SHARE = 0.4
 _LONGEST_REASON = 160
 _MOST_NAMED = 4
 # What NVIDIA's driver keeps for itself: 450 to 640 MiB where it was read.
@@ -51,7 +53,7 @@ def is_busy(reading: Readings, limit_w: float | None) -> bool | None:
     if reading.utilisation_percent is not None and reading.utilisation_percent >= BUSY_PERCENT:
         return True
     if reading.pstate is not None and reading.power_w is not None and limit_w:
-        return reading.pstate <= 2 and reading.power_w > 0.4 * limit_w
+        return reading.pstate <= 2 and reading.power_w > BUSY_SHARE * limit_w
     return None if reading.utilisation_percent is None else False
 
 

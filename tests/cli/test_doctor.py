@@ -156,6 +156,15 @@ def test_every_check_is_shown_on_demand(mgpu: Mgpu, saved: Saved) -> None:
     assert all(re.search(rf"(?m)^      ok   {name}: ", out) for name in well)
 
 
+def test_a_machine_without_a_card_needs_no_driver_and_is_not_praised_for_it(mgpu: Mgpu, saved: Saved) -> None:
+    path = saved(changed(bare(), engines=ENGINES))
+    out = mgpu("doctor", "--replay", path).out
+    assert re.search(r"(?m)^\[i\] Driver +none needed: no NVIDIA card$", out)
+    data = diagnosis(mgpu("doctor", "--replay", path, "--json").json)
+    here = [each for each in data["checks"] if each["result"] == "ok" and each["area"] in ("Host", "Engines")]
+    assert f" {len(here)} ok." in out.splitlines()[-1]
+
+
 def test_only_what_was_asked_for_is_looked_at(mgpu: Mgpu, saved: Saved) -> None:
     ended = mgpu("doctor", "--replay", saved(HANGING), "--only", "shm-small,iommu-translated", "--json")
     data = diagnosis(ended.json)

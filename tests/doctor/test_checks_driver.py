@@ -96,6 +96,13 @@ IN_DOCKER = {"visible_devices": "all"}
         pytest.param(driver_not_loaded, bare(driver={"nvml_error": 9}), {}, "", id="no card on the bus needs none"),
         pytest.param(
             driver_not_loaded,
+            bare(driver={"nvml_error": 999}),
+            {},
+            "fail",
+            id="a driver that refuses, whatever the bus says",
+        ),
+        pytest.param(
+            driver_not_loaded,
             changed_machine(bare(container=IN_DOCKER), host={"container": "docker"}),
             {},
             "fail",

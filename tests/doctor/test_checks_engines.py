@@ -184,4 +184,4 @@ def test_the_next_size_that_works_is_the_fix() -> None:
 def test_equal_cards_are_named_for_vllm() -> None:
     three = changed_gpu(healthy(3), 1, total_bytes=12 * 1024**3)
     (finding,) = settings.mixed_gpus.run(three, Purpose(backend="vllm", tensor_parallel=3))
-    assert "vLLM: CUDA_VISIBLE_DEVICES=0,2" in getattr(finding, "fix", ())
+    assert "export CUDA_VISIBLE_DEVICES=0,2  # for vLLM" in getattr(finding, "fix", ())

@@ -38,6 +38,20 @@ def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> In
         pytest.param("vram-in-use", taken(700 * MIB, DESKTOP), VLLM, ["info 0"], id="a desktop"),
         pytest.param("vram-in-use", taken(3 * GIB), Purpose(), ["warn 0"], id="3 GiB that no process has"),
         pytest.param(
+            "vram-in-use",
+            changed_machine(taken(3 * GIB), host={"container": "lxc"}),
+            Purpose(),
+            ["info 0"],
+            id="what others hold outside of a container",
+        ),
+        pytest.param(
+            "vram-in-use",
+            changed_gpu(taken(3 * GIB), 0, power_w=188.0, power_limit_w=350.0),
+            Purpose(),
+            ["info 0"],
+            id="a card that draws power has somebody",
+        ),
+        pytest.param(
             "vram-in-use", taken(2 * GIB, display=True), Purpose(), ["info 0"], id="a desktop's share is no mystery"
         ),
         pytest.param(
@@ -111,8 +125,15 @@ def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> In
             "disk-models",
             changed_machine(disk(rotational=True), host={"virtualisation": "kvm"}),
             Purpose(),
+            [],
+            id="a virtual disk says at random that it turns",
+        ),
+        pytest.param(
+            "disk-models",
+            changed_machine(disk(rotational=True), host={"container": "docker"}),
+            Purpose(),
             ["info"],
-            id="a virtual disk says it turns",
+            id="a hard disk below a container",
         ),
         pytest.param("disk-models", disk(free_bytes=None), Purpose(), ["skip"], id="free space unread"),
     ],

@@ -136,4 +136,4 @@ def test_a_riser_under_load_at_gen_1_is_one_finding() -> None:
 def test_the_cards_without_the_riser_are_named() -> None:
     (finding,) = pcie_x1_riser.run(width(2), Purpose(tensor_parallel=2))
     assert isinstance(finding, Finding)
-    assert finding.fix[-1] == "without it: CUDA_VISIBLE_DEVICES=0"
+    assert finding.fix[-1] == "export CUDA_VISIBLE_DEVICES=0  # leaves it out"

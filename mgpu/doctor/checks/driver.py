@@ -30,7 +30,7 @@ def no_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.info,
             summary="no GPU found: models run on the processor; try others with --machine 2x4090",
             evidence=(Evidence(path="/sys/bus/pci/devices", value="no display controller of NVIDIA, AMD or Intel"),),
-            fix=("if a card is fitted: check its seat and power cables, then: lspci -nn | grep -Ei 'vga|3d'",),
+            fix=("lspci -nn | grep -Ei 'vga|3d'  # not listed: check the card's seat and power cables",),
         )
 
 
@@ -53,7 +53,7 @@ def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
                 *_seen("/sys/module/nvidia/version", driver.loaded_version),
                 *_seen("libnvidia-ml.so.1", driver.library_version),
             ),
-            fix=("sudo reboot", f"or, with all GPU programs stopped: {_RELOAD}"),
+            fix=("sudo reboot", f"{_RELOAD}  # instead, once all GPU programs are stopped"),
         )
     elif not _nvidia(inspection) or driver.nvml_error in (_NOT_LOADED, _NO_LIBRARY) or inspection.host.wsl:
         return
@@ -84,10 +84,12 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
     Read from NVML (9: no module, 12: no library), the driver each card is bound to on the PCI bus, the kernel's log and
     Secure Boot's state. A failure, with the cause named: nouveau holds the card, vfio-pci keeps it for virtual
     machines, Secure Boot refused a module signed with an unknown key, there is no module for this kernel, or it is
-    merely not loaded. Without any card on the bus this is no finding.
+    merely not loaded. Without any card on the bus this is no finding; a driver that is there and answers with another
+    error is a failure everywhere.
     """
     driver, bus = inspection.driver, nvidia_on_bus(inspection)
-    if not (bus or _promised(inspection)) or driver.nvml_error in (0, _LIBRARY_MISMATCH):
+    refuses = driver.nvml_error not in (None, _NOT_LOADED, _NO_LIBRARY)  # so there is a driver, whatever the bus says
+    if not (bus or refuses or _promised(inspection)) or driver.nvml_error in (0, _LIBRARY_MISMATCH):
         return
     if driver.nvml_error is None:
         yield Skip(reason="NVML could not be asked whether the driver is loaded")
@@ -98,7 +100,7 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
                 severity=Severity.fail,
                 summary=f"the NVIDIA driver does not answer: NVML ends with error {driver.nvml_error}",
                 evidence=(Evidence(path="nvmlInit", value=str(driver.nvml_error)),),
-                fix=("ls -l /dev/nvidia*   (may this user read and write them?)", "sudo reboot"),
+                fix=("ls -l /dev/nvidia*  # may this user read and write them?", "sudo reboot"),
             )
         return
     if bus and all(is_too_old(each, inspection) for each in bus):
@@ -135,7 +137,7 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
             severity=Severity.warn,
             summary=f"{len(inspection.machine.gpus)} GPUs are here, {purpose.expected_gpus} are expected",
             evidence=(Evidence(path="mgpu gpus", value=f"{len(inspection.machine.gpus)} GPUs"),),
-            fix=("check the seat and the power cables of the missing card, then: lspci -nn | grep -i nvidia",),
+            fix=("lspci -nn | grep -i nvidia  # not listed: check the card's seat and power cables",),
         )
     if inspection.driver.nvml_error != 0 or in_container(inspection):
         return
@@ -164,7 +166,7 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
         )[:6],
         fix=(
             "BIOS: enable Above 4G Decoding and Re-Size BAR",
-            "sudo dmesg | grep -E 'NVRM|RmInitAdapter' names the reason; reseat the card if nothing is there",
+            "sudo dmesg | grep -E 'NVRM|RmInitAdapter'  # names the reason; reseat the card if nothing is there",
         ),
     )
 
@@ -192,7 +194,10 @@ def uvm_missing(inspection: Inspection, _purpose: Purpose) -> Said:
             fix=(
                 ("pass /dev/nvidia-uvm and /dev/nvidiactl to the container",)
                 if in_container(inspection)
-                else ("sudo nvidia-modprobe -c0 -u", "after suspend: sudo rmmod nvidia_uvm && sudo modprobe nvidia_uvm")
+                else (
+                    "sudo nvidia-modprobe -c0 -u",
+                    "sudo rmmod nvidia_uvm && sudo modprobe nvidia_uvm  # after suspend",
+                )
             ),
         )
 
@@ -233,7 +238,7 @@ def _why_not_loaded(inspection: Inspection, bus: tuple[PciDevice, ...]) -> tuple
     driver, log = inspection.driver, inspection.host.log
     bound = {each.driver for each in bus}
     if in_container(inspection):
-        return "the container was not given it", ("docker run --gpus all …", "on the host: mgpu doctor")
+        return "the container was not given it", ("docker run --gpus all IMAGE", "mgpu doctor  # on the host")
     if "nouveau" in bound:
         return "nouveau holds the card", (
             "echo 'blacklist nouveau' | sudo tee /etc/modprobe.d/blacklist-nouveau.conf",
@@ -246,13 +251,13 @@ def _why_not_loaded(inspection: Inspection, bus: tuple[PciDevice, ...]) -> tuple
     if any(entry.kind == "key" for entry in log) or (driver.secure_boot and driver.on_disk):
         return "Secure Boot refused its signature", (
             "sudo mokutil --import /var/lib/shim-signed/mok/MOK.der",
-            "sudo reboot, and choose Enroll MOK",
+            "sudo reboot  # and choose Enroll MOK",
         )
     if driver.on_disk_version or driver.on_disk:
         return "its module is installed, but not loaded", ("sudo modprobe nvidia && sudo nvidia-modprobe -c0 -u",)
     return "no module for this kernel", (
         "sudo apt install linux-headers-$(uname -r) && sudo dkms autoinstall",
-        "not installed at all: sudo ubuntu-drivers install, then sudo reboot",
+        "sudo ubuntu-drivers install && sudo reboot  # where no driver is installed at all",
     )
 
 

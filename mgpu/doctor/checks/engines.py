@@ -54,7 +54,7 @@ def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
             severity=Severity.warn,
             summary="no engine is installed: neither llama.cpp nor vLLM nor Ollama",
             evidence=tuple(Evidence(path=name, value="not found") for name in _INSTALL),
-            fix=(_INSTALL["llama.cpp"], f"or: {_INSTALL['vllm']}", f"or: {_INSTALL['ollama']}"),
+            fix=(_INSTALL["llama.cpp"], f"{_INSTALL['vllm']}  # instead", f"{_INSTALL['ollama']}  # instead"),
         )
 
 

@@ -34,7 +34,7 @@ def memlock(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.info,
             summary="little memory may be locked, which only --mlock and InfiniBand want",
             evidence=(Evidence(path="RLIMIT_MEMLOCK", value=f"{limit // 1024} KiB"),),
-            fix=("LimitMEMLOCK=infinity in the unit, or docker run --ulimit memlock=-1 --cap-add IPC_LOCK …",),
+            fix=("LimitMEMLOCK=infinity in the unit, or docker run --ulimit memlock=-1 --cap-add IPC_LOCK",),
         )
 
 
@@ -145,8 +145,8 @@ def port_exposed(inspection: Inspection, purpose: Purpose) -> Said:
     """A port that is taken, or an engine that the whole network reaches.
 
     Read: /proc/net/tcp and tcp6.
-    Rule: warn when the port that is wanted is listened on; info when an engine's usual port (8000, 8080, 11434) is
-    open on all addresses.
+    Rule: info when the port that is wanted is listened on, for mgpu run takes the next free one; info when an engine's
+    usual port (8000, 8080, 11434) is open on all addresses.
     Why: engines answer anyone who reaches them, and ports that Docker publishes pass by ufw.
     Do: another --port; --host 127.0.0.1, OLLAMA_HOST=127.0.0.1, docker run -p 127.0.0.1:8000:8000.
     """
@@ -157,10 +157,10 @@ def port_exposed(inspection: Inspection, purpose: Purpose) -> Said:
     taken = sorted({listener.port for listener in host.listeners})
     if purpose.port is not None and purpose.port in taken:
         yield Finding(
-            severity=Severity.warn,
-            summary=f"port {purpose.port} is taken by another program",
+            severity=Severity.info,
+            summary=f"port {purpose.port} is taken by another program; mgpu run takes the next free one",
             evidence=(Evidence(path="/proc/net/tcp", value=f"port {purpose.port} in state LISTEN"),),
-            fix=(f"ss -ltnp 'sport = :{purpose.port}' shows by which", "or choose another with --port"),
+            fix=(f"ss -ltnp 'sport = :{purpose.port}'  # shows by which",),
         )
     wide = sorted({listener.port for listener in host.listeners if listener.everywhere})
     for port in (port for port in wide if port in (*_ENGINES_PORTS, purpose.port)):

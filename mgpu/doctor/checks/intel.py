@@ -36,7 +36,7 @@ def intel_xe(inspection: Inspection, _purpose: Purpose) -> Said:
             if passed_on
             else f"no driver has the Intel card {each.address}",
             evidence=(Evidence(path=f"/sys/bus/pci/devices/{each.address}/driver", value=each.driver or "none"),),
-            fix=() if passed_on else ("sudo modprobe xe", "Arc B-series: Linux 6.12 or later"),
+            fix=() if passed_on else ("sudo modprobe xe", "Arc B-series need Linux 6.12 or later"),
             needs_root=not passed_on,
         )
     driven = [each for each in cards if each not in unbound]
@@ -71,7 +71,7 @@ def _access(inspection: Inspection) -> Said:
             severity=Severity.fail,
             summary="you may not open /dev/dri/renderD*, so engines see no Intel card",
             evidence=(Evidence(path="/dev/dri/renderD*", value="permission denied"),),
-            fix=("docker run --device /dev/dri …",)
+            fix=("docker run --device /dev/dri IMAGE",)
             if in_container(inspection)
             else ("sudo usermod -aG render $USER", "log out and in again"),
             needs_root=True,

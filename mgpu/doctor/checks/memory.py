@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
-from mgpu.doctor.facts import in_use_bytes, named, unread, usable_cards
+from mgpu.doctor.facts import BUSY_PERCENT, BUSY_SHARE, in_use_bytes, named, unread, usable_cards
 from mgpu.machine.inspection import DiskSpace, Inspection
-from mgpu.machine.layout import health
+from mgpu.machine.layout import health, in_container
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import GIB, MIB, gib
 
@@ -22,8 +22,9 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
     """Memory of a card that is taken before anything starts.
 
     Read: the card's total and free memory without what the driver reserves, and the processes that NVML lists.
-    Rule: warn when over 1 GiB is taken that no listed process accounts for (a zombie, or another container); warn
-    above 10 % in use when an engine is named that is to have the cards, else info from 256 MiB.
+    Rule: warn when over 1 GiB is taken that no listed process accounts for, of a card at rest (a zombie); info in
+    a container and of a card that works, where somebody has it who cannot be seen from here. Warn above 10 % in use
+    when an engine is named that is to have the cards, else info from 256 MiB.
     Why: vLLM ends at once when less is free than its share of the card, the most common failure on local machines.
     Do: end the processes that are named; sudo fuser -v /dev/nvidia* finds those that NVML does not list.
     """
@@ -33,20 +34,28 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
         if used is None:
             unknown.append(gpu.index)
             continue
-        finding = _taken(gpu, used, wanted=purpose.backend is not None or purpose.weights_bytes is not None)
+        wanted = purpose.backend is not None or purpose.weights_bytes is not None
+        finding = _taken(gpu, used, wanted=wanted, elsewhere=in_container(inspection) or _works(gpu))
         if finding:
             yield finding
     if unknown:
         yield unread(inspection, "memory in use", "MemoryInfo", "mem_info", of=unknown)
 
 
-def _taken(gpu: Gpu, used: int, *, wanted: bool) -> Finding | None:
+def _works(gpu: Gpu) -> bool:
+    """Whether the card draws more than one at rest does, or computes."""
+    drawn, limit = gpu.power_w, gpu.power_limit_w
+    return (gpu.utilisation_percent or 0) >= BUSY_PERCENT or bool(drawn and limit and drawn > BUSY_SHARE * limit)
+
+
+def _taken(gpu: Gpu, used: int, *, wanted: bool, elsewhere: bool) -> Finding | None:
     if used < _WORTH_SAYING_BYTES:
         return None
     sizes = [process.bytes for process in gpu.used_by]
     hidden = used - sum(size or 0 for size in sizes)
     # The desktop's own share and what a process will not tell are no mystery.
-    mysterious = gpu.vendor == "nvidia" and hidden > GIB and None not in sizes and not gpu.display
+    unlisted = gpu.vendor == "nvidia" and hidden > GIB and None not in sizes and not gpu.display
+    mysterious = unlisted and not elsewhere
     large = bool(gpu.total_bytes) and used > 0.1 * (gpu.total_bytes or 0)
     processes = tuple(
         Evidence(
@@ -55,14 +64,14 @@ def _taken(gpu: Gpu, used: int, *, wanted: bool) -> Finding | None:
         )
         for process in gpu.used_by
     )
-    what = f"{gib(hidden)} of {named([gpu.index])} are taken by no process that is listed"
+    what = f"{gib(hidden)} of {named([gpu.index])} are taken by no process that can be seen from here"
     return Finding(
         severity=Severity.warn if mysterious or (large and wanted) else Severity.info,
-        summary=what if mysterious else f"{gib(used)} of {named([gpu.index])} are in use",
+        summary=what if unlisted else f"{gib(used)} of {named([gpu.index])} are in use",
         evidence=(Evidence(path=f"memory of GPU{gpu.index}", value=f"{gib(used)} in use"), *processes[:8]),
-        fix=("sudo fuser -v /dev/nvidia*",) if mysterious else tuple(f"kill {each.pid}" for each in gpu.used_by[:8]),
+        fix=("sudo fuser -v /dev/nvidia*",) if unlisted else tuple(f"kill {each.pid}" for each in gpu.used_by[:8]),
         gpus=(gpu.index,),
-        needs_root=mysterious,
+        needs_root=unlisted,
     )
 
 
@@ -84,7 +93,10 @@ def display_on_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
                 severity=Severity.info,
                 summary=f"{named([gpu.index])} shows the desktop{taken}",
                 evidence=(Evidence(path=f"nvmlDeviceGetDisplayActive({gpu.index})", value="1"),),
-                fix=("plug the monitor into the mainboard, or: sudo systemctl set-default multi-user.target",),
+                fix=(
+                    "plug the monitor into the mainboard",
+                    "sudo systemctl set-default multi-user.target  # instead: no desktop after the next start",
+                ),
                 gpus=(gpu.index,),
             )
     if unknown := [gpu.index for gpu in cards if gpu.display is None]:
@@ -155,7 +167,7 @@ def ram_swap(inspection: Inspection, purpose: Purpose) -> Said:
             severity=Severity.info if pressure is None else Severity.warn,
             summary=f"{gib(used)} of {gib(total)} of swap are in use{waiting}",
             evidence=_memory(inspection),
-            fix=("ps aux --sort=-rss | head shows who has the memory",),
+            fix=("ps aux --sort=-rss | head  # shows who has the memory",),
         )
     vram = sum(gpu.total_bytes or 0 for gpu in usable_cards(inspection))
     if total == 0 and ram is not None and ram < vram:
@@ -189,7 +201,8 @@ def disk_models(inspection: Inspection, purpose: Purpose) -> Said:
 
     Read: statvfs of the folders that models are kept in, the file system's type, /sys/block/*/queue/rotational.
     Rule: fail when less is free than 1.1 times the weights that the named engine still has to fetch; warn under 20 GiB,
-    on a network file system, or on a disk that turns (info in a virtual machine, whose disks say so at random).
+    on a network file system, or on a disk that turns (info in a container, nothing in a virtual machine: its disks say
+    so at random).
     Why: every start reads all weights: 40 GB take 10 s from NVMe, 4 minutes from a hard disk.
     Do: point HF_HOME, OLLAMA_MODELS or mgpu's folder to another disk.
     """
@@ -227,9 +240,10 @@ def _slow(disk: DiskSpace, inspection: Inspection) -> Said:
     remote = kind.startswith(_NETWORK_FILE_SYSTEMS)
     if not remote and not disk.rotational:
         return
-    virtual = inspection.machine.host.virtualisation not in (None, "none")
+    if not remote and inspection.machine.host.virtualisation != "none":
+        return
     yield Finding(
-        severity=Severity.info if virtual and not remote else Severity.warn,
+        severity=Severity.info if in_container(inspection) and not remote else Severity.warn,
         summary=f"the {disk.role[:40]} is on {'the network (' + kind[:12] + ')' if remote else 'a disk that turns'}",
         evidence=(Evidence(path=disk.path, value=kind if remote else "rotational = 1"),),
         fix=(_move(disk),),

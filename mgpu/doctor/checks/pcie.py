@@ -98,7 +98,7 @@ def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
             unknown.append(gpu.index)
         elif width <= _RISER_LANES and (gpu.pcie.width_max or 16) > width:
             said = "too slow to cut a model over it" if _cutting(purpose) else "loading is slow, decoding is not"
-            without = (f"without it: CUDA_VISIBLE_DEVICES={','.join(map(str, others))}",) if others else ()
+            without = (f"export CUDA_VISIBLE_DEVICES={','.join(map(str, others))}  # leaves it out",) if others else ()
             yield Finding(
                 severity=Severity.fail if _cutting(purpose) else Severity.warn,
                 summary=f"GPU{gpu.index} has {width} PCIe lane{'s' * (width > 1)}: {said}",

@@ -15,7 +15,7 @@ _PASS_THROUGH = (
     "add iommu=pt to GRUB_CMDLINE_LINUX_DEFAULT in /etc/default/grub",
     "sudo update-grub && sudo reboot",
 )
-_WITHOUT_PEERS = "until then: export NCCL_P2P_DISABLE=1, and vllm serve --disable-custom-all-reduce"
+_WITHOUT_PEERS = "export NCCL_P2P_DISABLE=1  # until then, and vLLM with --disable-custom-all-reduce"
 
 
 @check("p2p-grant-unsafe", Area.p2p, "A")
@@ -61,7 +61,7 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
             fix=(
                 *(_PASS_THROUGH if translated else ()),
                 *(_acs_off(inspection, found) if redirected else ()),
-                *(("whether ACS redirects too: sudo mgpu doctor --only acs-redirect",) if redirected is None else ()),
+                *(("sudo mgpu doctor --only acs-redirect  # whether ACS redirects too",) if redirected is None else ()),
                 _WITHOUT_PEERS,
             ),
             gpus=_members(found),
@@ -216,7 +216,7 @@ def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
             fix=(
                 "mgpu doctor --probe",
                 "vllm serve --disable-custom-all-reduce",
-                "if it hangs: export NCCL_P2P_DISABLE=1",
+                "export NCCL_P2P_DISABLE=1  # if it hangs",
             ),
             gpus=_members(found),
             confidence="inferred",
@@ -247,7 +247,10 @@ def vllm_p2p_cache_stale(inspection: Inspection, purpose: Purpose) -> Said:
                 Evidence(path="~/.cache/vllm/gpu_p2p_access_cache_for_*.json", value=f"{seconds(age_s)} old"),
                 Evidence(path="since boot", value=seconds(max(boot_s, 0))),
             ),
-            fix=("rm ~/.cache/vllm/gpu_p2p_access_cache_for_*.json", "then start vLLM once with VLLM_SKIP_P2P_CHECK=0"),
+            fix=(
+                "rm ~/.cache/vllm/gpu_p2p_access_cache_for_*.json",
+                "export VLLM_SKIP_P2P_CHECK=0  # for the next start of vLLM",
+            ),
         )
 
 

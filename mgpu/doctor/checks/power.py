@@ -106,7 +106,7 @@ def hw_slowdown(inspection: Inspection, _purpose: Purpose) -> Said:
                 evidence=_events(gpu, card),
                 fix=(
                     "power off, seat the power plugs (12VHPWR up to the stop), one cable for each socket",
-                    f"until then: {_lower_limit(gpu, card)}",
+                    f"{_lower_limit(gpu, card)}  # until then",
                 ),
                 gpus=(gpu.index,),
             )
@@ -189,7 +189,7 @@ def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
                     Evidence(path=f"power limit of GPU{gpu.index}", value=f"{share:.0%} of the default")
                     for share, gpu in same
                 ),
-                fix=("sudo nvidia-smi -pl WATTS (without -i it sets all cards alike)",),
+                fix=("sudo nvidia-smi -pl WATTS  # without -i it sets all cards alike",),
                 gpus=tuple(slow),
             )
     if unknown:
@@ -231,7 +231,10 @@ def psu_budget(inspection: Inspection, purpose: Purpose) -> Said:
             severity=Severity.fail if total_w > supply_w else Severity.warn,
             summary=f"cards and {others} may draw {total_w:.0f} of {supply_w} W",
             evidence=evidence,
-            fix=(f"sudo nvidia-smi -pl WATTS on each card, or a supply of {total_w / 0.8:.0f} W",),
+            fix=(
+                "sudo nvidia-smi -pl WATTS  # on each card",
+                f"or a power supply of {total_w / 0.8:.0f} W",
+            ),
             confidence="inferred",
         )
     elif supply_w and processor_w is None and cards:
@@ -317,7 +320,7 @@ def idle_power_stuck(inspection: Inspection, _purpose: Purpose) -> Said:
                 severity=Severity.info,
                 summary=f"{named([gpu.index])} stays at full clocks while its model waits",
                 evidence=(Evidence(path=f"nvmlDeviceGetPowerUsage({gpu.index})", value=f"{gpu.power_w} W at P0"),),
-                fix=("mgpu stop NAME when the model is not needed",),
+                fix=("end the engine while the model is not needed",),
                 gpus=(gpu.index,),
             )
     if unknown:

@@ -109,7 +109,7 @@ def _advice(groups: Sequence[Sequence[Gpu]], ratio: str) -> tuple[str, ...]:
     llama = f"llama.cpp: --tensor-split {ratio}"
     if len(equal) < 2:
         return (llama,)
-    return (f"vLLM: CUDA_VISIBLE_DEVICES={','.join(str(gpu.index) for gpu in equal)}", llama)
+    return (f"export CUDA_VISIBLE_DEVICES={','.join(str(gpu.index) for gpu in equal)}  # for vLLM", llama)
 
 
 @check("device-order", Area.gpus, "B")

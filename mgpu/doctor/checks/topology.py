@@ -134,7 +134,11 @@ def pcie_chipset(inspection: Inspection, purpose: Purpose) -> Said:
             ),
             fix=(
                 "move the card to a slot of the processor",
-                *((f"or use the others: CUDA_VISIBLE_DEVICES={','.join(map(str, better[0]))}",) if better else ()),
+                *(
+                    (f"export CUDA_VISIBLE_DEVICES={','.join(map(str, better[0]))}  # uses the others instead",)
+                    if better
+                    else ()
+                ),
             ),
             gpus=(gpu.index,),
         )

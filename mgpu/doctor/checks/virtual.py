@@ -35,14 +35,14 @@ def virtualised(inspection: Inspection, _purpose: Purpose) -> Said:
                 Evidence(path="virtualisation", value=host.virtualisation or "unknown"),
                 *((Evidence(path="NVML virtualisation mode", value=mode),) if mode else ()),
             ),
-            fix=("on the host: mgpu doctor",),
+            fix=("mgpu doctor  # on the host",),
         )
     elif host.container == "lxc":
         yield Finding(
             severity=Severity.info,
             summary="an LXC container: the driver and the devices are the host's",
             evidence=(Evidence(path="container", value="lxc"),),
-            fix=("on the host: mgpu doctor",),
+            fix=("mgpu doctor  # on the host",),
         )
     elif virtual is None:
         yield Skip(reason="whether this is a virtual machine could not be told")
@@ -68,7 +68,7 @@ def wsl2(inspection: Inspection, purpose: Purpose) -> Said:
         severity=Severity.warn if old or cutting else Severity.info,
         summary=f"WSL2: {said}",
         evidence=(Evidence(path="/proc/sys/kernel/osrelease", value=kernel or "unknown"),),
-        fix=("in Windows: wsl --update",) if old else ("for several cards: run native Linux",),
+        fix=("wsl --update  # in Windows",) if old else ("for several cards: run native Linux",),
     )
 
 
