@@ -49,9 +49,10 @@ def event(mask: int) -> Callable[[Readings], bool | None]:
 
 
 def is_busy(reading: Readings, limit_w: float | None) -> bool | None:
-    """Return whether the card worked: half its time used, or a high performance state and 40 % of its power."""
+    """Return whether the card worked: half its time used, or 40 % of its power, in a high performance state. A desktop
+    keeps a card that rests at low clocks half busy."""
     if reading.utilisation_percent is not None and reading.utilisation_percent >= BUSY_PERCENT:
-        return True
+        return reading.pstate is None or reading.pstate <= 2
     if reading.pstate is not None and reading.power_w is not None and limit_w:
         return reading.pstate <= 2 and reading.power_w > BUSY_SHARE * limit_w
     return None if reading.utilisation_percent is None else False

@@ -64,7 +64,9 @@ class RunningVllm:
 
     def members(self) -> dict[str, int]:
         """The living processes of its group, by what they call themselves."""
-        listed = subprocess.run(["ps", "-ww", "-eo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["ps", "-ww", "-eo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True
+        )
         rows = (line.split(None, 3) for line in listed.stdout.splitlines())
         return {row[3]: int(row[0]) for row in rows if row[1] == str(self.process.pid) and row[2][0] not in "ZX"}
 

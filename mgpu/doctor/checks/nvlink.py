@@ -11,6 +11,7 @@ from mgpu.machine.layout import cards, pairs
 from mgpu.machine.snapshot import Gpu
 
 _FABRIC_COMPLETED = 3
+_FABRIC_UNDONE = (1, 2)  # not started, in progress
 
 
 @check("fabric-manager", Area.driver, "A")
@@ -34,7 +35,8 @@ def fabric_manager(inspection: Inspection, _purpose: Purpose) -> Said:
     undone = [
         gpu.index
         for gpu, card in nvidia_cards(inspection)
-        if (card.fabric_state is not None and card.fabric_state != _FABRIC_COMPLETED) or card.fabric_status
+        # State 0 is "not supported": an A100 says so on a fabric that works.
+        if card.fabric_state in _FABRIC_UNDONE or (card.fabric_state == _FABRIC_COMPLETED and card.fabric_status)
     ]
     running = driver.fabric_manager in ("active", "running")
     start = "sudo systemctl enable --now nvidia-fabricmanager"

@@ -296,6 +296,8 @@ def _either(answers: Iterable[bool | None]) -> bool | None:
 
 def _acs_off(inspection: Inspection, found: list[Pair]) -> tuple[str, ...]:
     """Commands for every bridge that redirects; none where vfio relies on them."""
+    if inspection.host.vfio_in_use is None:
+        return ("BIOS: ACS off, unless a virtual machine has a card of this one (that could not be read)",)
     if inspection.host.vfio_in_use:
         return ("ACS stays on: vfio is in use here, and virtual machines rely on it",)
     addresses = {
