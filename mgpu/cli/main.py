@@ -17,6 +17,7 @@ from mgpu.cli import backends, doctor, machine, models, plan, profiles, run
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result, failure
 from mgpu.errors import Interrupted, MgpuError, Missing, UsageError
+from mgpu.machine.patience import is_awaited
 
 # A pipe's reader has left, or the terminal was closed.
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
@@ -158,6 +159,8 @@ def run_main() -> None:
     for number in usual:
         signal.signal(number, signal.SIG_IGN)  # all is done: a signal now could only spoil the exit code
     _let_go_of_the_streams()
+    if is_awaited():
+        os._exit(exit_code)
     sys.exit(exit_code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -64,9 +65,13 @@ def remedies(inspection: Inspection, diagnosis: Diagnosis) -> tuple[Remedy, ...]
 
 def apply(remedy: Remedy, *, root: bool, ask_password: bool = True) -> Outcome:
     """Run a remedy and return what became of it; never raises for what the command does. Blocks until it has ended,
-    three minutes at most. Without `ask_password` sudo fails instead of asking."""
-    if remedy.refused:
-        return Outcome(remedy=remedy, result="refused", detail=remedy.refused)
+    three minutes at most. Without `ask_password` sudo fails instead of asking. Refused while MGPU_ROOT stands for
+    another machine, for there this one is not what was diagnosed."""
+    elsewhere = (
+        "MGPU_ROOT names another machine's files" if os.environ.get("MGPU_ROOT") not in (None, "", "/") else None
+    )
+    if why := remedy.refused or elsewhere:
+        return Outcome(remedy=remedy, result="refused", detail=why)
     command = remedy.command(root=root)
     if not ask_password and command[0] == "sudo":
         command = ("sudo", "-n", *command[1:])
@@ -170,8 +175,8 @@ def _acs(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
 
 def _why_acs_stays(inspection: Inspection) -> str | None:
     """ACS is what keeps a virtual machine's devices from the host's memory."""
-    if inspection.host.vfio_in_use or any(device.driver == "vfio-pci" for device in inspection.pci):
-        return "a device is passed to a virtual machine (vfio-pci), which ACS protects the host from"
+    if inspection.host.vfio_in_use or any("vfio" in (device.driver or "") for device in inspection.pci):
+        return "a device is passed to a virtual machine (vfio), which ACS protects the host from"
     if inspection.host.vfio_in_use is None:
         return "whether a device is passed to a virtual machine could not be read"
     if inspection.machine.host.virtualisation not in (None, "none"):

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from mgpu.doctor import probe_program
+from mgpu.doctor.facts import in_use_bytes
 from mgpu.doctor.proof import CardCopy, Collective, PairCopy, Proof
 from mgpu.machine.inspection import Inspection
+from mgpu.machine.layout import health
 from mgpu.machine.snapshot import Gpu
 
 LIMIT_S = 20.0
 # For the program to say what hangs before it is ended itself.
 _SPARE_S = 1.5
+# What the kernel may take to end a program that was killed; one inside a driver that hangs is never ended.
+_END_S = 2.0
 _BUSY_PERCENT = 10
 # A desktop holds less, and an engine more.
 _BUSY_BYTES = 2**30
@@ -55,16 +59,21 @@ def probed_cards(inspection: Inspection) -> tuple[Gpu, ...]:
 
 
 def busy(inspection: Inspection, gpus: Sequence[Gpu]) -> str | None:
-    """Return which card is at work and with what, None where all are idle."""
-    readings = {card.gpu: card.readings for card in inspection.cards}
+    """Return which card is at work or may be, and with what; None where all are known to be idle."""
     for gpu in gpus:
-        loads = [gpu.utilisation_percent, *(reading.utilisation_percent for reading in readings.get(gpu.index, ()))]
-        load = max((load for load in loads if load is not None), default=0)
+        card = health(inspection, gpu)
+        loads = [gpu.utilisation_percent, *(reading.utilisation_percent for reading in card.readings)]
+        load = max((load for load in loads if load is not None), default=None)
+        if load is None:
+            return f"whether GPU{gpu.index} is busy could not be read; a probe might disturb it"
         if load >= _BUSY_PERCENT:
             return f"GPU{gpu.index} is busy ({load} %); a probe would disturb it"
         for process in gpu.used_by:
             if process.bytes is not None and process.bytes >= _BUSY_BYTES:
                 return f"GPU{gpu.index} is in use by {process.name or 'a process'} (pid {process.pid})"
+        used = in_use_bytes(gpu, card)
+        if used is not None and used > _BUSY_BYTES:
+            return f"GPU{gpu.index} is in use: {used / _BUSY_BYTES:.1f} GiB of its memory are taken"
     return None
 
 
@@ -96,7 +105,8 @@ def prove(
 ) -> Proof:
     """Return what the probe's program finds of `gpus`, run by `python`; on the device "cpu" each card is a process.
 
-    `link` is asked while a card copies. Blocks for `limit_s` at most; nothing that was started is left.
+    `link` is asked while a card copies. Blocks for `limit_s` at most, and 2 s for the end of a program that hangs in
+    the driver; all that was started has been killed then.
     """
     begun = time.monotonic()
     wanted = {"device": device, "cards": len(gpus), "seconds": max(limit_s - _SPARE_S, 1.0)}
@@ -112,13 +122,15 @@ def prove(
             )
         except OSError as error:
             return Proof(problem=f"{python} cannot be run: {error.strerror or error}")
-        with process:
-            assert process.stdout is not None
+        assert process.stdout is not None
+        with process.stdout:  # not `with process`: that waits for ever for one that hangs in the driver
             try:
                 proof, done = _listen(_events(process.stdout, begun + limit_s), gpus, link)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_S)
         proof = replace(proof, seconds=round(time.monotonic() - begun, 1))
         if done or proof.problem:
             return proof

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def replay(path: Path) -> Inspection:
     """Return the inspection that `save` wrote to a file. Raises Missing (code "replay-unusable") for a file that
     cannot be read, is no such file, or comes from a newer mgpu."""
     try:
-        with path.open("rb") as file:
+        # A pipe that nobody writes to must not block.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise _unusable(path, "is no regular file")
             content = file.read(_LARGEST_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         raise _unusable(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -46,7 +46,7 @@ def _read_card(index: int, device: Path, drm: Path, nodes: dict[str, _KfdNode], 
         used_by=_processes(root, node),
         gfx=node.gfx or (card.gfx if card else None),
         bandwidth_gb_s=card.bandwidth_gb_s if card else None,
-        pcie=sysfs.pcie_link(_end_of_slot(device)),
+        pcie=sysfs.pcie_link(device),
         bar1_bytes=sysfs.read_int(device / "mem_info_vis_vram_total"),
         power_w=_scaled(_sensor(device, "power1_average", "power1_input"), 1_000_000),
         power_limit_w=_scaled(_sensor(device, "power1_cap"), 1_000_000),
@@ -98,18 +98,6 @@ def _libdrm_name(root: Path, device_id: str, revision: str) -> str | None:
 def _catalogue_name(pci_id: str) -> str | None:
     cards = [card for card in catalogue() if card.pci_id == pci_id]
     return cards[0].full_name if cards else None
-
-
-def _end_of_slot(device: Path) -> Path:
-    """The device whose upstream bridge is the slot: Radeon cards since Navi carry a PCIe switch of their own.
-
-    The GPU's own link then is the one inside the card, always at full width.
-    """
-    while sysfs.read_text(device.parent / "vendor", 16) == "0x1002" and (
-        sysfs.read_text(device.parent / "class", 16) or ""
-    ).startswith("0x0604"):
-        device = device.parent
-    return device
 
 
 def _sensor(device: Path, *names: str) -> int | None:

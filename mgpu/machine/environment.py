@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from mgpu.machine import sysfs
+from mgpu.machine.disks import PATIENCE_S
 from mgpu.machine.inspection import Unread
+from mgpu.machine.patience import Question
 
 # Whatever else is set stays unread: variables hold tokens and names.
 _NAMES = re.compile(
@@ -44,18 +47,29 @@ def chosen_variables(variables: Iterable[tuple[str, str]]) -> tuple[tuple[str, s
 
 def read_nccl_configuration(root: Path = Path("/")) -> tuple[tuple[tuple[str, str], ...], tuple[Unread, ...]]:
     """Return what NCCL's files set, the user's (~/.nccl.conf) before the machine's (/etc/nccl.conf) as in NCCL, and
-    the files that are there and cannot be read. Never raises."""
+    the files that are there and cannot be read. Never raises; a home folder on a network's disk that does not answer is
+    waited for half a second."""
     found: dict[str, str] = {}
     unread = []
     home = os.environ.get("HOME")
     named = [("~/.nccl.conf", f"{home}/.nccl.conf")] if home else []
     for shown, path in [*named, ("/etc/nccl.conf", "/etc/nccl.conf")]:
-        file = sysfs.below(root, path)
-        if sysfs.read_text(file, 1) is None:
-            if sysfs.is_there(file):
-                unread.append(Unread(what=shown, why="it is there and cannot be read", needs_root=os.geteuid() != 0))
+        try:
+            settings = Question(partial(_settings, sysfs.below(root, path))).answer(PATIENCE_S)
+        except TimeoutError as error:
+            unread.append(Unread(what=shown, why=str(error)))
             continue
-        for name, value in sysfs.read_fields(file, "=").items():
+        if settings is None:
+            unread.append(Unread(what=shown, why="it is there and cannot be read", needs_root=os.geteuid() != 0))
+            continue
+        for name, value in settings.items():
             if not name.startswith("#"):
                 found.setdefault(name, value)
     return chosen_variables(found.items()), tuple(unread)
+
+
+def _settings(file: Path) -> dict[str, str] | None:
+    """The lines "name=value" of a file, none where it is not there; None where it cannot be read."""
+    if sysfs.read_text(file, 1) is None:
+        return None if sysfs.is_there(file) else {}
+    return sysfs.read_fields(file, "=")

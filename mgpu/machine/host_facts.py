@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mgpu.machine import sysfs
-from mgpu.machine.disks import DiskStatus, mounts, read_disks
+from mgpu.machine.disks import PATIENCE_S, DiskStatus, mounts, read_disks
 from mgpu.machine.environment import chosen_variables, read_nccl_configuration
 from mgpu.machine.host import control_groups
 from mgpu.machine.inspection import HostFacts, Listener, Unread
 from mgpu.machine.kernel_log import read_kernel_log
+from mgpu.machine.patience import Question
 
 ENGINE_PORTS = (8000, 8080, 11434)  # vLLM's, llama-server's and Ollama's
 
@@ -39,9 +40,7 @@ def read_host_facts(
         kernel_command_line=_command_line(root, unread),
         wsl=_wsl(root),
         iommu_present=_has_entries(root / "sys/class/iommu", root / "sys/class"),
-        vfio_in_use=_has_entries(
-            root / "sys/bus/pci/drivers/vfio-pci", root / "sys/bus/pci", sysfs.PCI_ADDRESS.pattern
-        ),
+        vfio_in_use=_vfio_in_use(root),
         shm_bytes=_shm_bytes(root, disk_status, unread),
         memlock_bytes=None if memlock is _UNLIMITED else memlock,
         memlock_unlimited=None if memlock is None else memlock is _UNLIMITED,
@@ -63,7 +62,7 @@ def read_host_facts(
         listeners_known=listeners is not None,
         log=log,
         log_known=log_known,
-        vllm_p2p_cache_age_s=_vllm_p2p_cache_age_s(root),
+        vllm_p2p_cache_age_s=_patiently(root, unread),
     ), tuple(unread)
 
 
@@ -102,6 +101,17 @@ def _wsl(root: Path) -> bool | None:
 def _has_entries(folder: Path, around: Path, pattern: str = ".+") -> bool | None:
     """Whether the folder has such entries; None where not even the folder around it is there."""
     return bool(sysfs.children(folder, pattern)) if sysfs.is_there(around) else None
+
+
+def _vfio_in_use(root: Path) -> bool | None:
+    """Whether a driver of the VFIO family (vfio-pci, nvgrace-gpu-vfio-pci, mlx5_vfio_pci) has a device, or a device of
+    a virtual machine is open to one; None where the bus is not there."""
+    if not sysfs.is_there(root / "sys/bus/pci"):
+        return None
+    drivers = sysfs.children(root / "sys/bus/pci/drivers", ".*vfio.*")
+    given = any(sysfs.children(driver, sysfs.PCI_ADDRESS.pattern) for driver in drivers)
+    # The file "vfio" is always there once its module is loaded; a group of devices has one named by its number.
+    return given or bool(sysfs.children(root / "dev/vfio", "(?!vfio$).+"))
 
 
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108  nothing is written there
@@ -217,6 +227,14 @@ def _listening(table: str) -> Iterable[Listener]:
     for line in re.finditer(r"^ *\d+: ([0-9A-F]{8}|[0-9A-F]{32}):([0-9A-F]{4}) [0-9A-F]+:[0-9A-F]{4} 0A ", table, re.M):
         if (port := int(line[2], 16)) in ENGINE_PORTS:
             yield Listener(port=port, everywhere=not line[1].strip("0"))
+
+
+def _patiently(root: Path, unread: list[Unread]) -> float | None:
+    try:
+        return Question(lambda: _vllm_p2p_cache_age_s(root)).answer(PATIENCE_S)
+    except TimeoutError as error:
+        unread.append(Unread(what="vLLM's verdicts on peer access", why=str(error)))
+        return None
 
 
 def _vllm_p2p_cache_age_s(root: Path, now: Callable[[], float] | None = None) -> float | None:

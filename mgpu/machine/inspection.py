@@ -27,7 +27,8 @@ class Unread:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NvidiaDriver:
     """The NVIDIA driver as it is installed and loaded. `nvml_error` is the number with which NVML refuses (18: library
-    and module differ, 9: no driver, 12: no library, 999: unknown); 0 is no refusal, None: NVML was not asked.
+    and module differ, 9: no driver, 12: no library, 999: unknown); 0 is no refusal, -1: it did not answer, None: NVML
+    was not asked.
     `on_disk` is whether there is a module for the kernel that runs, `on_disk_version` which would be loaded next."""
 
     nvml_error: int | None = None
@@ -72,7 +73,8 @@ class CardHealth:
     """What only a diagnosis asks of a card; `gpu` is its index in the machine, `bus_id` as sysfs writes it.
 
     `nvml_error` is the number with which the card refuses all questions (15: lost, 16: needs a reset), 0 if none.
-    Powers are W, clocks MHz. `temperature_margin_c` is how far the card is from its limit.
+    Powers are W, clocks MHz. `temperature_margin_c` is how far the card is from its limit. Where `used_by_known` is
+    False, the driver did not tell which processes use the card, and the machine's `used_by` proves nothing.
     """
 
     gpu: int
@@ -89,6 +91,7 @@ class CardHealth:
     sm_clock_max_mhz: int | None = None
     reserved_bytes: int | None = None
     used_bytes: int | None = None
+    used_by_known: bool = False
     ecc_enabled: bool | None = None
     ecc_uncorrected_volatile: int | None = None
     ecc_uncorrected_aggregate: int | None = None

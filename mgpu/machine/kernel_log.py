@@ -38,12 +38,16 @@ _KINDS = tuple(
 _WORTH_A_LOOK = re.compile(rb"NVRM|rejected|-34|kfd|amdgpu|AER|PCIe Bus Error")
 
 
+_STAMP = re.compile(rb"kernel: \[ *\d{1,10}\.\d{1,9}\] ")
+
+
 def read_kernel_log(root: Path = Path("/")) -> tuple[tuple[LogEntry, ...], bool, tuple[Unread, ...]]:
     """Return the lines of this boot that matter, oldest first; whether a log could be read at all; and what could not.
 
-    /dev/kmsg is read, and where that is forbidden /var/log/kern.log, both without waiting and to at most 16 MiB. Under
-    a replaced root, /dev/kmsg is a regular file of the same records. Ages are by the clock that does not run while the
-    computer sleeps, where the device itself is read. Never raises.
+    /dev/kmsg is read, and where that is forbidden /var/log/kern.log, both without waiting and to at most 16 MiB; the
+    latter proves nothing where no line of it is understood. Under a replaced root, /dev/kmsg is a regular file of the
+    same records. Ages are by the clock that does not run while the computer sleeps, where the device itself is read.
+    Never raises.
     """
     try:
         content, is_device = _kernel_messages(root / "dev/kmsg")
@@ -53,10 +57,11 @@ def read_kernel_log(root: Path = Path("/")) -> tuple[tuple[LogEntry, ...], bool,
         now_s = time.monotonic() if is_device else _uptime_s(root)
         return _chosen(_records(content), now_s), True, ()
     text = _tail(root / "var/log/kern.log")
-    if text is not None:
+    if text is not None and _STAMP.search(text):
         return _chosen(_lines_of_this_boot(text), _uptime_s(root)), True, ()
     forbidden = refused.errno in (errno.EPERM, errno.EACCES)
     why = "it may be read by root only" if forbidden else "it is not there"
+    why += " (/var/log/kern.log has no line with a time that is understood)" if text is not None else ""
     needs_root = forbidden and os.geteuid() != 0
     return (), False, (Unread(what="/dev/kmsg", why=why, needs_root=needs_root),)
 

@@ -120,6 +120,9 @@ def _health(card: NvmlCard, index: int) -> CardHealth:
         sm_clock_max_mhz=card.integer("nvmlDeviceGetMaxClockInfo", 1),
         reserved_bytes=_integer(getattr(memory, "reserved", None)),
         used_bytes=_integer(getattr(memory, "used", None)) if hasattr(memory, "reserved") else None,
+        used_by_known=any(
+            card.ask(f"nvmlDeviceGetComputeRunningProcesses{version}") is not None for version in ("_v3", "_v2")
+        ),
         ecc_enabled=_flag(_pair(card.ask("nvmlDeviceGetEccMode"), 0)),
         ecc_uncorrected_volatile=card.integer("nvmlDeviceGetTotalEccErrors", 1, 0),
         ecc_uncorrected_aggregate=card.integer("nvmlDeviceGetTotalEccErrors", 1, 1),

@@ -21,15 +21,15 @@ from mgpu.machine.snapshot import EngineDevice, Gpu, Machine
 __all__ = ["probe", "select_gpus", "with_engine_devices"]
 
 
-def probe(root: Path | None = None) -> Machine:
+def probe(root: Path | None = None, *, nvidia: bool = True) -> Machine:
     """Return this machine: NVIDIA cards in bus order, then AMD cards, then nothing that only an engine knows.
 
     `root` is where /sys, /proc and /dev are looked for, by default $MGPU_ROOT or "/". Blocks while the
-    NVIDIA driver answers; never raises.
+    NVIDIA driver answers, which without `nvidia` is not asked; never raises.
     """
     root = root or Path(os.environ.get("MGPU_ROOT") or "/")
-    driver, nvidia, links = read_nvidia(root)
-    gpus = itertools.chain(nvidia, read_amd(root))
+    driver, cards, links = read_nvidia(root) if nvidia else (None, (), ())
+    gpus = itertools.chain(cards, read_amd(root))
     return Machine(
         captured_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         source="probed",

@@ -110,8 +110,10 @@ def real_directory(path: Path) -> Path | None:
 def pcie_link(device: Path) -> PcieLink:
     """Return the link of a PCI device's directory; the slot's width is what its upstream bridge offers.
 
-    A device's own `max_link_width` says 16 even in a slot wired for 4. `gen_max` is what both ends can do.
+    A device's own `max_link_width` says 16 even in a slot wired for 4. `gen_max` is what both ends can do. Of a card
+    with a PCIe switch of its own it is the link of that switch to the slot.
     """
+    device = _end_of_slot(device)
     ends = [link_generation(device / "max_link_speed"), link_generation(device.parent / "max_link_speed")]
     return PcieLink(
         gen=link_generation(device / "current_link_speed"),
@@ -132,6 +134,25 @@ def link_width(path: Path) -> int | None:
     """Return the lanes in a file such as `current_link_width`, None where there is no link."""
     width = read_int(path)
     return width if width in {1, 2, 4, 8, 12, 16, 32} else None  # 0 and 255: no link
+
+
+# The switches on Intel's Arc cards (Alchemist's, Battlemage's); its root ports have the same vendor.
+_ARC_SWITCHES = {*range(0x4FA0, 0x4FA5), *range(0xE2F0, 0xE300)}
+
+
+def _end_of_slot(device: Path) -> Path:
+    """The device whose upstream bridge is the slot: Radeons since Navi and Intel's Arc carry a switch of their own, and
+    the GPU's own link is the one inside the card, at full width (Radeon) or always at "2.5 GT/s, x1" (Arc)."""
+    vendor = read_int(device / "vendor", 16)
+    while vendor is not None and _is_cards_own_bridge(device.parent, vendor):
+        device = device.parent
+    return device
+
+
+def _is_cards_own_bridge(bridge: Path, vendor: int) -> bool:
+    if read_int(bridge / "vendor", 16) != vendor or not (read_text(bridge / "class", 16) or "").startswith("0x0604"):
+        return False
+    return vendor == 0x1002 or (vendor == 0x8086 and read_int(bridge / "device", 16) in _ARC_SWITCHES)
 
 
 def _parts(name: str) -> list[str]:

@@ -94,6 +94,11 @@ def test_two_findings_with_the_same_command_have_it_once() -> None:
             changed_pci(REDIRECTED, "0000:10:00.0", driver="vfio-pci"), "virtual machine", id="a card is passed on"
         ),
         pytest.param(
+            changed_pci(REDIRECTED, "0000:10:00.0", driver="nvgrace_gpu_vfio_pci"),
+            "virtual machine",
+            id="a card is passed on by another driver of that family",
+        ),
+        pytest.param(
             changed_machine(REDIRECTED, host={"virtualisation": "kvm"}), "virtual machine", id="inside a guest"
         ),
     ],
@@ -152,6 +157,15 @@ def test_what_became_of_a_command_is_told(programs: Path, program: str, result: 
     assert (detail is None) == (outcome.detail is None)
     assert (detail or "") in (outcome.detail or "")
     assert (outcome.detail or "").isprintable()
+    assert not (programs / "calls").exists()
+
+
+def test_nothing_is_mended_while_another_machines_files_were_read(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MGPU_ROOT", str(programs))
+    outcome = apply(Remedy(id="x", does="does", argv=("works",), undo="undo"), root=False)
+    assert (outcome.result, outcome.detail) == ("refused", "MGPU_ROOT names another machine's files")
     assert not (programs / "calls").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -148,6 +149,14 @@ def used(inspection: Inspection, size: int | None) -> Inspection:
             changed_card(healthy(), 0, readings={"utilisation_percent": 60}), "GPU0 is busy (60 %)", id="at work"
         ),
         pytest.param(changed_gpu(healthy(), 1, utilisation_percent=99), "GPU1 is busy (99 %)", id="at work by itself"),
+        pytest.param(
+            changed_gpu(changed_card(healthy(), 1, readings=()), 1, utilisation_percent=None),
+            "whether GPU1 is busy could not be read",
+            id="nothing tells whether it works",
+        ),
+        pytest.param(
+            changed_gpu(healthy(), 1, free_bytes=10 * 2**30), "GPU1 is in use: ", id="memory of a process not seen"
+        ),
     ],
 )
 def test_busy_cards_are_left_alone(inspection: Inspection, why: str | None) -> None:
@@ -156,6 +165,24 @@ def test_busy_cards_are_left_alone(inspection: Inspection, why: str | None) -> N
     assert (found is None) == (why is None)
     if why:
         assert (probe(inspection).problem or "").startswith(why)
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_a_program_that_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    deaf: list[int] = []
+    kill = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda group, _: deaf.append(group))  # as one within a driver that hangs
+    begun = time.monotonic()
+    try:
+        proof = prove(python, healthy().machine.gpus, limit_s=0.2)
+        assert time.monotonic() - begun < 30
+        assert "not finished" in (proof.problem or "")
+    finally:
+        kill(deaf[0], signal.SIGKILL)
+        os.waitpid(deaf[0], 0)
 
 
 def test_without_cards_or_an_engine_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

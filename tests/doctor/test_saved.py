@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,9 @@ def test_a_file_that_is_none_is_refused_in_a_sentence(content: bytes, said: str,
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.json", tmp_path, Path("a\0b"), tmp_path / ("x" * 5000)):
+    os.mkfifo(tmp_path / "pipe")  # nobody ever writes to it
+    absent, pipe, device = tmp_path / "absent.json", tmp_path / "pipe", Path("/dev/zero")
+    for path in (absent, pipe, device, tmp_path, Path("a\0b"), tmp_path / ("x" * 5000)):
         with pytest.raises(Missing) as error:
             replay(path)
         assert len(error.value.message) < 600

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mgpu.machine import sysfs
 from mgpu.machine.disks import read_disks
 from mgpu.machine.environment import chosen_variables, read_nccl_configuration
 from mgpu.machine.host_facts import read_host_facts
@@ -61,6 +64,11 @@ CASES = [
     pytest.param("iommu_present", {"sys/class/iommu/dmar0/x": ""}, True, id="an IOMMU"),
     pytest.param("vfio_in_use", {"sys/bus/pci/drivers/vfio-pci/new_id": ""}, False, id="vfio loaded and unused"),
     pytest.param("vfio_in_use", {"sys/bus/pci/drivers/vfio-pci/0000:01:00.0/x": ""}, True, id="a card given to vfio"),
+    pytest.param(
+        "vfio_in_use", {"sys/bus/pci/drivers/mlx5_vfio_pci/0000:01:00.1/x": ""}, True, id="a card given to another vfio"
+    ),
+    pytest.param("vfio_in_use", {"dev/vfio/vfio": ""}, False, id="vfio's own file alone"),
+    pytest.param("vfio_in_use", {"dev/vfio/vfio": "", "dev/vfio/17": ""}, True, id="a group of devices given to vfio"),
     pytest.param(
         "shm_bytes",
         {"proc/self/mountinfo": "1 0 0:9 / /dev/shm rw - tmpfs shm rw,size=65536k\n"},
@@ -254,6 +262,32 @@ def test_a_disk_that_never_answers_does_not_hold_the_doctor_up(tmp_path: Path, h
     finally:
         answer.set()
     assert (disks, [each.what for each in unread]) == ((), ["the disks of models"])
+
+
+def test_a_home_folder_that_never_answers_does_not_hold_the_doctor_up(
+    tmp_path: Path, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+    (SysfsTree(tmp_path).host().root / "etc/nccl.conf").write_text("NCCL_P2P_DISABLE=1\n")
+
+    def hung(usual: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(path: Path, *arguments: Any) -> Any:
+            if path.is_relative_to(tmp_path / home.lstrip("/")):
+                answer.wait(60)
+            return usual(path, *arguments)
+
+        return ask
+
+    monkeypatch.setattr(sysfs, "read_text", hung(sysfs.read_text))
+    monkeypatch.setattr(sysfs, "children", hung(sysfs.children))
+    started = time.monotonic()
+    try:
+        found, unread = read_host_facts(tmp_path, disk_status=lambda _: status(1))
+    finally:
+        answer.set()
+    assert time.monotonic() - started < 20
+    assert (found.nccl_configuration, found.vllm_p2p_cache_age_s) == ((("NCCL_P2P_DISABLE", "1"),), None)
+    assert {"~/.nccl.conf", "vLLM's verdicts on peer access"} <= {each.what for each in unread}
 
 
 def test_the_age_of_vllms_verdicts_is_that_of_the_oldest(tmp_path: Path, home: str) -> None:

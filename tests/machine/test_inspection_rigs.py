@@ -57,6 +57,7 @@ def test_a_rig_is_read_with_all_its_cards_and_nothing_unread(inspect: Inspect, n
     assert {device.address for device in found.pci if device.driver == "nvidia"} == {gpu.bus_id for gpu in cards}
     for gpu in usable:
         card = found.cards[gpu.index]
+        assert card.used_by_known
         (reading, *_) = card.readings
         assert (reading.power_w, reading.temperature_c) == (gpu.power_w, gpu.temperature_c)
         assert card.power_min_w is not None

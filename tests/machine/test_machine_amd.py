@@ -7,6 +7,7 @@ import pytest
 
 from mgpu.machine.amd import read_amd
 from mgpu.machine.snapshot import Gpu, GpuProcess, PcieLink
+from mgpu.machine.sysfs import pcie_link
 
 Tree = Callable[..., Path]
 Files = dict[str, str | bytes]
@@ -92,6 +93,44 @@ def test_a_radeon_is_read_fact_by_fact(tree: Tree) -> None:
             display=True,
         ),
     )
+
+
+ARC = f"{ROOT_PORT}/0000:01:00.0/0000:02:01.0/0000:03:00.0"
+ARC_FILES: Files = {
+    f"{ROOT_PORT}/vendor": "0x8086\n",  # Intel's too, and yet not the card's
+    f"{ROOT_PORT}/device": "0xa70d\n",
+    f"{ROOT_PORT}/class": "0x060400\n",
+    f"{ROOT_PORT}/max_link_width": "4\n",
+    f"{UPSTREAM}/vendor": "0x8086\n",
+    f"{UPSTREAM}/device": "0x4fa1\n",
+    f"{UPSTREAM}/class": "0x060400\n",
+    f"{UPSTREAM}/max_link_width": "16\n",
+    f"{UPSTREAM}/current_link_width": "4\n",
+    f"{UPSTREAM}/0000:02:01.0/vendor": "0x8086\n",
+    f"{UPSTREAM}/0000:02:01.0/device": "0x4fa4\n",
+    f"{UPSTREAM}/0000:02:01.0/class": "0x060400\n",
+    f"{UPSTREAM}/0000:02:01.0/max_link_width": "1\n",
+    f"{ARC}/vendor": "0x8086\n",
+    f"{ARC}/current_link_width": "1\n",
+}
+FOREIGN_SWITCH: Files = {**RADEON, f"{UPSTREAM}/vendor": "0x10b5\n", f"{DOWNSTREAM}/vendor": "0x10b5\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "device", "slot_width", "width"),
+    [
+        pytest.param(RADEON, XTX, 8, 8, id="a Radeon's own switch is no slot"),
+        pytest.param(
+            {**FOREIGN_SWITCH, f"{DOWNSTREAM}/max_link_width": "4"}, XTX, 4, 16, id="a switch of the board is"
+        ),
+        pytest.param(ARC_FILES, ARC, 4, 4, id="an Arc's own switch is no slot, Intel's root port is"),
+    ],
+)
+def test_the_slot_is_the_first_bridge_that_is_not_the_cards_own(
+    tree: Tree, files: Files, device: str, slot_width: int, width: int
+) -> None:
+    found = pcie_link(tree(files) / device)
+    assert (found.slot_width, found.width) == (slot_width, width)
 
 
 def test_cards_are_in_bus_order_with_the_integrated_one(tree: Tree) -> None:
