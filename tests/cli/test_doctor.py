@@ -302,6 +302,7 @@ def exclusive(mgpu: Mgpu, nvml: dict[str, Path], tmp_path: Path) -> Mgpu:
     mgpu.environment |= {
         "LD_LIBRARY_PATH": str(nvml["new"]),
         "FAKE_NVML": str(rig),
+        "MGPU_ROOT": "/",  # under another root nothing is mended
         "PATH": f"{programs}:{os.defpath}",
     }
     return mgpu
