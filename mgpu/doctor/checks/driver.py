@@ -96,9 +96,11 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
         return
     if driver.nvml_error not in (_NOT_LOADED, _NO_LIBRARY):
         if driver.nvml_error != _UNKNOWN or not in_container(inspection):  # container-cgroup-lost says that
+            silent = driver.nvml_error == _NO_ANSWER
+            said = "it hangs" if silent else f"NVML ends with error {driver.nvml_error}"
             yield Finding(
                 severity=Severity.fail,
-                summary=f"the NVIDIA driver does not answer: NVML ends with error {driver.nvml_error}",
+                summary=f"the NVIDIA driver does not answer: {said}",
                 evidence=(Evidence(path="nvmlInit", value=str(driver.nvml_error)),),
                 fix=("ls -l /dev/nvidia*  # may this user read and write them?", "sudo reboot"),
             )
