@@ -8,6 +8,7 @@ from mgpu.machine.inspection import Inspection, PciDevice
 from mgpu.machine.layout import cards, in_container, nvidia_on_bus
 
 _LIBRARY_MISMATCH, _NOT_LOADED, _NO_LIBRARY, _UNKNOWN = 18, 9, 12, 999
+_NO_ANSWER = -1  # as the inspection calls it
 
 _RELOAD = "sudo rmmod nvidia_drm nvidia_modeset nvidia_uvm nvidia && sudo modprobe nvidia nvidia_uvm"
 
