@@ -70,7 +70,7 @@ def holds(text: str, words: str) -> bool:
         pytest.param(
             "kv-too-small", "out-of-memory", "the KV cache holds 1024 tokens…2048", "--ctx 1024", id="a small KV cache"
         ),
-        pytest.param("oom-weights", "out-of-memory", "on gpu1…for the weights", "--gpus", id="no room for weights"),
+        pytest.param("oom-weights", "out-of-memory", "on gpu…for the weights", "--gpus", id="no room for weights"),
         pytest.param("oom-kv", "out-of-memory", "on gpu…for the KV cache", "-utilization", id="no room for KV"),
         pytest.param("oom-compute", "out-of-memory", "on gpu…while computing", "-utilization", id="no room to compute"),
         pytest.param("truncated", "model-corrupt", "cut short or damaged", "fetch it again", id="half a weight file"),
