@@ -189,7 +189,7 @@ OLLAMA_PROGRAM = Program(
     install="install it from https://ollama.com/download",
     trial="--version",
 )
-_PROGRAMS = {program.backend: program for program in (LLAMA_SERVER, VLLM_PROGRAM, OLLAMA_PROGRAM)}
+PROGRAMS = {program.backend: program for program in (LLAMA_SERVER, VLLM_PROGRAM, OLLAMA_PROGRAM)}
 
 
 def engine_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -334,7 +334,7 @@ def _answer(process: subprocess.Popen[str], engine: Engine, limit_s: float) -> s
 
 
 def _broken(engine: Engine, why: str) -> EngineFailed:
-    program = _PROGRAMS[engine.backend]
+    program = PROGRAMS[engine.backend]
     return EngineFailed(
         f"{engine.path} cannot run here: {why}",
         code="engine-broken",

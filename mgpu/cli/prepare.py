@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgpu.backends.backend import Serving
-from mgpu.backends.engine import LLAMA_CPP, DeviceQuery, Engine, find_llama_server
-from mgpu.cli.engines import Way, eligible, find_engine, find_way, read_arguments
+from mgpu.backends.engine import LLAMA_CPP, PROGRAMS, DeviceQuery, Engine, find, find_llama_server
+from mgpu.cli.engines import Way, eligible, find_way, read_arguments
 from mgpu.cli.options import BACKENDS, Backend, PlannerOptions
 from mgpu.errors import EngineFailed, MgpuError, Missing, UsageError
 from mgpu.machine.probe import probe, with_engine_devices
@@ -181,7 +181,7 @@ def _installed(backends: Sequence[str], *, simulated: bool) -> dict[str, Engine 
     engines: dict[str, Engine | None] = {}
     for backend in backends:
         try:
-            engines[backend] = find_engine(backend)
+            engines[backend] = find(PROGRAMS[backend])
         except Missing:
             if not simulated:
                 raise

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mgpu.backends import load_backend
 from mgpu.backends.backend import unchanged
-from mgpu.cli.engines import require_engine
+from mgpu.backends.engine import PROGRAMS, require
 from mgpu.errors import EngineFailed
 from mgpu.models.source import OllamaTag
 from mgpu.running.client import EngineClient, Link, Refused
@@ -70,7 +70,7 @@ def started(prepared: Prepared, endpoint: Endpoint, folder: Path, screen: RunScr
     """The engine, started in `folder`, ready and proven; stopped on the way out. A port lost to a race is replaced."""
     from mgpu.running.ports import hold_port
 
-    engine = prepared.engine or require_engine(prepared.backend)
+    engine = prepared.engine or require(PROGRAMS[prepared.backend])
     for attempt in range(1, _PORT_ATTEMPTS + 1):
         with contextlib.ExitStack() as stack:
             port = stack.enter_context(hold_port(endpoint.host, endpoint.port))
