@@ -59,7 +59,7 @@ class Way:
             install=None if self.available else self.install,
             on_disk=weights.path is not None,
         )
-        if not any(each.verdict == "fits" for each in candidates):
+        if not any(each.runs for each in candidates):
             offer = self._with_fixes(offer, machine, model, weights)
         return offer, weights
 
@@ -76,28 +76,26 @@ class Way:
 
                 return ollama_candidates(facts, machine, self.gpus, self.wants)
             case _:
-                from mgpu.planning.plan import make_plan
+                from mgpu.planning.plan import llama_cpp_candidates
 
-                return make_plan(facts, machine, self.gpus, self.wants).candidates
+                return llama_cpp_candidates(facts, machine, self.gpus, self.wants)
 
     def _with_fixes(self, offer: Offer, machine: Machine, model: Model, weights: Weights) -> Offer:
         """The offer with the cheapest ways out, each planned again."""
+        others = tuple(model.other_quantisations(weights))
         if self.backend == Backend.vllm:
             from mgpu.planning.vllm_candidates import vllm_fixes
             from mgpu.planning.vllm_memory import VllmWants
 
             assert isinstance(self.wants, VllmWants)
-            others = tuple(model.other_quantisations(weights))
             return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine.host))
-        others = tuple(model.other_quantisations(weights))
         if self.backend == Backend.ollama:
             from mgpu.planning.ollama_candidates import ollama_fixes
 
             return replace(offer, fixes=ollama_fixes(offer.facts, others, machine, self.gpus, self.wants))
-        from mgpu.planning.plan import make_plan
+        from mgpu.planning.plan import llama_cpp_fixes
 
-        plan = make_plan(offer.facts, machine, self.gpus, self.wants, other_quantisations=others)
-        return replace(offer, fixes=plan.fixes)
+        return replace(offer, fixes=llama_cpp_fixes(offer.facts, others, machine, self.gpus, self.wants))
 
 
 def eligible(model: Model, options: PlannerOptions, engine_arguments: Sequence[str]) -> tuple[str, ...]:

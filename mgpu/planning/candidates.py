@@ -95,6 +95,11 @@ class Candidate:
     speed: Speed
     wants: Wants
 
+    @property
+    def runs(self) -> bool:
+        """Whether it can be run as it is: it fits, if need be with layers in host memory where they may be."""
+        return self.verdict == "fits" or (self.verdict == "fits-with-offload" and self.wants.offload)
+
 
 def layer_split(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int) -> Candidate:
     """Return the best llama.cpp layer split of `facts` over `gpus` (all of them, in this order; none: the CPU).

@@ -77,7 +77,7 @@ def choose(offers: Sequence[Offer], preferred: Preference, machine: Machine) -> 
     pairs = [(offer, candidate) for offer in offers for candidate in _available(offer)]
     # Of what cannot run, the installed come first: to say of an engine that is not there what it lacks helps nobody.
     pairs.sort(key=lambda pair: (_RANKS.index(pair[1].verdict), pair[0].install is not None))
-    best = 0 if _runs(pairs[0][1]) else None
+    best = 0 if pairs[0][1].runs else None
     chosen = pairs[0][0]
     return Plan(
         model=chosen.facts,
@@ -91,10 +91,6 @@ def choose(offers: Sequence[Offer], preferred: Preference, machine: Machine) -> 
 
 _LLAMA_FIRST: tuple[str, ...] = ("llama.cpp", "ollama", "vllm")
 _VLLM_FIRST: tuple[str, ...] = ("vllm", "llama.cpp", "ollama")
-
-
-def _runs(candidate: Candidate) -> bool:
-    return candidate.verdict == "fits" or (candidate.verdict == "fits-with-offload" and candidate.wants.offload)
 
 
 def _by_users_and_cards(
@@ -122,7 +118,7 @@ def _by_users_and_cards(
 
 def _read_at_once(ways: Sequence[Candidate]) -> int:
     """How many cards the first of vLLM's ways that can run reads at the same time; it is the one that would run."""
-    return next((each.tensor_parallel for each in ways if _runs(each)), 1)
+    return next((each.tensor_parallel for each in ways if each.runs), 1)
 
 
 def _available(offer: Offer) -> tuple[Candidate, ...]:
@@ -131,7 +127,7 @@ def _available(offer: Offer) -> tuple[Candidate, ...]:
         return offer.candidates
     note = f"not installed: {offer.install}"
     return tuple(
-        replace(each, verdict="unavailable", reasons=(note, *each.reasons)) if _runs(each) else each
+        replace(each, verdict="unavailable", reasons=(note, *each.reasons)) if each.runs else each
         for each in offer.candidates
     )
 
@@ -144,7 +140,7 @@ def _fixes(chosen: Offer, offers: Sequence[Offer]) -> Iterator[Fix]:
         if offer.install is None:
             prefix = "" if offer is chosen else f"--backend {offer.backend} "
             found += [replace(fix, change=f"{prefix}{fix.change}") for fix in offer.fixes]
-        elif (way := next(filter(_runs, offer.candidates), None)) is not None:
+        elif (way := next((each for each in offer.candidates if each.runs), None)) is not None:
             found.append(Fix(change=offer.install, candidate=way))
     yield from found
     if not found:
@@ -179,7 +175,7 @@ def _kept(offer: Offer, *, titled: bool = True, command: bool = False) -> str:
     """What kept an engine from being chosen."""
     verdicts = {candidate.verdict for candidate in offer.candidates}
     title = f"{TITLES[offer.backend]} " if titled else ""
-    if offer.install and any(map(_runs, offer.candidates)):
+    if offer.install and any(each.runs for each in offer.candidates):
         how = f": {offer.install.removeprefix('install it from ')}" if command else ""
         return f"{title}{'is ' if titled else ''}not installed{how}"
     if "fits-with-offload" in verdicts:

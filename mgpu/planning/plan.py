@@ -72,20 +72,32 @@ def make_plan(
     would do as well follows. `other_quantisations` are smaller files of the same model to propose when this one
     does not fit.
     """
-    candidates = [_asked(facts, wants, gpus, machine)]
-    if len(gpus) > 1 and not wants.tensor_split and wants.split_mode is None:
-        single = _best_single(facts, replace(wants, offload=False), gpus, machine)
-        candidates += [single] if single.verdict == "fits" else []
-    runnable = ("fits", "fits-with-offload") if wants.offload else ("fits",)
-    best = next((i for i, candidate in enumerate(candidates) if candidate.verdict in runnable), None)
-    fixes: tuple[Fix, ...] = ()
-    if best is None:
+    candidates = llama_cpp_candidates(facts, machine, gpus, wants)
+    best = next((i for i, candidate in enumerate(candidates) if candidate.runs), None)
+    fixes = llama_cpp_fixes(facts, other_quantisations, machine, gpus, wants) if best is None else ()
+    return Plan(model=facts, machine=machine, candidates=candidates, best=best, fixes=fixes)
 
-        def planned(other: ModelFacts, changed: Wants) -> Candidate:
-            return _asked(other, changed, gpus, machine)
 
-        fixes = find_fixes(facts, wants, other_quantisations, planned, on_cards=bool(gpus))
-    return Plan(model=facts, machine=machine, candidates=tuple(candidates), best=best, fixes=fixes)
+def llama_cpp_candidates(
+    facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], wants: Wants
+) -> tuple[Candidate, ...]:
+    """Return the ways llama.cpp can run `facts` on `gpus` (none: the CPU), as `make_plan` has them."""
+    asked = _asked(facts, wants, gpus, machine)
+    if len(gpus) < 2 or wants.tensor_split or wants.split_mode is not None:
+        return (asked,)
+    single = _best_single(facts, replace(wants, offload=False), gpus, machine)
+    return (asked, single) if single.verdict == "fits" else (asked,)
+
+
+def llama_cpp_fixes(
+    facts: ModelFacts, others: Sequence[ModelFacts], machine: Machine, gpus: Sequence[Gpu], wants: Wants
+) -> tuple[Fix, ...]:
+    """Return the cheapest changes that make the model fit with llama.cpp; `others` are it in other quantisations."""
+
+    def planned(other: ModelFacts, changed: Wants) -> Candidate:
+        return _asked(other, changed, gpus, machine)
+
+    return find_fixes(facts, wants, others, planned, on_cards=bool(gpus))
 
 
 def _asked(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate:
