@@ -83,7 +83,8 @@ def find(program: Program) -> Engine | None:
     if named := os.environ.get(program.variable):
         path = _program_at(named, program)
         if path is None:
-            what = f"a folder without bin/{program.name}" if os.path.isdir(named) else "not a program that can be run"  # noqa: PTH112
+            is_folder = os.path.isdir(named)  # noqa: PTH112 - never raises
+            what = f"a folder without bin/{program.name}" if is_folder else "not a program that can be run"
             raise Missing(
                 f"${program.variable} names {named!r}, which is {what}",
                 code="engine-missing",
@@ -128,7 +129,7 @@ def _configured(program: Program, setting: Path) -> Engine:
     path = _program_at(str(setting), program)
     if path is None:
         meant = setting / "bin" / program.name if os.path.isdir(setting) else setting  # noqa: PTH112 - never raises
-        why = "cannot be run" if os.path.exists(meant) else "is not there"  # noqa: PTH110
+        why = "cannot be run" if os.path.exists(meant) else "is not there"  # noqa: PTH110 - never raises
         raise Missing(
             f"{file} sets engines.{program.backend} to a program that {why}: {meant}",
             code="engine-missing",

@@ -43,7 +43,7 @@ def _installed(
     values: dict[str, object] = {"backend": backend, "path": str(engine.path)}
     with contextlib.suppress(OSError, ValueError, struct.error):  # what cannot be read stays unknown
         values |= facts(engine.path)
-    return InstalledEngine(**values)  # type: ignore[arg-type]
+    return InstalledEngine(**values)  # type: ignore[arg-type]  # `facts` gives each field what it takes
 
 
 def _vllm(program: Path) -> dict[str, object]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mgpu.models.fetch import Source, Survey
     from mgpu.models.local_model import Format
     from mgpu.models.transfer import OnProgress
-    from mgpu.profile import Profile
+    from mgpu.profile import Profile, VllmSource
 
 
 @dataclass(slots=True, kw_only=True)
@@ -174,7 +174,7 @@ def pull_of(argument: str, quant: str | None, backend: Backend) -> Pull:
 def _of_profile(argument: str, profile: Profile, quant: str | None, backend: Backend) -> Pull:
     from mgpu.models.forms import choose_quantisation
 
-    for_vllm = {source.quantisation: source for source in reversed(profile.vllm)}
+    for_vllm: dict[str, VllmSource] = {source.quantisation: source for source in reversed(profile.vllm)}
     if backend == Backend.ollama:
         if not profile.ollama:
             raise UsageError(f"profile {profile.name} names no model of Ollama's", hint=f"mgpu pull {profile.name}")
@@ -190,7 +190,7 @@ def _of_profile(argument: str, profile: Profile, quant: str | None, backend: Bac
                 f"profile {profile.name} has no repository for vLLM in {quant[:80]!r}; it has {names}",
                 hint=f"--quant {profile.vllm[0].quantisation}",
             )
-        source = for_vllm[quant.lower()] if quant is not None else profile.vllm[0]  # type: ignore[index]
+        source = profile.vllm[0] if quant is None else for_vllm[quant.lower()]
         return FolderPull(argument=argument, repository=source.repository, quantisation=source.quantisation)
     quantisation, gguf = choose_quantisation(profile, quant)
     return GgufPull(argument=argument, source=gguf, quantisation=quantisation)

@@ -284,7 +284,7 @@ def _send(process: _Process, number: signal.Signals) -> None:
 
 
 def _processes() -> Iterator[_Process]:
-    for name in os.listdir("/proc"):  # noqa: PTH208
+    for name in os.listdir("/proc"):  # noqa: PTH208  nor here
         if name.isdecimal() and (process := _find(int(name))):
             yield process
 
@@ -347,7 +347,7 @@ def _quietly(remove: Callable[[str], None], path: str) -> None:
 
 def _read(path: str) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123  nor here
             return file.read()
     except OSError:
         return b""
