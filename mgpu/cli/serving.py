@@ -6,13 +6,12 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgpu.backends import load_backend
 from mgpu.backends.backend import unchanged
-from mgpu.backends.engine import PROGRAMS, require
 from mgpu.errors import EngineFailed
 from mgpu.models.source import OllamaTag
 from mgpu.running.client import EngineClient, Link, Refused
@@ -70,7 +69,8 @@ def started(prepared: Prepared, endpoint: Endpoint, folder: Path, screen: RunScr
     """The engine, started in `folder`, ready and proven; stopped on the way out. A port lost to a race is replaced."""
     from mgpu.running.ports import hold_port
 
-    engine = prepared.engine or require(PROGRAMS[prepared.backend])
+    engine = prepared.engine
+    assert engine  # `run` has refused to go on without one
     for attempt in range(1, _PORT_ATTEMPTS + 1):
         with contextlib.ExitStack() as stack:
             port = stack.enter_context(hold_port(endpoint.host, endpoint.port))
@@ -120,10 +120,7 @@ def _running(
     from mgpu.running.state import rotate
 
     backend = load_backend(prepared.backend)
-    serving = prepared.serving(
-        backend.name, name=endpoint.name, host=endpoint.host, port=port, folder=folder, api_key=endpoint.api_key
-    )
-    launch = backend.launch(prepared.plan.chosen, replace(serving, program=engine.path))
+    launch = build_launch(prepared, endpoint, port=port, folder=folder)
     if backend.fitted is not unchanged:
         screen.asking_for_flags(engine)
         launch = backend.fitted(launch, engine)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import httpx
 
 # A question mgpu asks for itself: short, and answerable by any model, with or without a chat template.
-_CANARY_PROMPT = "Hello, my name is"
-_CANARY_TOKENS = 8
+CANARY_PROMPT = "Hello, my name is"
+CANARY_TOKENS = 8
 _POLL_TIMEOUT_S = 5.0
 # The first token of a large model on slow memory with a long queue before it.
 _ANSWER_TIMEOUT_S = 600.0
@@ -123,7 +123,7 @@ class EngineClient:
         Raises EngineFailed (code "wrong-answer" for anything but a completion, "engine-died" when the connection
         breaks, "no-answer" when none comes).
         """
-        body = {"model": self._model, "prompt": _CANARY_PROMPT, "max_tokens": _CANARY_TOKENS, "temperature": 0}
+        body = {"model": self._model, "prompt": CANARY_PROMPT, "max_tokens": CANARY_TOKENS, "temperature": 0}
         begun = time.monotonic()
         reply = self._post("/v1/completions", body, patience_s or _ANSWER_TIMEOUT_S)
         seconds = time.monotonic() - begun
@@ -180,13 +180,7 @@ class EngineClient:
         yield _answer(timings, usage, finish_reason, _Clock(begun, first_at, time.monotonic()))
 
     def _get(self, path: str) -> str | None:
-        import httpx
-
-        try:
-            reply = self._http.get(path)
-        except httpx.HTTPError:
-            return None
-        return reply.text if reply.status_code == 200 else None
+        return got(self._http, path)
 
     def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         with _engine_errors():
@@ -194,6 +188,22 @@ class EngineClient:
             if reply.status_code != 200:
                 raise _refused(reply)
         return _parsed(reply.text)
+
+
+def got(http: httpx.Client, path: str) -> str | None:
+    """Return the body of a 200 answer, None for anything else."""
+    import httpx
+
+    try:
+        reply = http.get(path)
+    except httpx.HTTPError:
+        return None
+    return reply.text if reply.status_code == 200 else None
+
+
+def whole(value: object) -> int | None:
+    """Return a number of JSON's if it is a whole one, None for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +225,8 @@ class _Clock:
 
 def _answer(timings: dict[str, Any], usage: dict[str, Any], finish_reason: Any, clock: _Clock) -> Answer:
     """The end of an answer by the engine's own clock where it tells (llama-server does), else by ours."""
-    prompt = _whole(timings.get("prompt_n", usage.get("prompt_tokens")))
-    generated = _whole(timings.get("predicted_n", usage.get("completion_tokens")))
+    prompt = whole(timings.get("prompt_n", usage.get("prompt_tokens")))
+    generated = whole(timings.get("predicted_n", usage.get("completion_tokens")))
     if timings:
         prompt_rate = _number(timings.get("prompt_per_second"))
         generation_rate = _number(timings.get("predicted_per_second"))
@@ -294,7 +304,3 @@ def _first(values: object) -> dict[str, Any]:
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

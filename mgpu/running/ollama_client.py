@@ -16,7 +16,7 @@ from mgpu.backends.ollama_placement import LoadedModel
 from mgpu.backends.samples import Sample
 from mgpu.errors import EngineFailed, MgpuError
 from mgpu.models.transfer import OnProgress, Progress, steadily
-from mgpu.running.client import Answer, Canary, Thought
+from mgpu.running.client import CANARY_PROMPT, CANARY_TOKENS, Answer, Canary, Thought, got, whole
 
 if TYPE_CHECKING:
     import httpx
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 Record = TypeVar("Record")
 FOR_EVER = -1
 
-_CANARY_PROMPT = "Hello, my name is"
-_CANARY_TOKENS = 8
 _POLL_TIMEOUT_S = 5.0
 # Ollama gives up a load by itself when its runner is silent for five minutes; a large model from a slow disk is not.
 _LOAD_TIMEOUT_S = 6 * 3600.0
@@ -111,9 +109,9 @@ class OllamaClient:
             return tuple(
                 LoadedModel(
                     name=str(entry["name"]),
-                    size_bytes=_whole(entry.get("size")),
-                    size_vram_bytes=_whole(entry.get("size_vram")),
-                    ctx_tokens=_whole(entry.get("context_length")),
+                    size_bytes=whole(entry.get("size")),
+                    size_vram_bytes=whole(entry.get("size_vram")),
+                    ctx_tokens=whole(entry.get("context_length")),
                 )
                 for entry in entries
             )
@@ -157,11 +155,11 @@ class OllamaClient:
         import ollama
 
         begun = time.monotonic()
-        options = {"num_predict": _CANARY_TOKENS, "temperature": 0}
+        options = {"num_predict": CANARY_TOKENS, "temperature": 0}
         timeout = _timeout(patience_s or _ANSWER_TIMEOUT_S)
         client = ollama.Client(self.url, timeout=timeout, **self._settings)
         with _errors(self._explain(model)), contextlib.closing(_connections(client)):
-            reply = client.generate(model, _CANARY_PROMPT, options=options, keep_alive=self._keep_alive)
+            reply = client.generate(model, CANARY_PROMPT, options=options, keep_alive=self._keep_alive)
             return Canary(
                 text=reply.response or getattr(reply, "thinking", None) or "",
                 seconds=time.monotonic() - begun,
@@ -203,19 +201,10 @@ class OllamaClient:
         """
         if runner_port is None:
             return None
-        return llama_cpp.sample(time.monotonic(), lambda path: self._got(f"http://127.0.0.1:{runner_port}{path}"))
+        return llama_cpp.sample(time.monotonic(), lambda path: got(self._http, f"http://127.0.0.1:{runner_port}{path}"))
 
     def _explain(self, model: str) -> Callable[[str], MgpuError]:
         return lambda text: explain_load(model, text, self._lines() if self._lines else ())
-
-    def _got(self, url: str) -> str | None:
-        import httpx
-
-        try:
-            reply = self._http.get(url)
-        except httpx.HTTPError:
-            return None
-        return reply.text if reply.status_code == 200 else None
 
     def has_blob(self, digest: str) -> bool:
         """Whether the server has a file with this digest ("sha256:…")."""
@@ -311,7 +300,7 @@ def _said(reply: httpx.Response) -> str:
 
 def _tag(entry: Mapping[str, Any]) -> Tag:
     """One entry of /api/tags."""
-    size, details = _whole(entry.get("size")), entry.get("details")
+    size, details = whole(entry.get("size")), entry.get("details")
     level = details.get("quantization_level") if isinstance(details, dict) else None
     return Tag(
         name="".join(character for character in str(entry["name"])[:256] if character.isprintable()),
@@ -327,10 +316,6 @@ def _seconds(moment: object) -> float:
         return datetime.fromisoformat(f"{str(moment)[:19]}+00:00").timestamp()
     except ValueError:
         return 0.0
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _rate(tokens: int | None, duration_ns: int | None) -> float | None:
