@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from mgpu.models.fetch import fetch
 from mgpu.profile import load_profile
 
 REQUIRE_REAL = "MGPU_TEST_REQUIRE_REAL"
+
+# A script's background job (`make test &`) starts with interrupts ignored, and hands that on to every program it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a user's environment may hold and no test may depend on.
 _PERSONAL = (
