@@ -84,13 +84,15 @@ class Purpose:
 
 
 Said = Iterator[Finding | Skip]
+Subject = Callable[[Inspection, Purpose], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """A check: its stable `id`, its place on the screen, its tier ("A": does not start, hangs or lies; "B": works, but
-    slow or fragile), and the function. `explanation` is the function's docstring, shown by --explain: what it looks
-    at, the rule, why (with numbers), what to do."""
+    slow or fragile), and the function. `about` is what it looks at (`mgpu.doctor.subjects`): where one of them is not
+    here, the check does not apply. `explanation` is the function's docstring, shown by --explain: what it looks at, the
+    rule, why (with numbers), what to do."""
 
     id: str
     area: Area
@@ -98,11 +100,16 @@ class Check:
     run: Callable[[Inspection, Purpose], Said]
     explanation: str
     needs_root: bool = False
+    about: tuple[Subject, ...] = ()
 
     @property
     def title(self) -> str:
         """What it detects, in one line."""
         return self.explanation.splitlines()[0].rstrip(".")
+
+    def applies(self, inspection: Inspection, purpose: Purpose) -> bool:
+        """Whether there is anything here that it could find fault with."""
+        return all(subject(inspection, purpose) for subject in self.about)
 
 
 def check(
@@ -111,6 +118,7 @@ def check(
     tier: str,
     *,
     needs_root: bool = False,
+    about: tuple[Subject, ...] = (),
 ) -> Callable[[Callable[[Inspection, Purpose], Said]], Check]:
     """Make a check of a generator function over (inspection, purpose); its docstring is the explanation."""
 
@@ -122,6 +130,7 @@ def check(
             run=function,
             explanation=inspect.cleandoc(function.__doc__ or ""),
             needs_root=needs_root,
+            about=about,
         )
 
     return make

@@ -13,7 +13,8 @@ _ORDER = tuple(Severity)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """What all checks said: findings (failures first), what could not be looked at, and the ids of what is well."""
+    """What all checks said: findings (failures first), what could not be looked at, and the ids of what is well. A
+    check whose subject is not here, and which therefore said nothing, is in none of them."""
 
     findings: tuple[Finding, ...]
     skipped: tuple[Skip, ...]
@@ -36,7 +37,7 @@ def diagnose(inspection: Inspection, checks: Sequence[Check], purpose: Purpose) 
             said = [Skip(id=each.id, reason=f"the check itself failed ({type(bug).__name__}: {bug})"[:160])]
         findings += [item for item in said if isinstance(item, Finding)]
         skipped += [item for item in said if isinstance(item, Skip)]
-        if not said:
+        if not said and each.applies(inspection, purpose):
             well.append(each.id)
     findings.sort(key=lambda finding: _ORDER.index(finding.severity))
     return Diagnosis(findings=tuple(findings), skipped=tuple(skipped), well=tuple(well))

@@ -128,8 +128,10 @@ def _finding(finding: Finding, areas: dict[str, str]) -> dict[str, Any]:
 
 
 def _result(check: Check, diagnosis: Diagnosis) -> str:
-    """The worst that a check said; "ok" where it had nothing to say."""
+    """The worst that a check said; "ok" where it found nothing, "not-applicable" where there is nothing to find."""
     severities = [finding.severity for finding in diagnosis.findings if finding.id == check.id]
     if severities:
         return next(severity.value for severity in Severity if severity in severities)
-    return "skipped" if any(skip.id == check.id for skip in diagnosis.skipped) else "ok"
+    if any(skip.id == check.id for skip in diagnosis.skipped):
+        return "skipped"
+    return "ok" if check.id in diagnosis.well else "not-applicable"

@@ -161,8 +161,10 @@ def test_a_machine_without_a_card_needs_no_driver_and_is_not_praised_for_it(mgpu
     out = mgpu("doctor", "--replay", path).out
     assert re.search(r"(?m)^\[i\] Driver +none needed: no NVIDIA card$", out)
     data = diagnosis(mgpu("doctor", "--replay", path, "--json").json)
-    here = [each for each in data["checks"] if each["result"] == "ok" and each["area"] in ("Host", "Engines")]
-    assert f" {len(here)} ok." in out.splitlines()[-1]
+    well = [each["area"] for each in data["checks"] if each["result"] == "ok"]
+    assert f" {len(well)} ok." in out.splitlines()[-1]
+    assert data["counts"]["ok"] == len(well)
+    assert {"Host", "Engines"} <= set(well) <= {"GPUs", "Memory", "Host", "Engines"}
 
 
 def test_only_what_was_asked_for_is_looked_at(mgpu: Mgpu, saved: Saved) -> None:

@@ -198,8 +198,7 @@ class _Screen:
             name = ""
 
     def closing(self) -> Iterator[RenderableType]:
-        """The best sets of cards, the counts with the failures' names first, and the next command. What has no subject
-        here (no card of AMD's, no container) does not count as well."""
+        """The best sets of cards, the counts with the failures' names first, and the next command."""
         diagnosis = self.report.diagnosis
         if self.report.whole and (groups := self.report.groups):
             sets: dict[tuple[int, str], list[str]] = {}
@@ -215,8 +214,7 @@ class _Screen:
                 parts.append(f"{count} {word}{'s' if count > 1 else ''}{named}")
         unseen = len({skip.id for skip in diagnosis.skipped})
         parts += [f"{unseen} skipped"] if unseen else []
-        well = sum(self.is_here(self.checks[check_id].area) for check_id in diagnosis.well)
-        yield from _wrapped(", ".join((*parts, f"{well} ok")) + ".", self.width)
+        yield from _wrapped(", ".join((*parts, f"{len(diagnosis.well)} ok")) + ".", self.width)
         if not self.report.outcomes and not self.report.replayed and remedies(self.report.inspection, diagnosis):
             yield "Some of it can be fixed here, each after a question: mgpu doctor --fix"
 

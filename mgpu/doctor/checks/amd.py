@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import named, unread, usable_cards
 from mgpu.machine.inspection import Inspection, PciDevice
@@ -16,7 +17,7 @@ _TRANSLATED = ("DMA", "DMA-FQ")
 _MASKS = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
-@check("amd-kfd-access", Area.amd, "A")
+@check("amd-kfd-access", Area.amd, "A", about=(subjects.amd,))
 def amd_kfd_access(inspection: Inspection, _purpose: Purpose) -> Said:
     """AMD cards that programs may not compute on.
 
@@ -65,7 +66,7 @@ def amd_kfd_access(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "access to /dev/kfd and /dev/dri", "kfd", "dri")
 
 
-@check("amd-multi-gpu", Area.amd, "A")
+@check("amd-multi-gpu", Area.amd, "A", about=(subjects.amd,))
 def amd_multi_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     """AMD cards in slots that ROCm cannot use together.
 
@@ -160,7 +161,7 @@ def _is_chipset(bridge: PciDevice) -> bool:
     return bridge.vendor == _ASMEDIA or (bridge.vendor == _AMD and (bridge.device or 0) >> 8 == 0x43)
 
 
-@check("amd-gfx-override", Area.amd, "A")
+@check("amd-gfx-override", Area.amd, "A", about=(subjects.amd,))
 def amd_gfx_override(inspection: Inspection, purpose: Purpose) -> Said:
     """AMD cards that an engine has no code for, an override that fits one of them, or integrated graphics in the way.
 

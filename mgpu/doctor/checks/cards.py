@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import named, nvidia_cards, unread
 from mgpu.machine.inspection import Inspection, LogEntry
@@ -15,7 +16,7 @@ from mgpu.units import MIB, gib, seconds
 _DAY_S = 86_400
 
 
-@check("gpu-lost", Area.gpus, "A")
+@check("gpu-lost", Area.gpus, "A", about=(subjects.nvidia,))
 def gpu_lost(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card has fallen off the bus, or must be reset before it answers again.
 
@@ -82,7 +83,7 @@ _XID_WARNS = {
 }
 
 
-@check("xid-recent", Area.gpus, "A")
+@check("xid-recent", Area.gpus, "A", about=(subjects.nvidia,))
 def xid_recent(inspection: Inspection, _purpose: Purpose) -> Said:
     """The driver logged hardware errors (Xid) since the machine started.
 
@@ -136,7 +137,7 @@ def _xid_fix(number: int, gpus: tuple[int, ...]) -> tuple[str, ...]:
     return ()
 
 
-@check("memory-remap", Area.gpus, "A")
+@check("memory-remap", Area.gpus, "A", about=(subjects.nvidia_card,))
 def memory_remap(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's memory has failed, or rows of it wait to be replaced.
 
@@ -201,7 +202,7 @@ _RECOVERY = {
 }
 
 
-@check("recovery-action", Area.gpus, "A")
+@check("recovery-action", Area.gpus, "A", about=(subjects.nvidia_card,))
 def recovery_action(inspection: Inspection, _purpose: Purpose) -> Said:
     """The driver itself asks for a reset or a reboot.
 
@@ -226,7 +227,7 @@ def recovery_action(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the recovery action", "230", "RECOVERY", of=unknown)
 
 
-@check("mig-enabled", Area.gpus, "A")
+@check("mig-enabled", Area.gpus, "A", about=(subjects.nvidia_card,))
 def mig_enabled(inspection: Inspection, purpose: Purpose) -> Said:
     """A card is cut into MIG instances, or will be after its next reset.
 
@@ -248,7 +249,7 @@ def mig_enabled(inspection: Inspection, purpose: Purpose) -> Said:
         yield unread(inspection, "the MIG mode", "Mig", of=unknown)
 
 
-@check("compute-mode", Area.gpus, "A")
+@check("compute-mode", Area.gpus, "A", about=(subjects.nvidia_card,))
 def compute_mode(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card is closed to programs, or takes only one at a time.
 
@@ -274,7 +275,7 @@ def compute_mode(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the compute mode", "ComputeMode", of=unknown)
 
 
-@check("bar1-small", Area.pcie, "B")
+@check("bar1-small", Area.pcie, "B", about=(subjects.nvidia_card, subjects.bare_metal))
 def bar1_small(inspection: Inspection, _purpose: Purpose) -> Said:
     """The window through which others reach a card's memory (BAR1) is smaller than that memory.
 

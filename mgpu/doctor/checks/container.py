@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import unread, usable_cards
 from mgpu.machine.inspection import Inspection
@@ -13,7 +14,7 @@ _SHARED_MEMORY = "/dev/shm"  # noqa: S108  it is looked at, not written to
 _RECREATE = "docker run --gpus all --ipc=host IMAGE  # a container keeps what it was made with"
 
 
-@check("shm-small", Area.container, "A")
+@check("shm-small", Area.container, "A", about=(subjects.several_cards,))
 def shm_small(inspection: Inspection, purpose: Purpose) -> Said:
     """Too little shared memory in /dev/shm for several cards.
 
@@ -49,7 +50,7 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes // 1024**2} MiB" if size_bytes < GIB else gib(size_bytes)
 
 
-@check("container-visibility", Area.container, "A")
+@check("container-visibility", Area.container, "A", about=(subjects.container,))
 def container_visibility(inspection: Inspection, _purpose: Purpose) -> Said:
     """A container that sees fewer cards than the host has.
 
@@ -97,7 +98,7 @@ def container_visibility(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("container-cgroup-lost", Area.container, "A")
+@check("container-cgroup-lost", Area.container, "A", about=(subjects.nvidia, subjects.containers))
 def container_cgroup_lost(inspection: Inspection, _purpose: Purpose) -> Said:
     """A container that lost its cards while it ran, or Docker set up so that one can.
 
@@ -138,7 +139,7 @@ def container_cgroup_lost(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("container-toolkit", Area.container, "A")
+@check("container-toolkit", Area.container, "A", about=(subjects.nvidia_card, subjects.containers))
 def container_toolkit(inspection: Inspection, _purpose: Purpose) -> Said:
     """Docker that cannot give NVIDIA cards to a container, or gives them by an old description.
 

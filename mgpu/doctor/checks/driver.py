@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.checks.driver_fit import is_blackwell, is_too_old, needs_other_module
 from mgpu.machine.inspection import Inspection, PciDevice
@@ -35,7 +36,7 @@ def no_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("driver-lib-mismatch", Area.driver, "A")
+@check("driver-lib-mismatch", Area.driver, "A", about=(subjects.nvidia,))
 def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
     """The NVIDIA library and the loaded kernel module are of different versions.
 
@@ -78,7 +79,7 @@ def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("driver-not-loaded", Area.driver, "A")
+@check("driver-not-loaded", Area.driver, "A", about=(subjects.nvidia,))
 def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
     """An NVIDIA card is there, but the NVIDIA driver is not loaded.
 
@@ -125,7 +126,7 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
     )
 
 
-@check("gpu-missing", Area.gpus, "A")
+@check("gpu-missing", Area.gpus, "A", about=(subjects.expected_cards,))
 def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
     """The PCI bus shows more NVIDIA cards than the driver does, or fewer are there than expected.
 
@@ -174,7 +175,7 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
     )
 
 
-@check("uvm-missing", Area.driver, "A")
+@check("uvm-missing", Area.driver, "A", about=(subjects.nvidia_card,))
 def uvm_missing(inspection: Inspection, _purpose: Purpose) -> Said:
     """/dev/nvidia-uvm is missing: nvidia-smi works, CUDA does not.
 
@@ -205,7 +206,7 @@ def uvm_missing(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("hmm-kaslr", Area.driver, "A")
+@check("hmm-kaslr", Area.driver, "A", about=(subjects.nvidia_card,))
 def hmm_kaslr(inspection: Inspection, _purpose: Purpose) -> Said:
     """CUDA cannot start because shared memory management collides with the kernel's random layout.
 

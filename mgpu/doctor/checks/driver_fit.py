@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.machine.inspection import Inspection, InstalledEngine, PciDevice
 from mgpu.machine.layout import cards, nvidia_on_bus
@@ -15,7 +16,7 @@ _FIRST_TURING, _FIRST_BLACKWELL = 0x1E00, 0x2900
 _LAST_FOR_OLD_CARDS = 580
 
 
-@check("driver-too-new-for-gpu", Area.driver, "A")
+@check("driver-too-new-for-gpu", Area.driver, "A", about=(subjects.nvidia,))
 def driver_too_new_for_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     """A Maxwell, Pascal or Volta card with a driver that no longer knows it.
 
@@ -54,7 +55,7 @@ def driver_too_new_for_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("driver-too-old", Area.driver, "A")
+@check("driver-too-old", Area.driver, "A", about=(subjects.nvidia_card, subjects.named_engine))
 def driver_too_old(inspection: Inspection, purpose: Purpose) -> Said:
     """An engine was built for a newer CUDA than the driver can run.
 
@@ -92,7 +93,7 @@ def driver_too_old(inspection: Inspection, purpose: Purpose) -> Said:
         )
 
 
-@check("driver-flavour", Area.driver, "A")
+@check("driver-flavour", Area.driver, "A", about=(subjects.nvidia,))
 def driver_flavour(inspection: Inspection, _purpose: Purpose) -> Said:
     """The open kernel module with a card that needs the closed one, or the other way round.
 

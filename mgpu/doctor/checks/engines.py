@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import unread, usable_cards
 from mgpu.machine.inspection import Inspection, InstalledEngine
@@ -58,7 +59,7 @@ def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
         )
 
 
-@check("arch-unsupported", Area.engines, "A")
+@check("arch-unsupported", Area.engines, "A", about=(subjects.nvidia_card, subjects.engine))
 def arch_unsupported(inspection: Inspection, purpose: Purpose) -> Said:
     """An engine that was not built for a card.
 
@@ -142,7 +143,7 @@ def _other_engine(engine: InstalledEngine) -> str:
     return "cmake -B build -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native, built on this computer"
 
 
-@check("nccl-version", Area.engines, "B")
+@check("nccl-version", Area.engines, "B", about=(subjects.nvidia_pair,))
 def nccl_version(inspection: Inspection, purpose: Purpose) -> Said:
     """An NCCL that shadows the engine's own, or an old one.
 
@@ -181,7 +182,7 @@ def nccl_version(inspection: Inspection, purpose: Purpose) -> Said:
             )
 
 
-@check("llama-no-nccl", Area.engines, "B")
+@check("llama-no-nccl", Area.engines, "B", about=(subjects.nvidia_pair, subjects.for_llama_cpp, subjects.cut))
 def llama_no_nccl(inspection: Inspection, purpose: Purpose) -> Said:
     """A llama.cpp without NCCL that is to cut every layer over several cards.
 
@@ -208,7 +209,7 @@ def llama_no_nccl(inspection: Inspection, purpose: Purpose) -> Said:
             )
 
 
-@check("custom-allreduce-gate", Area.engines, "B")
+@check("custom-allreduce-gate", Area.engines, "B", about=(subjects.nvidia_pair, subjects.for_vllm))
 def custom_allreduce_gate(inspection: Inspection, purpose: Purpose) -> Said:
     """A notice of vLLM that looks like a fault and is none.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import named, unread, usable_cards
 from mgpu.machine.inspection import Inspection, Unread
@@ -14,7 +15,7 @@ _ENGINES_PORTS = (8000, 8080, 11434)
 _MOST_LISTED = 6
 
 
-@check("memlock", Area.host, "A")
+@check("memlock", Area.host, "A", about=(subjects.several_cards,))
 def memlock(inspection: Inspection, _purpose: Purpose) -> Said:
     """A low limit of memory that may be locked.
 
@@ -38,7 +39,7 @@ def memlock(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("numa-affinity", Area.host, "B")
+@check("numa-affinity", Area.host, "B", about=(subjects.card,))
 def numa_affinity(inspection: Inspection, _purpose: Purpose) -> Said:
     """Memory that is far from the cards: a node without any, or a kernel that moves pages about.
 

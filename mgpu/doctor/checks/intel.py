@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import unread
 from mgpu.machine.inspection import Inspection, PciDevice
@@ -13,7 +14,7 @@ _DRIVERS = ("i915", "xe")
 _SMALL_BAR_BYTES = 256 * MIB
 
 
-@check("intel-xe", Area.intel, "A")
+@check("intel-xe", Area.intel, "A", about=(subjects.intel,))
 def intel_xe(inspection: Inspection, _purpose: Purpose) -> Said:
     """An Intel card without a driver, without access, or whose memory the processor sees through a small window.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import BUSY_PERCENT, BUSY_SHARE, in_use_bytes, named, unread, usable_cards
 from mgpu.machine.inspection import DiskSpace, Inspection
@@ -17,7 +18,7 @@ _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "fuse.rclone"
 _HBM = ("A100", "A30", "H100", "H200", "H800", "B200", "B300", "GH200", "GB200", "V100", "P100")
 
 
-@check("vram-in-use", Area.memory, "B")
+@check("vram-in-use", Area.memory, "B", about=(subjects.card,))
 def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
     """Memory of a card that is taken before anything starts.
 
@@ -75,7 +76,7 @@ def _taken(gpu: Gpu, used: int, *, wanted: bool, elsewhere: bool) -> Finding | N
     )
 
 
-@check("display-on-gpu", Area.memory, "B")
+@check("display-on-gpu", Area.memory, "B", about=(subjects.card,))
 def display_on_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card that shows the desktop.
 
@@ -103,7 +104,7 @@ def display_on_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "display state", "Display", "drm", of=unknown)
 
 
-@check("ecc-vram", Area.memory, "B")
+@check("ecc-vram", Area.memory, "B", about=(subjects.nvidia_card,))
 def ecc_vram(inspection: Inspection, _purpose: Purpose) -> Said:
     """Error correction that takes a part of the card's memory.
 

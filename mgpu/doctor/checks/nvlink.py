@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import named, nvidia_cards, unread
 from mgpu.machine.inspection import Inspection
@@ -14,7 +15,7 @@ _FABRIC_COMPLETED = 3
 _FABRIC_UNDONE = (1, 2)  # not started, in progress
 
 
-@check("fabric-manager", Area.driver, "A")
+@check("fabric-manager", Area.driver, "A", about=(subjects.nvidia_card, subjects.nvswitch))
 def fabric_manager(inspection: Inspection, _purpose: Purpose) -> Said:
     """A machine with NVSwitch without a running fabric manager of the driver's version.
 
@@ -70,7 +71,7 @@ def fabric_manager(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the state of nvidia-fabricmanager", "fabricmanager")
 
 
-@check("nvlink-inactive", Area.p2p, "B")
+@check("nvlink-inactive", Area.p2p, "B", about=(subjects.nvlink_port,))
 def nvlink_inactive(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card has some NVLink ports up and some down, or could be bridged and is not.
 
@@ -116,7 +117,7 @@ def nvlink_inactive(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("nvlink-errors", Area.p2p, "B")
+@check("nvlink-errors", Area.p2p, "B", about=(subjects.nvlink,))
 def nvlink_errors(inspection: Inspection, _purpose: Purpose) -> Said:
     """NVLink ports count errors.
 
@@ -144,7 +145,7 @@ def nvlink_errors(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the NVLink error counters", "NvLink", of=unknown)
 
 
-@check("nvlink-unused", Area.p2p, "B")
+@check("nvlink-unused", Area.p2p, "B", about=(subjects.nvlink,))
 def nvlink_unused(inspection: Inspection, _purpose: Purpose) -> Said:
     """Cards are joined by NVLink, but a setting keeps NCCL from using it.
 

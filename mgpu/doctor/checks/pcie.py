@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import is_busy, nvidia_cards, unread
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice
@@ -15,7 +16,7 @@ _TRANSFERS_GT_S = {1: 2.5, 2: 5.0, 3: 8.0, 4: 16.0, 5: 32.0, 6: 64.0}
 _RISER_LANES = 2
 
 
-@check("pcie-width-degraded", Area.pcie, "B")
+@check("pcie-width-degraded", Area.pcie, "B", about=(subjects.nvidia_card, subjects.bare_metal))
 def pcie_width_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card runs with fewer lanes than both it and its slot have.
 
@@ -55,7 +56,7 @@ def pcie_width_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the width of the slot", "link_width", "LinkWidth", of=unknown)
 
 
-@check("pcie-slot-limited", Area.pcie, "B")
+@check("pcie-slot-limited", Area.pcie, "B", about=(subjects.nvidia_card, subjects.bare_metal))
 def pcie_slot_limited(inspection: Inspection, purpose: Purpose) -> Said:
     """A card is in a slot that is wired for four lanes.
 
@@ -82,7 +83,7 @@ def pcie_slot_limited(inspection: Inspection, purpose: Purpose) -> Said:
         yield unread(inspection, "the width of the slot", "link_width", "LinkWidth", of=unknown)
 
 
-@check("pcie-x1-riser", Area.pcie, "B")
+@check("pcie-x1-riser", Area.pcie, "B", about=(subjects.nvidia_card,))
 def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
     """A card hangs on one or two lanes, as on a mining riser.
 
@@ -115,7 +116,7 @@ def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
         yield unread(inspection, "the link width", "link_width", "LinkWidth", of=unknown)
 
 
-@check("pcie-gen-degraded", Area.pcie, "B")
+@check("pcie-gen-degraded", Area.pcie, "B", about=(subjects.nvidia_card, subjects.bare_metal))
 def pcie_gen_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's link is slower under load than card and board can do.
 
@@ -153,7 +154,7 @@ def pcie_gen_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the link generation", "link_speed", "LinkGeneration", of=unknown)
 
 
-@check("pcie-host-gen", Area.pcie, "B")
+@check("pcie-host-gen", Area.pcie, "B", about=(subjects.nvidia_card, subjects.bare_metal))
 def pcie_host_gen(inspection: Inspection, purpose: Purpose) -> Said:
     """The board's slot is of an older PCIe generation than the card.
 
@@ -184,7 +185,7 @@ def pcie_host_gen(inspection: Inspection, purpose: Purpose) -> Said:
         yield unread(inspection, "the PCIe generation of card or board", "LinkGeneration", "link_speed", of=unknown)
 
 
-@check("pcie-replay-rate", Area.pcie, "B")
+@check("pcie-replay-rate", Area.pcie, "B", about=(subjects.nvidia_card,))
 def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's link repeats more packets than a clean one does.
 
@@ -217,7 +218,7 @@ def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the PCIe replay counter", "Replay", of=unknown)
 
 
-@check("pcie-aer", Area.pcie, "B")
+@check("pcie-aer", Area.pcie, "B", about=(subjects.nvidia_card,))
 def pcie_aer(inspection: Inspection, _purpose: Purpose) -> Said:
     """The kernel counted errors on a card's link.
 

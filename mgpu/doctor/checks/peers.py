@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import named, unread
 from mgpu.machine.inspection import Inspection, PciDevice
@@ -18,7 +19,7 @@ _PASS_THROUGH = (
 _WITHOUT_PEERS = "export NCCL_P2P_DISABLE=1  # until then, and vLLM with --disable-custom-all-reduce"
 
 
-@check("p2p-grant-unsafe", Area.p2p, "A")
+@check("p2p-grant-unsafe", Area.p2p, "A", about=(subjects.nvidia_pair, subjects.bare_metal))
 def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
     """Peer access is granted between cards that cannot reach each other: hangs, or wrong output at full speed.
 
@@ -76,7 +77,7 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
         )
 
 
-@check("iommu-translated", Area.host, "A")
+@check("iommu-translated", Area.host, "A", about=(subjects.nvidia_pair,))
 def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
     """The IOMMU translates the addresses that cards use.
 
@@ -111,7 +112,7 @@ def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the IOMMU group's type", "iommu", of=(i for i, it in found.items() if it is None))
 
 
-@check("acs-redirect", Area.host, "A", needs_root=True)
+@check("acs-redirect", Area.host, "A", needs_root=True, about=(subjects.nvidia_pair, subjects.bare_metal))
 def acs_redirect(inspection: Inspection, purpose: Purpose) -> Said:
     """Bridges between the cards send peer traffic through the root complex (ACS).
 
@@ -154,7 +155,7 @@ _STATUS_WORDS = {
 }
 
 
-@check("p2p-none", Area.p2p, "B")
+@check("p2p-none", Area.p2p, "B", about=(subjects.nvidia_pair,))
 def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards have no access to each other's memory.
 
@@ -190,7 +191,7 @@ def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
         yield unread(inspection, "peer access", "P2P", of=_members(unknown))
 
 
-@check("patched-p2p-risk", Area.p2p, "A")
+@check("patched-p2p-risk", Area.p2p, "A", about=(subjects.nvidia_pair,))
 def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
     """GeForce cards have peer access over PCIe, which only a patched or forced driver grants.
 
@@ -225,7 +226,7 @@ def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "peer access", "P2P", of=_members(both))
 
 
-@check("vllm-p2p-cache-stale", Area.p2p, "A")
+@check("vllm-p2p-cache-stale", Area.p2p, "A", about=(subjects.nvidia_pair,))
 def vllm_p2p_cache_stale(inspection: Inspection, purpose: Purpose) -> Said:
     """vLLM keeps an answer about peer access from before the machine started.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from statistics import median
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import event, in_use_bytes, is_busy, lasting, named, nvidia_cards, unread, usable_cards
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
@@ -19,7 +20,7 @@ _REST_OF_COMPUTER_W = 100
 _LOWEST_TRUE_LIMIT_C = 50
 
 
-@check("thermal", Area.power, "B")
+@check("thermal", Area.power, "B", about=(subjects.nvidia_card,))
 def thermal(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card that is hot, or that its heat makes slower.
 
@@ -82,7 +83,7 @@ def _events(gpu: Gpu, card: CardHealth) -> tuple[Evidence, ...]:
     return (Evidence(path=path, value=", ".join(masks[:3])),) if masks else ()
 
 
-@check("hw-slowdown", Area.power, "B")
+@check("hw-slowdown", Area.power, "B", about=(subjects.nvidia_card,))
 def hw_slowdown(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card whose hardware brakes it: its power supply or a cable.
 
@@ -116,7 +117,7 @@ def hw_slowdown(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "clock events", "Event", "Throttle", of=unknown)
 
 
-@check("sw-power-cap", Area.power, "B")
+@check("sw-power-cap", Area.power, "B", about=(subjects.nvidia_card,))
 def sw_power_cap(inspection: Inspection, _purpose: Purpose) -> Said:
     """A busy card that draws all the power it may have.
 
@@ -151,7 +152,7 @@ def _at_limit(reading: Readings, limit_w: float | None) -> bool | None:
     return None if reading.power_w is None or not limit_w else reading.power_w >= 0.95 * limit_w
 
 
-@check("power-capped", Area.power, "B")
+@check("power-capped", Area.power, "B", about=(subjects.nvidia_card,))
 def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
     """A power limit far below the card's default, or unlike its siblings'.
 
@@ -203,7 +204,7 @@ def _limits(gpu: Gpu, limit: float, default: float) -> tuple[Evidence, ...]:
     )
 
 
-@check("psu-budget", Area.power, "B")
+@check("psu-budget", Area.power, "B", about=(subjects.card,))
 def psu_budget(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards that together may draw more than the power supply gives.
 
@@ -252,7 +253,7 @@ def _limit_w(gpu: Gpu, card: CardHealth) -> float | None:
     return card.power_enforced_w or gpu.power_limit_w
 
 
-@check("clocks-locked", Area.power, "B")
+@check("clocks-locked", Area.power, "B", about=(subjects.nvidia_card,))
 def clocks_locked(inspection: Inspection, _purpose: Purpose) -> Said:
     """A busy card whose clock stays low, though nothing makes it.
 
@@ -301,7 +302,7 @@ def _busy_clock_mhz(gpu: Gpu, card: CardHealth) -> float | None:
     return median(clocks) if clocks else None
 
 
-@check("idle-power-stuck", Area.power, "B")
+@check("idle-power-stuck", Area.power, "B", about=(subjects.nvidia_card,))
 def idle_power_stuck(inspection: Inspection, _purpose: Purpose) -> Said:
     """An idle card that holds a model and stays at full clocks.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import unread, usable_cards
 from mgpu.machine.inspection import Inspection
@@ -9,7 +10,7 @@ from mgpu.machine.inspection import Inspection
 _LARGEST_SIZE = 64
 
 
-@check("tp-size", Area.profile, "A")
+@check("tp-size", Area.profile, "A", about=(subjects.cut,))
 def tp_size(inspection: Inspection, purpose: Purpose) -> Said:
     """A number of cards that the model cannot be cut over.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import named, nvidia_cards, unread, usable_cards
 from mgpu.machine.inspection import Inspection
@@ -14,7 +15,7 @@ from mgpu.units import gib
 _SAME_SIZE = 0.95
 
 
-@check("persistence-off", Area.gpus, "B")
+@check("persistence-off", Area.gpus, "B", about=(subjects.nvidia_card,))
 def persistence_off(inspection: Inspection, _purpose: Purpose) -> Said:
     """A driver that lets go of idle cards.
 
@@ -51,7 +52,7 @@ def persistence_off(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "persistence mode", "Persistence", of=unknown)
 
 
-@check("mixed-gpus", Area.gpus, "B")
+@check("mixed-gpus", Area.gpus, "B", about=(subjects.several_cards,))
 def mixed_gpus(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards of unequal size or generation in one machine.
 
@@ -112,7 +113,7 @@ def _advice(groups: Sequence[Sequence[Gpu]], ratio: str) -> tuple[str, ...]:
     return (f"export CUDA_VISIBLE_DEVICES={','.join(str(gpu.index) for gpu in equal)}  # for vLLM", llama)
 
 
-@check("device-order", Area.gpus, "B")
+@check("device-order", Area.gpus, "B", about=(subjects.nvidia_pair,))
 def device_order(inspection: Inspection, _purpose: Purpose) -> Said:
     """CUDA that counts the cards otherwise than nvidia-smi.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import named
 from mgpu.machine.inspection import Inspection, PciDevice
@@ -56,7 +57,7 @@ def worst_kind(inspection: Inspection, group: tuple[int, ...]) -> str:
     return max(kinds, key=lambda kind: _COST.get(kind, _COST["unknown"]), default="unknown")
 
 
-@check("topo-cross-socket", Area.p2p, "B")
+@check("topo-cross-socket", Area.p2p, "B", about=(subjects.nvidia_pair, subjects.bare_metal))
 def topo_cross_socket(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards that are to work on one model are on different processors, or on different parts of one.
 
@@ -100,7 +101,7 @@ def topo_cross_socket(inspection: Inspection, purpose: Purpose) -> Said:
         yield Skip(reason="how the cards reach each other could not be read")
 
 
-@check("pcie-chipset", Area.pcie, "B")
+@check("pcie-chipset", Area.pcie, "B", about=(subjects.nvidia_card, subjects.bare_metal))
 def pcie_chipset(inspection: Inspection, purpose: Purpose) -> Said:
     """A card is on lanes of the chipset, not of the processor, though the topology calls both the same.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import nvidia_cards
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import is_virtual
 
 
-@check("virtualised", Area.host, "A")
+@check("virtualised", Area.host, "A", about=(subjects.nvidia_card,))
 def virtualised(inspection: Inspection, _purpose: Purpose) -> Said:
     """This is a virtual machine, or an LXC container: some readings differ, and some advice would be wrong.
 
