@@ -36,6 +36,7 @@ def read_host_facts(
     memlock = _memlock(root, unread)
     listeners = _listeners(root, unread)
     return HostFacts(
+        distribution=_distribution(root),
         boot_age_s=_first_number(root / "proc/uptime"),
         kernel_command_line=_command_line(root, unread),
         wsl=_wsl(root),
@@ -64,6 +65,35 @@ def read_host_facts(
         log_known=log_known,
         vllm_p2p_cache_age_s=_patiently(root, unread),
     ), tuple(unread)
+
+
+# The families whose commands are known, by the ids that their members give themselves or say they are like.
+_FAMILIES = {
+    "debian": "debian",
+    "ubuntu": "debian",
+    "fedora": "fedora",
+    "rhel": "fedora",
+    "centos": "fedora",
+    "arch": "arch",
+    "suse": "suse",
+    "opensuse": "suse",
+    "sles": "suse",
+    "nixos": "nixos",
+}
+
+# Whole images, whose packages are not changed with their family's commands.
+_IMAGES = ("steamos", "opensuse-microos", "opensuse-aeon", "opensuse-kalpa", "sle-micro", "sl-micro")
+
+
+def _distribution(root: Path) -> str | None:
+    """The family by os-release(5): ID says which one it is, ID_LIKE what it descends from, the nearest first."""
+    files = (sysfs.read_fields(root / name, "=") for name in ("etc/os-release", "usr/lib/os-release"))
+    fields = next((each for each in files if each), {})
+    own, *like = (fields.get(key, "").strip("\"'").lower() for key in ("ID", "ID_LIKE"))
+    if own in _IMAGES or sysfs.is_there(root / "run/ostree-booted"):
+        return None
+    words = (own, *" ".join(like).split())
+    return next((family for word in words if (family := _FAMILIES.get(word.partition("-")[0]))), None)
 
 
 def _first_number(path: Path) -> float | None:

@@ -29,16 +29,21 @@ class NvidiaDriver:
     """The NVIDIA driver as it is installed and loaded. `nvml_error` is the number with which NVML refuses (18: library
     and module differ, 9: no driver, 12: no library, 999: unknown); 0 is no refusal, -1: it did not answer, None: NVML
     was not asked.
-    `on_disk` is whether there is a module for the kernel that runs, `on_disk_version` which would be loaded next."""
+    `on_disk` is whether there is a module for the kernel that runs, `on_disk_version` which would be loaded next, and
+    `on_disk_open` whether that is the open one; `open_module` is about the loaded one. `node_maker` is whether a setuid
+    nvidia-modprobe lies where the driver's libraries start it to make the device nodes they miss."""
 
     nvml_error: int | None = None
     loaded_version: str | None = None
     library_version: str | None = None
     on_disk_version: str | None = None
     on_disk: bool | None = None
+    on_disk_open: bool | None = None
     open_module: bool | None = None
     cuda_version: int | None = None
     uvm_loaded: bool | None = None
+    uvm_on_disk: bool | None = None
+    node_maker: bool | None = None
     uvm_device: bool | None = None
     control_device: bool | None = None
     secure_boot: bool | None = None
@@ -73,8 +78,10 @@ class CardHealth:
     """What only a diagnosis asks of a card; `gpu` is its index in the machine, `bus_id` as sysfs writes it.
 
     `nvml_error` is the number with which the card refuses all questions (15: lost, 16: needs a reset), 0 if none.
-    Powers are W, clocks MHz. `temperature_margin_c` is how far the card is from its limit. Where `used_by_known` is
-    False, the driver did not tell which processes use the card, and the machine's `used_by` proves nothing.
+    Powers are W, clocks MHz: `power_requested_w` is the limit that somebody set, `power_enforced_w` what holds now,
+    which in a laptop changes by itself. `temperature_margin_c` is how far the card is from its limit. Where
+    `used_by_known` is False, the driver did not tell which processes use the card, and the machine's `used_by` proves
+    nothing.
     """
 
     gpu: int
@@ -85,6 +92,7 @@ class CardHealth:
     power_default_w: float | None = None
     power_min_w: float | None = None
     power_max_w: float | None = None
+    power_requested_w: float | None = None
     power_enforced_w: float | None = None
     temperature_slowdown_c: int | None = None
     temperature_margin_c: int | None = None
@@ -193,9 +201,11 @@ class HostFacts:
 
     `kernel_command_line` holds only the options that matter to cards. `memory_pressure_percent` is the share of the
     last minute in which something waited for memory. `governors` are those in use, each once. `environment` and
-    `nccl_configuration` hold only the variables that change what engines do with cards.
+    `nccl_configuration` hold only the variables that change what engines do with cards. `distribution` is the family of
+    Linux distributions: "debian", "fedora", "arch", "suse" or "nixos".
     """
 
+    distribution: str | None = None
     boot_age_s: float | None = None
     kernel_command_line: str | None = None
     wsl: bool | None = None

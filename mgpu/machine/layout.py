@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice, PeerAccess
@@ -95,6 +96,20 @@ def bridges_between(inspection: Inspection, a: str | None, b: str | None) -> tup
     return tuple(each for each in (*one, *other) if not (each in one and each in other))
 
 
+def is_translated(inspection: Inspection, address: str | None) -> bool | None:
+    """Return whether an IOMMU translates what a device addresses, None where that was not read.
+
+    The kernel puts every device that an IOMMU is in front of into a group, whose type DMA or DMA-FQ translates and
+    identity does not. A device without a group has no IOMMU before it, or one that is off.
+    """
+    found = device(inspection, address)
+    if found is not None and found.iommu_type is not None:
+        return found.iommu_type.upper().startswith("DMA")
+    if inspection.host.iommu_present is False or (found is not None and found.iommu_group is None):
+        return False
+    return None
+
+
 def is_virtual(inspection: Inspection) -> bool | None:
     """Return whether this is a virtual machine (WSL2 is one), None where that cannot be told."""
     kind = inspection.machine.host.virtualisation
@@ -106,6 +121,31 @@ def is_virtual(inspection: Inspection) -> bool | None:
 def in_container(inspection: Inspection) -> bool:
     """Return whether this is known to be a container."""
     return inspection.machine.host.container not in (None, "none")
+
+
+def is_passed_on(found: PciDevice) -> bool:
+    """Return whether a device is kept for virtual machines on purpose: by a driver of the VFIO family, or by one that
+    only holds it."""
+    driver = (found.driver or "").lower()
+    return "vfio" in driver or driver in ("pci-stub", "pciback", "xen-pciback")
+
+
+def is_laptop(gpu: Gpu) -> bool:
+    """Return whether a card is a laptop's, whose power limit follows its load and temperature. "Max-Q" also names
+    workstation cards of lower power, which are no laptop's."""
+    name = gpu.name.lower()
+    return "laptop" in name or "mobile" in name or ("max-q" in name and "workstation" not in name)
+
+
+_PROFESSIONAL = re.compile(
+    r"\b(Tesla|Quadro|RTX A\d{3,4}|RTX PRO|RTX \d000|A\d{1,3}[GX]?|[BHV]\d{2,3}|L\d{1,2}S?|T4G?|G[BH][23]00)\b"
+)
+
+
+def is_professional(gpu: Gpu) -> bool:
+    """Return whether a card is known as one for workstations or datacentres, to whose equals the driver grants peer
+    access; mining cards (P102-100, CMP) and whatever is not known are none."""
+    return not is_geforce(gpu) and _PROFESSIONAL.search(gpu.name) is not None
 
 
 def is_geforce(gpu: Gpu) -> bool:

@@ -114,6 +114,7 @@ def _health(card: NvmlCard, index: int) -> CardHealth:
         power_default_w=thousandth(card.integer("nvmlDeviceGetPowerManagementDefaultLimit")),
         power_min_w=thousandth(_pair(limits, 0)),
         power_max_w=thousandth(_pair(limits, 1)),
+        power_requested_w=thousandth(card.integer("nvmlDeviceGetPowerManagementLimit")),
         power_enforced_w=thousandth(card.integer("nvmlDeviceGetEnforcedPowerLimit")),
         temperature_slowdown_c=_degrees(card.integer("nvmlDeviceGetTemperatureThreshold", 1)),
         temperature_margin_c=card.integer("nvmlDeviceGetMarginTemperature"),

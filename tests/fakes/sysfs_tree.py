@@ -35,6 +35,7 @@ _HOST: dict[str, str | bytes] = {
     "sys/devices/nvme/nvme0n1/nvme0n1p2/partition": "2\n",
     "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c": b"\x06\0\0\0\0",
     "dev/kmsg": "6,1,0,-;Linux version 6.8.0\n",
+    "etc/os-release": 'NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n',
     "etc/group": "root:x:0:\nvideo:x:44:\nrender:x:992:\n",
     "usr/bin/env": "",
 }
@@ -131,13 +132,16 @@ class SysfsTree:
                 "proc/driver/nvidia/version": f"NVRM version: {flavour}  {version}  Release Build\n",
                 "proc/driver/nvidia/params": 'EnableMSI: 1\nRegistryDwords: ""\n',
                 f"usr/lib/x86_64-linux-gnu/libnvidia-ml.so.{version}": "",
-                f"lib/modules/{KERNEL}/modules.dep": "kernel/fs/ext4.ko.zst:\nupdates/dkms/nvidia.ko.zst:\n",
+                f"lib/modules/{KERNEL}/modules.dep": "kernel/fs/ext4.ko.zst:\nupdates/dkms/nvidia.ko.zst:\n"
+                "updates/dkms/nvidia-uvm.ko.zst: updates/dkms/nvidia.ko.zst\n",
+                "usr/bin/nvidia-modprobe": "",
                 "dev/nvidiactl": "",
                 "dev/nvidia-uvm": "",
                 **{f"dev/nvidia{index}": "" for index in range(len(cards))},
                 **{f"proc/driver/nvidia/gpus/{card}/information": "Model: \t NVIDIA\n" for card in cards},
             }
         )
+        (self.root / "usr/bin/nvidia-modprobe").chmod(0o4755)
         self.link("usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1", f"usr/lib/x86_64-linux-gnu/libnvidia-ml.so.{version}")
         return self.link(
             f"var/lib/dkms/nvidia/kernel-{KERNEL}-x86_64", f"var/lib/dkms/nvidia/{version}/{KERNEL}/x86_64"

@@ -38,6 +38,8 @@ def test_a_healthy_driver_is_read_whole(tree: SysfsTree) -> None:
             on_disk=True,
             open_module=True,
             uvm_loaded=True,
+            uvm_on_disk=True,
+            node_maker=True,
             uvm_device=True,
             control_device=True,
             secure_boot=False,
@@ -54,10 +56,10 @@ def test_an_empty_root_tells_nothing_of_a_driver(tmp_path: Path) -> None:
     assert read_nvidia_driver(tmp_path) == (NvidiaDriver(), ())
 
 
-def elf_module(version: str) -> bytes:
+def elf_module(version: str, licence: str = "Dual MIT/GPL") -> bytes:
     """A kernel module as far as it is read: sections .modinfo and .shstrtab, and their table."""
     words = b"\0.modinfo\0.shstrtab\0"
-    modinfo = b"license=Dual MIT/GPL\0srcversion=11.22.33\0version=" + version.encode() + b"\0"
+    modinfo = b"license=" + licence.encode() + b"\0srcversion=11.22.33\0version=" + version.encode() + b"\0"
     header = bytearray(64)
     header[:6] = b"\x7fELF\x02\x01"
     struct.pack_into("<Q", header, 40, 64 + len(words) + len(modinfo))
@@ -89,6 +91,8 @@ def elf_module(version: str) -> bytes:
         pytest.param({"run/nvidia-persistenced/socket": ""}, "persistence_daemon", True, id="the persistence daemon"),
         pytest.param({f"{MODULES}/modules.dep": "kernel/fs/ext4.ko:\n"}, "on_disk", False, id="no module on disk"),
         pytest.param({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n"}, "on_disk", True, id="a module on disk"),
+        pytest.param({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n"}, "uvm_on_disk", False, id="and none for CUDA"),
+        pytest.param({f"{MODULES}/modules.dep": "extra/nvidia-uvm.ko:\n"}, "on_disk", False, id="CUDA's alone"),
     ],
 )
 def test_a_file_changes_its_fact_of_the_driver(tree: SysfsTree, files: Files, field: str, value: object) -> None:
@@ -110,6 +114,34 @@ def test_without_dkms_the_version_on_disk_is_in_the_module(
     (tree.root / f"var/lib/dkms/nvidia/kernel-{KERNEL}-x86_64").unlink()
     tree.files({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n", f"{MODULES}/extra/nvidia.ko": content})
     assert read_nvidia_driver(tree.root)[0].on_disk_version == version
+
+
+@pytest.mark.parametrize(
+    ("content", "is_open"),
+    [
+        pytest.param(elf_module("580.95.05"), True, id="the open one"),
+        pytest.param(elf_module("580.95.05", "NVIDIA"), False, id="NVIDIA's own"),
+        pytest.param(b"\x7fELF\x02" + b"\xff" * 200, None, id="one that cannot be read"),
+    ],
+)
+def test_a_modules_licence_tells_which_one_it_is(tree: SysfsTree, content: bytes, is_open: bool | None) -> None:
+    tree.files({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n", f"{MODULES}/extra/nvidia.ko": content})
+    assert read_nvidia_driver(tree.root)[0].on_disk_open is is_open
+
+
+@pytest.mark.parametrize(
+    ("mode", "makes"),
+    [
+        pytest.param(0o4755, True, id="set to run as root"),
+        pytest.param(0o755, False, id="an ordinary program"),
+        pytest.param(0o4644, False, id="no program"),
+        pytest.param(None, False, id="not installed"),
+    ],
+)
+def test_only_a_setuid_program_makes_device_nodes(tree: SysfsTree, mode: int | None, makes: bool) -> None:
+    path = tree.root / "usr/bin/nvidia-modprobe"
+    path.unlink() if mode is None else path.chmod(mode)
+    assert read_nvidia_driver(tree.root)[0].node_maker is makes
 
 
 def program(tree: SysfsTree, name: str, script: str) -> None:

@@ -42,6 +42,7 @@ def test_a_healthy_desktop_is_read_whole(tmp_path: Path, home: str) -> None:
     SysfsTree(tmp_path).host()
     found, unread = read_host_facts(tmp_path, disk_status=lambda path: status(10, 4))
     assert unread == ()
+    assert found.distribution == "debian"
     assert found.boot_age_s == 86400.0
     assert found.kernel_command_line == "iommu=pt"
     assert (found.wsl, found.iommu_present, found.vfio_in_use) == (False, False, False)
@@ -59,6 +60,27 @@ def test_a_healthy_desktop_is_read_whole(tmp_path: Path, home: str) -> None:
 
 # Field, the files that change it, and what it then is.
 CASES = [
+    pytest.param("distribution", {"etc/os-release": "ID=debian\n"}, "debian", id="Debian"),
+    pytest.param("distribution", {"etc/os-release": 'ID=linuxmint\nID_LIKE="ubuntu debian"\n'}, "debian", id="Mint"),
+    pytest.param("distribution", {"etc/os-release": "ID=fedora\n"}, "fedora", id="Fedora"),
+    pytest.param(
+        "distribution", {"etc/os-release": 'ID="rocky"\nID_LIKE="rhel centos fedora"\n'}, "fedora", id="Rocky"
+    ),
+    pytest.param("distribution", {"etc/os-release": "ID=cachyos\nID_LIKE=arch\n"}, "arch", id="CachyOS"),
+    pytest.param(
+        "distribution",
+        {"etc/os-release": "ID='opensuse-tumbleweed'\nID_LIKE='opensuse suse'\n"},
+        "suse",
+        id="Tumbleweed",
+    ),
+    pytest.param("distribution", {"etc/os-release": "ID=nixos\n"}, "nixos", id="NixOS"),
+    pytest.param("distribution", {"etc/os-release": "ID=gentoo\n"}, None, id="a distribution of another family"),
+    pytest.param("distribution", {"etc/os-release": "\x00=\xff"}, None, id="no os-release"),
+    pytest.param(
+        "distribution", {"etc/os-release": "", "usr/lib/os-release": "ID=arch\n"}, "arch", id="the vendor's os-release"
+    ),
+    pytest.param("distribution", {"run/ostree-booted": ""}, None, id="an image, whose packages are not changed so"),
+    pytest.param("distribution", {"etc/os-release": "ID=steamos\nID_LIKE=arch\n"}, None, id="SteamOS"),
     pytest.param("wsl", {"proc/sys/kernel/osrelease": "5.15.1-microsoft-standard-WSL2"}, True, id="WSL by its kernel"),
     pytest.param("wsl", {"dev/dxg": ""}, True, id="WSL by its graphics device"),
     pytest.param("iommu_present", {"sys/class/iommu/dmar0/x": ""}, True, id="an IOMMU"),
