@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mgpu.running.ports import FIRST_PORT
 
 if TYPE_CHECKING:
     from mgpu.cli.prepare import Prepared
+    from mgpu.models.forms import Weights
 
 
 def profile_purpose(model: str, purpose: Purpose, replay: Path | None) -> tuple[Purpose, ProfilePlan]:
@@ -43,6 +45,7 @@ def profile_purpose(model: str, purpose: Purpose, replay: Path | None) -> tuple[
         attention_heads=facts.heads,
         kv_heads=facts.kv_heads,
         weights_bytes=facts.file_bytes,
+        missing_bytes=facts.file_bytes if replay else _missing_bytes(prepared),
         port=FIRST_PORT,
     )
     flags, unasked = _unknown_flags(prepared)
@@ -74,6 +77,51 @@ def _prepared(model: str, purpose: Purpose, replay: Path | None) -> Prepared:
         machine = Path(folder) / "machine.json"
         machine.write_text(json.dumps(to_json(read_saved(replay).machine)))
         return prepare(model, options, machine=str(machine))
+
+
+def _missing_bytes(prepared: Prepared) -> int:
+    """What is still to be written to a disk before the engine can load the model: what a download has fetched so far
+    is there. Ollama links a file of its own disk, and copies one of another."""
+    from mgpu.models.source import OllamaTag
+
+    weights, whole = prepared.weights, prepared.plan.model.file_bytes
+    if weights.path is None:
+        return max(0, whole - _begun_bytes(weights))
+    copied = prepared.backend == Backend.ollama and not isinstance(weights.source, OllamaTag)
+    return whole if copied and not _on_ollamas_disk(weights.path) else 0
+
+
+def _begun_bytes(weights: Weights) -> int:
+    """What is in Hugging Face's cache of files that are not all there."""
+    from mgpu.models.hub import cache_folder
+    from mgpu.models.local import local_models
+
+    repository = getattr(weights.source, "repository", None)
+    if repository is None:
+        return 0
+    if checksums := [each for each in getattr(weights.source, "sha256", ()) if each]:
+        blobs = cache_folder() / f"models--{repository.replace('/', '--')}" / "blobs"
+        return sum(_largest_bytes(blobs, checksum) for checksum in checksums)
+    begun = (each for each in local_models() if each.state == "partial" and each.repository == repository)
+    return sum(each.bytes for each in begun if each.format == "safetensors")
+
+
+def _largest_bytes(blobs: Path, checksum: str) -> int:
+    """The size of a file by its content, whole or not: several programs may have begun it."""
+    try:
+        return max((path.stat().st_size for path in blobs.glob(f"{checksum}*")), default=0)
+    except OSError:
+        return 0
+
+
+def _on_ollamas_disk(path: Path) -> bool:
+    from mgpu.models.transfer import existing_folder
+
+    folder = os.environ.get("OLLAMA_MODELS") or os.path.expanduser("~/.ollama/models")  # noqa: PTH111 - never raises
+    try:
+        return path.stat().st_dev == existing_folder(Path(folder)).stat().st_dev
+    except OSError:
+        return False
 
 
 def _unknown_flags(prepared: Prepared) -> tuple[tuple[str, ...] | None, str | None]:

@@ -71,7 +71,8 @@ class Skip:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Purpose:
     """What the machine is to be good for: an engine ("llama.cpp", "vllm", "ollama"; None: any), how many cards one
-    model is cut over (None: not said), and what a profile needs."""
+    model is cut over (None: not said), and what a profile needs. `missing_bytes` is what of the weights is not on the
+    disk yet."""
 
     backend: str | None = None
     tensor_parallel: int | None = None
@@ -80,6 +81,7 @@ class Purpose:
     attention_heads: int | None = None
     kv_heads: int | None = None
     weights_bytes: int | None = None
+    missing_bytes: int | None = None
     port: int | None = None
 
 

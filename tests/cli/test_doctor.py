@@ -254,6 +254,28 @@ def test_a_profile_is_planned_on_a_saved_machine(mgpu: Mgpu, saved: Saved) -> No
     assert large.exit_code == 1
 
 
+def test_only_what_is_not_here_needs_room_on_the_disk(mgpu: Mgpu, saved: Saved, tiny: Path, tmp_path: Path) -> None:
+    def missing(*words: object, **variables: str) -> tuple[int, int]:
+        needs = diagnosis(mgpu("doctor", *words, "--json", **variables).json)["purpose"]
+        return needs["weights_bytes"], needs["missing_bytes"]
+
+    whole, left = missing(tiny, "--for", "llama.cpp")
+    assert (whole, left) == (tiny.stat().st_size, 0)
+    assert missing(tiny, "--replay", saved(FINE)) == (whole, whole)  # another machine has no file of this one
+    whole, left = missing("llama-8b", HF_HOME=str(tmp_path / "hub"))
+    assert left == whole > 4e9
+    profile = (Path(__file__).parents[2] / "profiles" / "llama-8b.yaml").read_text()
+    repository = re.search(r"repository: (\S+GGUF)", profile)
+    checksum = re.search(r"\b[0-9a-f]{64}\b", profile)
+    assert repository
+    assert checksum
+    blobs = tmp_path / "hub" / "hub" / f"models--{repository[1].replace('/', '--')}" / "blobs"
+    blobs.mkdir(parents=True)
+    with (blobs / f"{checksum[0]}.mgpu.incomplete").open("wb") as begun:
+        begun.truncate(3 << 30)
+    assert missing("llama-8b", HF_HOME=str(tmp_path / "hub")) == (whole, whole - (3 << 30))
+
+
 def test_a_plan_with_flags_that_the_engine_does_not_know_fails(mgpu: Mgpu, tiny: Path, tmp_path: Path) -> None:
     fine = diagnosis(mgpu("doctor", tiny, "--for", "llama.cpp", "--json").json)
     results = {each["id"]: each["result"] for each in fine["checks"]}

@@ -103,11 +103,18 @@ def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> In
             "ram-swap", changed_machine(healthy(), host={"ram_bytes": None}), Purpose(), ["skip"], id="RAM unread"
         ),
         pytest.param("ram-swap", healthy(host={"swap_free_bytes": None}), Purpose(), ["skip"], id="swap unread"),
-        pytest.param("disk-models", disk(), Purpose(weights_bytes=100 * GIB), [], id="room for the weights"),
+        pytest.param("disk-models", disk(), Purpose(missing_bytes=100 * GIB), [], id="room for the weights"),
+        pytest.param(
+            "disk-models",
+            disk(free_bytes=30 * GIB),
+            Purpose(weights_bytes=100 * GIB, missing_bytes=0),
+            [],
+            id="weights that are here need no room",
+        ),
         pytest.param(
             "disk-models",
             disk(free_bytes=105 * GIB),
-            Purpose(weights_bytes=100 * GIB),
+            Purpose(missing_bytes=100 * GIB),
             ["fail"],
             id="a tenth is wanted more",
         ),

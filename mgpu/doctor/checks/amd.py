@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import named, unread, usable_cards
+from mgpu.machine.chipset import chipset_bridge
 from mgpu.machine.inspection import Inspection, PciDevice
-from mgpu.machine.layout import bridges_above, device, in_container, is_virtual
+from mgpu.machine.layout import device, in_container, is_translated, is_virtual
 from mgpu.machine.snapshot import Gpu
 
-_AMD, _ASMEDIA, _INTEL = 0x1022, 0x1B21, 0x8086
-_INTEL_CHIPSET_PORTS = ("00:1b.", "00:1c.", "00:1d.")
-_TRANSLATED = ("DMA", "DMA-FQ")
 _MASKS = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
@@ -84,20 +82,23 @@ def amd_multi_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     yield from _atomics(inspection, cards, own)
     if len(cards) < 2:
         return
-    yield from _slots(inspection, cards)
-    if is_virtual(inspection) or inspection.host.iommu_present is False:
+    if is_virtual(inspection):  # slots and IOMMU are the host's
         return
-    types = {gpu.index: found.iommu_type if (found := own[gpu.index]) else None for gpu in cards}
-    if unknown := [index for index, kind in types.items() if kind is None]:
+    yield from _slots(inspection, cards)
+    answers = {gpu.index: is_translated(inspection, gpu.bus_id) for gpu in cards}
+    if unknown := [index for index, answer in answers.items() if answer is None]:
         yield unread(inspection, "the IOMMU's mode", "iommu", of=unknown)
-    translated = [gpu for gpu in cards if types[gpu.index] in _TRANSLATED]
+    translated = [gpu for gpu in cards if answers[gpu.index]]
     if translated:
-        first = translated[0]
+        kinds = {gpu.index: each.iommu_type if (each := own[gpu.index]) else None for gpu in translated}
         yield Finding(
             severity=Severity.warn,
             summary="the IOMMU translates what AMD cards send each other: RCCL can deadlock",
-            evidence=(
-                Evidence(path=f"/sys/bus/pci/devices/{first.bus_id}/iommu_group/type", value=types[first.index] or ""),
+            evidence=tuple(
+                Evidence(
+                    path=f"/sys/bus/pci/devices/{gpu.bus_id}/iommu_group/type", value=kinds[gpu.index] or "unknown"
+                )
+                for gpu in translated
             ),
             fix=(
                 "add iommu=pt to GRUB_CMDLINE_LINUX_DEFAULT in /etc/default/grub",
@@ -125,7 +126,7 @@ def _atomics(inspection: Inspection, cards: Sequence[Gpu], own: dict[int, PciDev
 
 
 def _slots(inspection: Inspection, cards: Sequence[Gpu]) -> Said:
-    behind = {gpu.index: next(filter(_is_chipset, bridges_above(inspection, gpu.bus_id)), None) for gpu in cards}
+    behind = {gpu.index: chipset_bridge(inspection, gpu.bus_id) for gpu in cards}
     if far := [index for index, bridge in behind.items() if bridge]:
         yield Finding(
             severity=Severity.warn,
@@ -152,13 +153,6 @@ def _slots(inspection: Inspection, cards: Sequence[Gpu]) -> Said:
         )
     elif unknown := [index for index, width in widths.items() if width is None]:
         yield unread(inspection, "the slot's width", "link_width", of=unknown)
-
-
-def _is_chipset(bridge: PciDevice) -> bool:
-    """AMD's chipsets are 43xx (Promontory), made by ASMedia; those of Intel have ports 1b to 1d of the first bus."""
-    if bridge.vendor == _INTEL:
-        return bridge.address.partition(":")[2].startswith(_INTEL_CHIPSET_PORTS)
-    return bridge.vendor == _ASMEDIA or (bridge.vendor == _AMD and (bridge.device or 0) >> 8 == 0x43)
 
 
 @check("amd-gfx-override", Area.amd, "A", about=(subjects.amd,))

@@ -210,7 +210,7 @@ def disk_models(inspection: Inspection, purpose: Purpose) -> Said:
     disks = _disks(inspection, purpose)
     if not disks:
         yield unread(inspection, "the folders that models are kept in", "statvfs", "disk", "mounts")
-    needed = 0 if purpose.weights_bytes is None else purpose.weights_bytes * 11 // 10
+    needed = (purpose.missing_bytes or 0) * 11 // 10
     unknown: list[str] = []
     for disk in disks:
         if disk.free_bytes is None:
@@ -220,7 +220,7 @@ def disk_models(inspection: Inspection, purpose: Purpose) -> Said:
             yield Finding(
                 severity=Severity.fail if short else Severity.warn,
                 summary=f"{gib(disk.free_bytes)} are free for the {disk.role[:30]}"
-                + (f", the model needs {gib(needed)}" if short else ""),
+                + (f", what is to be fetched needs {gib(needed)}" if short else ""),
                 evidence=(Evidence(path=disk.path, value=f"{gib(disk.free_bytes)} free"),),
                 fix=(_move(disk), f"du -xsh {disk.path}/* | sort -h | tail"),
             )

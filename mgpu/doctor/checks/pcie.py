@@ -11,6 +11,7 @@ from mgpu.doctor.facts import is_busy, nvidia_cards, unread
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice
 from mgpu.machine.layout import bridges_above, device, is_virtual
 from mgpu.machine.snapshot import Gpu
+from mgpu.units import seconds
 
 _TRANSFERS_GT_S = {1: 2.5, 2: 5.0, 3: 8.0, 4: 16.0, 5: 32.0, 6: 64.0}
 _RISER_LANES = 2
@@ -29,7 +30,7 @@ def pcie_width_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
         return
     unknown = []
     for gpu, card in nvidia_cards(inspection):
-        width, slot = _width(gpu, card), _slot_width(inspection, gpu)
+        width, slot = _width(gpu, card), gpu.pcie.slot_width
         if width is not None and width <= _RISER_LANES:
             continue  # pcie-x1-riser says it
         if width is None or gpu.pcie.width_max is None or (slot is None and width < gpu.pcie.width_max):
@@ -68,7 +69,7 @@ def pcie_slot_limited(inspection: Inspection, purpose: Purpose) -> Said:
         return
     unknown = []
     for gpu, card in nvidia_cards(inspection):
-        width, slot = _width(gpu, card), _slot_width(inspection, gpu)
+        width, slot = _width(gpu, card), gpu.pcie.slot_width
         if width is None or (slot is None and _RISER_LANES < width <= 4):
             unknown.append(gpu.index)
         elif slot is not None and width == slot and _RISER_LANES < slot <= 4 and (gpu.pcie.width_max or 16) > slot:
@@ -105,9 +106,7 @@ def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
                 summary=f"GPU{gpu.index} has {width} PCIe lane{'s' * (width > 1)}: {said}",
                 evidence=(
                     Evidence(path=f"{_path(gpu)}/current_link_width", value=str(width)),
-                    Evidence(
-                        path=f"{_path(gpu)}/../max_link_width", value=str(_slot_width(inspection, gpu) or "unknown")
-                    ),
+                    Evidence(path=f"{_path(gpu)}/../max_link_width", value=str(gpu.pcie.slot_width or "unknown")),
                 ),
                 fix=("replace the riser by one with 16 lanes, or reseat the card", *without),
                 gpus=(gpu.index,),
@@ -189,10 +188,10 @@ def pcie_host_gen(inspection: Inspection, purpose: Purpose) -> Said:
 def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's link repeats more packets than a clean one does.
 
-    Compares NVML's replay counter over several readings, made while a card works; its value alone is no fault (a
-    healthy H100 shows 9). DCGM allows GT/s × 0.06 × lanes a minute (8 for gen 3 x16, 16 for gen 4, 31 for gen 5); a run
-    shorter than a minute is only called bad when it has seen that many. A warning: such links come before a card that
-    falls off the bus.
+    Compares NVML's replay counter over the readings of a card that works; its value alone is no fault (a healthy H100
+    shows 9), and an idle card, whose link carries nothing, is read once and not judged. DCGM allows GT/s × 0.06 × lanes
+    a minute (8 for gen 3 x16, 16 for gen 4, 31 for gen 5). The readings span a second, and a second is not taken for a
+    minute: only as many as a whole minute may have are a warning. Such links come before a card that falls off the bus.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -202,14 +201,14 @@ def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
             unknown.append(gpu.index)
             continue
         (start_s, first), (end_s, last) = counted[0], counted[-1]
-        a_minute = math.ceil(_TRANSFERS_GT_S[gen] * 0.06 * width)
+        a_minute, span = math.ceil(_TRANSFERS_GT_S[gen] * 0.06 * width), seconds(max(end_s - start_s, 0))
         if last - first > a_minute * max((end_s - start_s) / 60, 1.0):
             yield Finding(
                 severity=Severity.warn,
-                summary=f"GPU{gpu.index}'s link repeats packets: {last - first} in {max(end_s - start_s, 0):.0f} s",
+                summary=f"GPU{gpu.index}'s link repeats packets: {last - first} in {span}",
                 evidence=(
-                    Evidence(path=f"GPU{gpu.index} PCIe replays", value=f"{first}, then {last}"),
-                    Evidence(path="allowed a minute", value=str(a_minute)),
+                    Evidence(path=f"GPU{gpu.index} PCIe replays", value=f"{first}, and {last} after {span}"),
+                    Evidence(path="allowed a minute (DCGM)", value=str(a_minute)),
                 ),
                 fix=_CLEAN_LINK,
                 gpus=(gpu.index,),
@@ -270,11 +269,6 @@ def _width(gpu: Gpu, card: CardHealth) -> int | None:
     """The most lanes that were seen in use."""
     seen = (gpu.pcie.width, *(reading.pcie_width for reading in card.readings))
     return max((width for width in seen if width), default=None)
-
-
-def _slot_width(inspection: Inspection, gpu: Gpu) -> int | None:
-    above = bridges_above(inspection, gpu.bus_id)
-    return gpu.pcie.slot_width or (above[0].width_max if above else None) or None
 
 
 def _loaded_gen(gpu: Gpu, card: CardHealth) -> int | None:

@@ -8,7 +8,7 @@ from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import named, unread
 from mgpu.machine.inspection import Inspection, PciDevice
-from mgpu.machine.layout import Pair, bridges_between, cards, device, is_geforce, is_virtual, pairs
+from mgpu.machine.layout import Pair, bridges_between, cards, device, is_geforce, is_translated, is_virtual, pairs
 from mgpu.units import seconds
 
 _REQUEST_REDIRECT, _COMPLETION_REDIRECT = 0x04, 0x08
@@ -38,7 +38,7 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
     for pair in pairs(inspection):
         if pair.nvlink or pair.granted is False:
             continue
-        translated = _either(_translated(inspection, gpu.bus_id) for gpu in (pair.a, pair.b))
+        translated = _either(is_translated(inspection, gpu.bus_id) for gpu in (pair.a, pair.b))
         redirected = _redirected(inspection, pair)
         if pair.granted is None or (translated is None and not redirected) or (redirected is None and not translated):
             unknown.append(pair)
@@ -81,15 +81,16 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
 def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
     """The IOMMU translates the addresses that cards use.
 
-    Read from iommu_group/type of each card: DMA and DMA-FQ translate, identity does not, and without an IOMMU there is
-    no group. With two cards or more on bare metal it is a warning: translation slows transfers between cards and can
-    stop them (two 3090 on an X399 board crashed with Xid 154 under tensor parallel). Where peer access is granted,
-    p2p-grant-unsafe says it. In a virtual machine, or where cards are passed to one (vfio), it is only said.
+    Read from iommu_group/type of each card: DMA and DMA-FQ translate, identity does not, and a card without a group has
+    no IOMMU before it, or one that is off. With two cards or more on bare metal it is a warning: translation slows
+    transfers between cards and can stop them (two 3090 on an X399 board crashed with Xid 154 under tensor parallel).
+    Where peer access is granted, p2p-grant-unsafe says it. In a virtual machine, or where cards are passed to one
+    (vfio), it is only said.
     """
     gpus = cards(inspection)
     if len(gpus) < 2:
         return
-    found = {gpu.index: _translated(inspection, gpu.bus_id) for gpu in gpus}
+    found = {gpu.index: is_translated(inspection, gpu.bus_id) for gpu in gpus}
     translated = [gpu for gpu in gpus if found[gpu.index]]
     if translated:
         joined = any(pair.granted and not pair.nvlink for pair in pairs(inspection)) and not is_virtual(inspection)
@@ -126,7 +127,7 @@ def acs_redirect(inspection: Inspection, purpose: Purpose) -> Said:
     found = [pair for pair in pairs(inspection) if not pair.nvlink and _redirected(inspection, pair)]
     if found:
         granted = [pair for pair in found if pair.granted]
-        joined = any(_translated(inspection, gpu.bus_id) for pair in granted for gpu in (pair.a, pair.b))
+        joined = any(is_translated(inspection, gpu.bus_id) for pair in granted for gpu in (pair.a, pair.b))
         keep = inspection.host.vfio_in_use is not False
         warn = granted and _peers_wanted(purpose) and not inspection.host.vfio_in_use and not joined
         said = "peer access is slow or hangs" if granted else "harmless without peer access"
@@ -266,14 +267,6 @@ def _why_none(pair: Pair) -> str:
 
 def _peers_wanted(purpose: Purpose) -> bool:
     return (purpose.tensor_parallel or 1) > 1 or purpose.backend == "vllm"
-
-
-def _translated(inspection: Inspection, bus_id: str | None) -> bool | None:
-    """Whether the IOMMU translates what a card addresses; a host without an IOMMU does not."""
-    found = device(inspection, bus_id)
-    if found is not None and found.iommu_type is not None:
-        return found.iommu_type.upper().startswith("DMA")
-    return False if inspection.host.iommu_present is False else None
 
 
 def _redirected(inspection: Inspection, pair: Pair) -> bool | None:
