@@ -17,7 +17,7 @@ from mgpu.profile import load_profile
 
 REQUIRE_REAL = "MGPU_TEST_REQUIRE_REAL"
 
-# A script's background job (`make test &`) starts with interrupts ignored, and hands that on to every program it starts.
+# A script's background job (`make test &`) starts with interrupts ignored and hands that on to each program it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a user's environment may hold and no test may depend on.
