@@ -33,6 +33,7 @@ def radeons(*gfx: str, **changes: Any) -> Inspection:
             pci_class=0x030000,
             driver="amdgpu",
             parent=f"0000:00:01.{index}",
+            iommu_group=str(14 + index),
             iommu_type="identity",
             atomics=True,
         )
@@ -99,6 +100,13 @@ def override(inspection: Inspection, **variables: str) -> Inspection:
         ),
         pytest.param(
             "amd-multi-gpu",
+            changed_machine(INTEL_CHIPSET, host={"virtualisation": "kvm"}),
+            Purpose(),
+            [],
+            id="a guest's ports are where its host puts them",
+        ),
+        pytest.param(
+            "amd-multi-gpu",
             changed_pci(radeons("gfx1100"), FIRST, iommu_type="DMA"),
             Purpose(),
             [],
@@ -106,6 +114,14 @@ def override(inspection: Inspection, **variables: str) -> Inspection:
         ),
         pytest.param("amd-multi-gpu", changed_pci(TWO, FIRST, atomics=None), Purpose(), ["skip"], id="atomics unread"),
         pytest.param("amd-multi-gpu", changed_pci(TWO, FIRST, iommu_type=None), Purpose(), ["skip"], id="IOMMU unread"),
+        pytest.param(
+            "amd-multi-gpu",
+            changed_pci(TWO, iommu_type=None, iommu_group=None),
+            Purpose(),
+            [],
+            id="an IOMMU that is off for the cards",
+        ),
+        pytest.param("amd-multi-gpu", changed(TWO, pci=(), pci_known=False), Purpose(), ["skip"] * 3, id="bus unread"),
         pytest.param(
             "amd-multi-gpu", changed_gpu(TWO, 1, pcie={"slot_width": None}), Purpose(), ["skip"], id="width unread"
         ),

@@ -77,6 +77,13 @@ NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fa
         pytest.param(pcie_width_degraded, width(1), {}, "", id="one lane is a riser's"),
         pytest.param(pcie_width_degraded, virtual(width(8)), {}, "", id="a virtual machine has no slots"),
         pytest.param(pcie_width_degraded, width(8, slot=None), {}, "skip", id="slot unknown"),
+        pytest.param(
+            pcie_width_degraded,
+            changed_pci(width(8, slot=None), PORT, width_max=16),
+            {},
+            "skip",
+            id="a bridge above that may be the card's own is not taken for the slot",
+        ),
         pytest.param(pcie_width_degraded, width(16, slot=None), {}, "", id="slot unknown, but all lanes in use"),
         pytest.param(pcie_slot_limited, width(4, slot=4), {}, "info", id="x4 slot"),
         pytest.param(pcie_slot_limited, width(4, slot=4), TP2, "warn", id="x4 slot and a model that is cut"),
@@ -101,6 +108,9 @@ NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fa
         pytest.param(pcie_replay_rate, replays(0, 400, 900), {}, "warn", id="hundreds a second"),
         pytest.param(pcie_replay_rate, replays(48_211, 48_211, 48_211), {}, "", id="many, and all of them old"),
         pytest.param(pcie_replay_rate, replays(0, 1, 2), {}, "", id="two in two seconds are no rate yet"),
+        pytest.param(pcie_replay_rate, replays(0, 1, apart_s=0.3), {}, "", id="one in 0.3 s is no 200 a minute"),
+        pytest.param(pcie_replay_rate, replays(0, 16, apart_s=0.3), {}, "", id="a minute's worth at once"),
+        pytest.param(pcie_replay_rate, replays(0, 17, apart_s=0.0), {}, "warn", id="more than that, at any moment"),
         pytest.param(pcie_replay_rate, replays(0, 16, apart_s=60.0), {}, "", id="as many a minute as DCGM allows"),
         pytest.param(pcie_replay_rate, replays(0, 17, apart_s=60.0), {}, "warn", id="one more"),
         pytest.param(pcie_replay_rate, replays(9, 0), {}, "", id="the counter began anew"),
@@ -131,6 +141,13 @@ def test_a_riser_under_load_at_gen_1_is_one_finding() -> None:
     )
     checks = (pcie_width_degraded, pcie_slot_limited, pcie_x1_riser, pcie_gen_degraded)
     assert [verdict(check, riser) for check in checks] == ["", "", "warn", ""]
+
+
+def test_what_was_counted_is_said_with_its_time() -> None:
+    (finding,) = pcie_replay_rate.run(replays(7, 400, 907, apart_s=0.3), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.summary == "GPU1's link repeats packets: 900 in 0.6 s"
+    assert [each.value for each in finding.evidence] == ["7, and 907 after 0.6 s", "16"]
 
 
 def test_the_cards_without_the_riser_are_named() -> None:

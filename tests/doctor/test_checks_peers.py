@@ -38,7 +38,7 @@ def board(
     inspection: Inspection, *, iommu: str | None = "identity", acs: int | None = 0, root: bool = True
 ) -> Inspection:
     """Two cards whose IOMMU groups are of type `iommu`, and root ports with the ACS word `acs`."""
-    inspection = changed_pci(inspection, *CARDS, iommu_type=iommu, iommu_group="20" if iommu else None)
+    inspection = changed_pci(inspection, *CARDS, iommu_type=iommu, iommu_group="20")
     return changed_pci(changed(inspection, root=root), *PORTS, acs=acs if root else None, acs_known=root)
 
 
@@ -58,8 +58,8 @@ def vfio(inspection: Inspection) -> Inspection:
     return changed(inspection, host={"vfio_in_use": True})
 
 
-def no_iommu(inspection: Inspection) -> Inspection:
-    return changed(changed_pci(inspection, iommu_type=None, iommu_group=None), host={"iommu_present": False})
+def no_iommu(inspection: Inspection, *, present: bool | None = False) -> Inspection:
+    return changed(changed_pci(inspection, iommu_type=None, iommu_group=None), host={"iommu_present": present})
 
 
 def cached(age_s: float | None, boot_age_s: float | None = DAY_S, **host: Any) -> Inspection:
@@ -84,7 +84,9 @@ BRIDGED = changed_pair(healthy(2, RTX_3090), 0, 1, kind="NVLink", read=0, write=
         pytest.param(p2p_grant_unsafe, granted(), TP2, "", id="granted, and nothing in the way"),
         pytest.param(p2p_grant_unsafe, no_iommu(granted()), TP2, "", id="no IOMMU translates nothing"),
         pytest.param(p2p_grant_unsafe, granted(root=False), {}, "skip", id="identity, ACS unread"),
-        pytest.param(p2p_grant_unsafe, granted(iommu=None), {}, "skip", id="group unread"),
+        pytest.param(p2p_grant_unsafe, no_iommu(granted(), present=True), TP2, "", id="an IOMMU that is off for cards"),
+        pytest.param(p2p_grant_unsafe, granted(iommu=None), {}, "skip", id="group's type unread"),
+        pytest.param(p2p_grant_unsafe, changed(granted(), pci=()), {}, "skip", id="bus unread"),
         pytest.param(p2p_grant_unsafe, refused(iommu="DMA-FQ", acs=0x1D), TP2, "", id="not granted"),
         pytest.param(p2p_grant_unsafe, board(BRIDGED, iommu="DMA-FQ", acs=0x1D), TP2, "", id="NVLink goes another way"),
         pytest.param(p2p_grant_unsafe, virtual(granted(iommu="DMA-FQ", acs=0x1D)), TP2, "", id="a guest's own tables"),
@@ -94,6 +96,7 @@ BRIDGED = changed_pair(healthy(2, RTX_3090), 0, 1, kind="NVLink", read=0, write=
         pytest.param(iommu_translated, virtual(refused(iommu="DMA-FQ")), {}, "info", id="translated in a guest"),
         pytest.param(iommu_translated, refused(), {}, "", id="identity"),
         pytest.param(iommu_translated, changed_pci(healthy(1), iommu_type="DMA-FQ"), {}, "", id="one card has no peer"),
+        pytest.param(iommu_translated, no_iommu(refused(), present=True), {}, "", id="cards without a group"),
         pytest.param(iommu_translated, refused(iommu=None), {}, "skip", id="type unread"),
         pytest.param(acs_redirect, refused(acs=0x1D), TP2, "info", id="harmless without peer access"),
         pytest.param(acs_redirect, granted(acs=0x1D), TP2, "warn", id="peer access granted and wanted"),
