@@ -204,7 +204,7 @@ def _inspected() -> Inspection:
     from mgpu.backends.installed import installed_engines
     from mgpu.machine.inspection_reader import inspect_machine
 
-    return inspect_machine(engines=installed_engines())
+    return inspect_machine(engines=installed_engines)
 
 
 def _report(

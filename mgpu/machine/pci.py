@@ -62,7 +62,7 @@ def _read_device(folder: Path) -> PciDevice:
     configuration = sysfs.read_bytes(folder / "config", 4096) or b""
     capabilities = dict(_extended_capabilities(configuration))
     acs_at = capabilities.get(_ACS_CAPABILITY)
-    group = _link_name(folder / "iommu_group")
+    group = _word(sysfs.link_name(folder / "iommu_group"))
     is_bridge = (sysfs.read_int(folder / "class", 16) or 0) >> 8 == 0x0604
     parent = folder.parent.name
     return PciDevice(
@@ -70,7 +70,7 @@ def _read_device(folder: Path) -> PciDevice:
         vendor=sysfs.read_int(folder / "vendor", 16),
         device=sysfs.read_int(folder / "device", 16),
         pci_class=sysfs.read_int(folder / "class", 16),
-        driver=_link_name(folder / "driver"),
+        driver=_word(sysfs.link_name(folder / "driver")),
         parent=parent if sysfs.PCI_ADDRESS.fullmatch(parent) else None,
         gen=sysfs.link_generation(folder / "current_link_speed"),
         gen_max=sysfs.link_generation(folder / "max_link_speed"),
@@ -89,13 +89,6 @@ def _read_device(folder: Path) -> PciDevice:
         bar_bytes=None if is_bridge else _largest_bar_bytes(folder),
         atomics=_atomics(configuration),
     )
-
-
-def _link_name(link: Path) -> str | None:
-    try:
-        return _word(link.readlink().name)
-    except (OSError, ValueError):
-        return None
 
 
 def _word(text: str | None) -> str | None:

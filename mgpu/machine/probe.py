@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -14,33 +13,52 @@ from mgpu.machine.amd import read_amd
 from mgpu.machine.cards import card_for_name
 from mgpu.machine.host import read_host
 from mgpu.machine.integrated import is_integrated
-from mgpu.machine.nvidia import read_nvidia
+from mgpu.machine.nvidia import patience_s, read_nvidia, silent_nvidia
+from mgpu.machine.patience import Question
 from mgpu.machine.selection import select_gpus
-from mgpu.machine.snapshot import EngineDevice, Gpu, Machine
+from mgpu.machine.snapshot import Driver, EngineDevice, Gpu, Link, Machine
 
-__all__ = ["probe", "select_gpus", "with_engine_devices"]
+__all__ = ["machine_around", "probe", "select_gpus", "with_engine_devices"]
 
 
-def probe(root: Path | None = None, *, nvidia: bool = True) -> Machine:
+Nvidia = tuple[Driver | None, tuple[Gpu, ...], tuple[Link, ...]]
+
+
+def probe(root: Path | None = None) -> Machine:
     """Return this machine: NVIDIA cards in bus order, then AMD cards, then nothing that only an engine knows.
 
     `root` is where /sys, /proc and /dev are looked for, by default $MGPU_ROOT or "/". Blocks while the
-    NVIDIA driver answers, which without `nvidia` is not asked; never raises.
+    NVIDIA driver answers. One that has not answered after 5 s, and 2 s more for each of its cards, is left alone:
+    `driver.problem` says so, and the cards are as `silent_nvidia` gives them. Never raises.
     """
     root = root or Path(os.environ.get("MGPU_ROOT") or "/")
-    driver, cards, links = read_nvidia(root) if nvidia else (None, (), ())
-    gpus = itertools.chain(cards, read_amd(root))
-    return Machine(
+    asked = Question(lambda: read_nvidia(root))
+    machine = machine_around((None, (), ()), root)
+    try:
+        nvidia = asked.answer(patience_s(root))
+    except TimeoutError:
+        nvidia = silent_nvidia(root)
+    return _with_nvidia(machine, nvidia)
+
+
+def machine_around(nvidia: Nvidia, root: Path) -> Machine:
+    """Return the machine under `root` that has these NVIDIA cards (as `read_nvidia` returns them). Never raises."""
+    machine = Machine(
         captured_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         source="probed",
         host=read_host(root),
-        driver=driver,
-        gpus=tuple(
-            dataclasses.replace(gpu, index=index, integrated=is_integrated(gpu.name, gfx=gpu.gfx))
-            for index, gpu in enumerate(gpus)
-        ),
-        links=links,
+        gpus=tuple(read_amd(root)),
     )
+    return _with_nvidia(machine, nvidia)
+
+
+def _with_nvidia(machine: Machine, nvidia: Nvidia) -> Machine:
+    driver, cards, links = nvidia
+    gpus = (
+        dataclasses.replace(gpu, index=index, integrated=is_integrated(gpu.name, gfx=gpu.gfx))
+        for index, gpu in enumerate((*cards, *machine.gpus))
+    )
+    return dataclasses.replace(machine, driver=driver, gpus=tuple(gpus), links=links)
 
 
 def with_engine_devices(machine: Machine, devices: Sequence[EngineDevice], *, backend: str) -> Machine:

@@ -92,6 +92,14 @@ def process_name(root: Path, pid: int) -> str | None:
     return "".join(character for character in name if character.isprintable())[:64] or None
 
 
+def link_name(link: Path) -> str | None:
+    """Return the last part of what a symbolic link points to, such as the driver of a device; None where it is none."""
+    try:
+        return link.readlink().name
+    except (OSError, ValueError):
+        return None
+
+
 def pci_device(root: Path, bus_id: str) -> Path | None:
     """Return the real directory of a PCI device ("0000:01:00.0"), whose parent is its upstream bridge."""
     if not PCI_ADDRESS.fullmatch(bus_id):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mgpu.machine import inspection_reader
 from mgpu.machine.inspection import Inspection, InstalledEngine, inspection_from_json
 from mgpu.machine.inspection_reader import inspect_machine
 from mgpu.machine.snapshot import to_json
@@ -137,10 +139,63 @@ def test_an_ordinary_user_is_told_what_root_could_read() -> None:
     assert closed == {"/dev/kmsg", "/sys/bus/pci/devices/0000:01:00.0/config"}
 
 
+@pytest.mark.parametrize(
+    ("reader", "what"),
+    [
+        pytest.param("read_host_facts", "the host", id="the host"),
+        pytest.param("read_pci", "the PCI bus", id="the bus, whose files wake a card"),
+        pytest.param("read_container", "the container", id="the container, with the driver's folder"),
+        pytest.param("read_amd_facts", "AMD's driver", id="AMD's driver"),
+        pytest.param("engines", "the installed engines", id="engines on a network's disk"),
+    ],
+)
+def test_a_reader_that_hangs_costs_its_own_facts(
+    template: Path, monkeypatch: pytest.MonkeyPatch, reader: str, what: str
+) -> None:
+    answer = threading.Event()
+
+    def hung(*_: object) -> tuple[InstalledEngine, ...]:
+        answer.wait(60)
+        raise OSError
+
+    monkeypatch.setattr(inspection_reader, "_PATIENCE_S", 1.5)
+    if reader != "engines":
+        monkeypatch.setattr(inspection_reader, reader, hung)
+    started = time.monotonic()
+    try:
+        found = inspect_machine(template, engines=hung if reader == "engines" else lambda: ())
+    finally:
+        answer.set()
+    assert time.monotonic() - started < 15
+    assert [each.why for each in found.unread if each.what == what] == ["no answer in 1.5 s"]
+    assert (found.pci_known, found.host.boot_age_s is not None) == (reader != "read_pci", reader != "read_host_facts")
+
+
+def test_a_driver_whose_files_hang_with_nvml_is_known_to_be_silent(
+    template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+
+    def hung(*_: object, **__: object) -> None:
+        answer.wait(60)
+        raise OSError
+
+    for reader in ("_read_nvidia", "read_nvidia_driver"):
+        monkeypatch.setattr(inspection_reader, reader, hung)
+    monkeypatch.setattr(inspection_reader, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(inspection_reader, "patience_s", lambda _: 1.5)
+    try:
+        found = inspect_machine(template)
+    finally:
+        answer.set()
+    assert (found.driver.nvml_error, found.machine.host.kernel is not None) == (-1, True)
+    assert {"NVML", "the NVIDIA driver"} <= {each.what for each in found.unread}
+
+
 @pytest.fixture(scope="module")
 def whole(template: Path) -> Inspection:
     engine = InstalledEngine(backend="vllm", version="0.11.0", architectures=("8.9", "12.0"), architectures_known=True)
-    return inspect_machine(template, engines=(engine,))
+    return inspect_machine(template, engines=lambda: (engine,))
 
 
 def test_an_inspection_goes_to_json_and_back(whole: Inspection) -> None:
