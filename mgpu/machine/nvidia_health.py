@@ -117,6 +117,7 @@ def _health(card: NvmlCard, index: int) -> CardHealth:
         power_requested_w=thousandth(card.integer("nvmlDeviceGetPowerManagementLimit")),
         power_enforced_w=thousandth(card.integer("nvmlDeviceGetEnforcedPowerLimit")),
         temperature_slowdown_c=_degrees(card.integer("nvmlDeviceGetTemperatureThreshold", 1)),
+        # No field gives it where this is missing: 194 (SLOWDOWN_TLIMIT) is where the limit is, -2 on a cold card too.
         temperature_margin_c=card.integer("nvmlDeviceGetMarginTemperature"),
         sm_clock_max_mhz=card.integer("nvmlDeviceGetMaxClockInfo", 1),
         reserved_bytes=_integer(getattr(memory, "reserved", None)),
@@ -197,8 +198,20 @@ def _read(card: NvmlCard, at_s: float, ports: tuple[int, ...]) -> Readings:
     )
 
 
+# NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY, _RECOVERY and _CRC; Blackwell has none of them, and counts packets received with
+# errors, times that errors went over a threshold, and recoveries (NVML_FI_DEV_NVLINK_COUNT_...).
+_HOPPER_ERRORS, _BLACKWELL_ERRORS = (161, 162, 163), (208, 211, 215)
+
+
 def _nvlink_errors(card: NvmlCard, ports: tuple[int, ...]) -> int | None:
-    """The sum over the active links of replays, recoveries and CRC errors; None where they are not counted."""
+    """The sum over the active links of replays, recoveries and CRC errors, by the first of the three ways of counting
+    that the card knows; None where they are not counted."""
+    if not ports:
+        return None
+    for fields in (_HOPPER_ERRORS, _BLACKWELL_ERRORS):
+        answers = card.fields(*itertools.product(fields, ports))
+        if counted := [count for count in answers if count is not None]:
+            return sum(counted)
     total = None
     for port, counter in itertools.product(ports, range(4)):
         count = card.integer("nvmlDeviceGetNvLinkErrorCounter", port, counter)

@@ -116,6 +116,34 @@ def test_degrees_below_the_limit_are_no_temperature(inspect: Inspect) -> None:
     assert inspect("2x4090-x670e", "gpu0.temp.slowdown = 4294967294").cards[0].temperature_slowdown_c is None
 
 
+def test_the_limits_own_place_is_no_margin_to_it(inspect: Inspect) -> None:
+    """Field 194 is -2 on every card that has it, cold or hot: where on the scale of margins the hardware slows down."""
+    assert "gpu0.fi.194 = -2" in (RIGS / "2x5090-x8.txt").read_text()
+    assert [card.temperature_margin_c for card in inspect("2x5090-x8").cards] == [None, None]
+
+
+TWO_PORTS = ("gpu.nvlink.count = 2", "gpu.nvlink.state = 1")
+OLD_COUNTERS = "gpu.nvlink.errors = 3"
+
+
+@pytest.mark.parametrize(
+    ("lines", "errors"),
+    [
+        pytest.param([OLD_COUNTERS], 2 * 4 * 3, id="four counters of each port, up to Ampere"),
+        pytest.param([OLD_COUNTERS, "gpu.fi.161 = 0", "gpu.fi.163.1 = 7"], 7, id="Hopper's fields of each port"),
+        pytest.param(["gpu.fi.161.0 = 1", "gpu.fi.162.1 = 2", "gpu.fi.163.7 = 64"], 3, id="no port that is not there"),
+        pytest.param(["gpu.fi.208 = 0", "gpu.fi.211.0 = 2", "gpu.fi.215.1 = 4"], 6, id="Blackwell's fields"),
+        pytest.param(["gpu.fi.161 = 1", "gpu.fi.208 = 1", "gpu.fi.215 = 1"], 2, id="what both count, once"),
+        pytest.param(["gpu.fi.161 = !999", "gpu.nvlink.errors = !3"], None, id="counted by nobody"),
+    ],
+)
+def test_nvlink_errors_are_counted_as_the_generation_does(
+    inspect: Inspect, lines: list[str], errors: int | None
+) -> None:
+    card = inspect("2x4090-x670e", *TWO_PORTS, *lines).cards[0]
+    assert [reading.nvlink_errors for reading in card.readings] == [errors]
+
+
 @pytest.mark.parametrize(
     ("name", "lines", "looks"),
     [
