@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from mgpu.doctor.check import Check
+from mgpu.doctor.check import Check, Finding, Purpose
 from mgpu.doctor.checks.nvlink import fabric_manager, nvlink_errors, nvlink_inactive, nvlink_unused
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.snapshot import NvLinkPort
@@ -28,10 +29,16 @@ def bridged(up: int = 4, cards: int = 2) -> Inspection:
     return inspection
 
 
-def counted(first: int | None, last: int | None) -> Inspection:
-    inspection = changed_card(bridged(), 1, readings={"nvlink_errors": last})
-    start = changed_card(bridged(), 1, readings={"nvlink_errors": first}).cards[1].readings[0]
-    return changed_card(inspection, 1, readings=(start, *inspection.cards[1].readings[1:]))
+def counted(*counts: int | None) -> Inspection:
+    """GPU1's NVLink errors at looks that are 0.3 s apart."""
+    reading = bridged().cards[1].readings[0]
+    return changed_card(
+        bridged(),
+        1,
+        readings=tuple(
+            dataclasses.replace(reading, at_s=look * 0.3, nvlink_errors=count) for look, count in enumerate(counts)
+        ),
+    )
 
 
 def setting(name: str, value: str, where: str = "environment", inspection: Inspection | None = None) -> Inspection:
@@ -64,8 +71,11 @@ def setting(name: str, value: str, where: str = "environment", inspection: Inspe
             "",
             id="one of three bridges on a PCIe model",
         ),
-        pytest.param(nvlink_errors, counted(0, 12), "warn", id="errors right now"),
-        pytest.param(nvlink_errors, counted(12, 12), "info", id="errors of the past"),
+        pytest.param(nvlink_errors, counted(0, 5, 12), "warn", id="errors at every look"),
+        pytest.param(nvlink_errors, counted(0, 1, 1), "info", id="one packet repeated is no bad link"),
+        pytest.param(nvlink_errors, counted(0, 12), "info", id="a step between two looks may be the only one"),
+        pytest.param(nvlink_errors, counted(4000, 4000, 4000), "info", id="errors of the past, however many"),
+        pytest.param(nvlink_errors, counted(4000), "info", id="an idle card is looked at once"),
         pytest.param(nvlink_errors, bridged(), "", id="no errors"),
         pytest.param(nvlink_errors, healthy(2, RTX_3090), "", id="no bridge, nothing to count"),
         pytest.param(nvlink_errors, counted(None, None), "skip", id="counters unread"),
@@ -83,3 +93,17 @@ def setting(name: str, value: str, where: str = "environment", inspection: Inspe
 def test_what_is_said_of_nvlink(check: Check, inspection: Inspection, expected: str) -> None:
     purpose: dict[str, Any] = {}
     assert verdict(check, inspection, **purpose) == expected
+
+
+@pytest.mark.parametrize(
+    ("inspection", "summary"),
+    [
+        pytest.param(counted(3, 5, 12), "GPU1's NVLink counted 9 errors in 0.6 s", id="now"),
+        pytest.param(counted(7, 7), "GPU1's NVLink counted 7 errors in the past", id="earlier"),
+        pytest.param(counted(9, 1), "GPU1's NVLink counted 1 error in the past", id="reset in between"),
+    ],
+)
+def test_what_was_counted_is_said_with_its_time(inspection: Inspection, summary: str) -> None:
+    (finding,) = nvlink_errors.run(inspection, Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.summary == summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from mgpu.doctor import subjects
@@ -10,6 +11,7 @@ from mgpu.doctor.facts import named, nvidia_cards, unread
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import cards, pairs
 from mgpu.machine.snapshot import Gpu
+from mgpu.units import seconds
 
 _FABRIC_COMPLETED = 3
 _FABRIC_UNDONE = (1, 2)  # not started, in progress
@@ -121,23 +123,29 @@ def nvlink_inactive(inspection: Inspection, _purpose: Purpose) -> Said:
 def nvlink_errors(inspection: Inspection, _purpose: Purpose) -> Said:
     """NVLink ports count errors.
 
-    Read from NVML's counters of replays, recoveries and checksums, several times. A count that grows is a warning (Xid
-    74 is what follows); one that stands still is only said. Reseat the bridge; the counters can be reset to watch them.
+    Read from NVML's counters of replays, recoveries and checksums, three times within a second where a card works. A
+    count that has grown at every look is a warning (Xid 74 is what follows), and one that grows once is only said, as
+    links repeat a packet now and then; so is one that stands still, whatever its value. Reseat the bridge; the counters
+    can be reset to watch them.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
         if not any(port.active for port in gpu.nvlink):
             continue
-        counts = [reading.nvlink_errors for reading in card.readings if reading.nvlink_errors is not None]
-        if not counts:
+        looks = [(each.at_s, each.nvlink_errors) for each in card.readings if each.nvlink_errors is not None]
+        if not looks:
             unknown.append(gpu.index)
-        elif counts[-1] > 0:
-            grows = counts[-1] > counts[0]
+        elif looks[-1][1] > 0:
+            (start_s, first), (end_s, last) = looks[0], looks[-1]
+            steps = [later > earlier for (_, earlier), (_, later) in itertools.pairwise(looks)]
+            grows = len(steps) > 1 and all(steps)
+            span = seconds(max(end_s - start_s, 0))
+            count, when = (last - first, f"in {span}") if last > first else (last, "in the past")
+            counts = ", ".join(str(total) for _, total in looks[:4])
             yield Finding(
                 severity=Severity.warn if grows else Severity.info,
-                summary=f"GPU{gpu.index}'s NVLink "
-                + ("counts errors right now" if grows else "had errors in the past"),
-                evidence=(Evidence(path=f"GPU{gpu.index} NVLink errors", value=f"{counts[0]}, then {counts[-1]}"),),
+                summary=f"GPU{gpu.index}'s NVLink counted {count} error{'s' * (count != 1)} {when}",
+                evidence=(Evidence(path=f"GPU{gpu.index} NVLink errors", value=counts),),
                 fix=("nvidia-smi nvlink -e", "turn the machine off and reseat the NVLink bridge") if grows else (),
                 gpus=(gpu.index,),
             )
