@@ -14,6 +14,7 @@ import typer
 from mgpu.cli.options import JsonOption
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result
+from mgpu.configuration import expected_gpus
 from mgpu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def doctor(
     backend: Annotated[ForBackend | None, typer.Option("--for", help="Judge for this engine.")] = None,
     tensor_parallel: Annotated[
         int | None, typer.Option("--tensor-parallel", help="Cards that one model is to be cut over.", min=1, max=64)
+    ] = None,
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", help="Judge these cards only: a count (2), or a list (0,1 or GPU-3f…).")
     ] = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="Make idle cards prove that copies and all-reduces arrive: 20 s at most.")
@@ -81,20 +85,25 @@ def doctor(
     if explain is not None:
         return _explain(explain)
     _require_sense(fix=fix, dry_run=dry_run, yes=yes, probe=probe, replay=replay)
+    if gpus is not None and expect_gpus is not None:
+        raise UsageError("--gpus judges some cards, --expect-gpus counts them all", hint="leave one of them out")
     begun = time.monotonic()
     checks = _chosen(only, skip, probe=probe)
-    purpose, plan = _purpose(profile, backend, tensor_parallel, replay)
+    if expect_gpus is None and gpus is None and replay is None:
+        expect_gpus = expected_gpus()
+    purpose, plan = _purpose(profile, backend, tensor_parallel, gpus, replay)
     purpose = replace(purpose, expected_gpus=expect_gpus, psu_w=psu)
-    inspection, proof = _look(replay, probe=probe)
+    inspection, proof = _look(replay, gpus, probe=probe)
     if save is not None:
         from mgpu.doctor.saved import save as save_inspection
 
         save_inspection(inspection, save)
         output.note(f"saved    {save}")
+    inspection = _among(inspection, gpus)
     report = _report(inspection, checks, purpose, plan, proof)
     report = replace(report, whole=only is None, replayed=replay is not None, seconds=time.monotonic() - begun)
     if fix:
-        report = _fixed(report, dry_run=dry_run, yes=yes)
+        report = _fixed(report, gpus, dry_run=dry_run, yes=yes)
     symbols = output.console().encoding.lower().replace("-", "") == "utf8"
     return Result(
         command="doctor",
@@ -172,7 +181,11 @@ def _chosen(only: str | None, skip: str | None, *, probe: bool) -> tuple[Check, 
 
 
 def _purpose(
-    profile: str | None, backend: ForBackend | None, tensor_parallel: int | None, replay: Path | None
+    profile: str | None,
+    backend: ForBackend | None,
+    tensor_parallel: int | None,
+    gpus: str | None,
+    replay: Path | None,
 ) -> tuple[Purpose, ProfilePlan | None]:
     from mgpu.doctor.check import Purpose
 
@@ -181,10 +194,11 @@ def _purpose(
         return purpose, None
     from mgpu.cli.doctor_profile import profile_purpose
 
-    return profile_purpose(profile, purpose, replay)
+    return profile_purpose(profile, purpose, gpus, replay)
 
 
-def _look(replay: Path | None, *, probe: bool) -> tuple[Inspection, Proof | None]:
+def _look(replay: Path | None, gpus: str | None, *, probe: bool) -> tuple[Inspection, Proof | None]:
+    """All that there is, and what a probe of the chosen cards proved."""
     if replay is not None:
         from mgpu.doctor.saved import replay as read_saved
 
@@ -195,9 +209,17 @@ def _look(replay: Path | None, *, probe: bool) -> tuple[Inspection, Proof | None
     from mgpu.doctor.probe import probe as probe_cards
     from mgpu.doctor.proof import with_links_under_load
 
+    among = _among(inspection, gpus)
     output.note("probing  the cards work for 20 s at most")
-    proof = probe_cards(inspection)
+    proof = probe_cards(among)
     return with_links_under_load(inspection, proof), proof
+
+
+def _among(inspection: Inspection, gpus: str | None) -> Inspection:
+    """What there is of the chosen cards."""
+    from mgpu.doctor.chosen import chosen
+
+    return inspection if gpus is None else chosen(inspection, gpus)
 
 
 def _inspected() -> Inspection:
@@ -246,7 +268,7 @@ def _program() -> str:
     return "mgpu" if path is None or path.startswith(("/usr/", "/bin/")) else shlex.quote(path)
 
 
-def _fixed(report: Report, *, dry_run: bool, yes: bool) -> Report:
+def _fixed(report: Report, gpus: str | None, *, dry_run: bool, yes: bool) -> Report:
     """Run what the user agrees to, and diagnose again what then is left."""
     from mgpu.doctor.fixes import Outcome, apply, remedies
 
@@ -263,7 +285,7 @@ def _fixed(report: Report, *, dry_run: bool, yes: bool) -> Report:
             outcomes.append(Outcome(remedy=remedy, result="declined"))
     if not any(outcome.result == "done" for outcome in outcomes):
         return replace(report, outcomes=tuple(outcomes))
-    fresh = _report(_inspected(), report.checks, report.purpose, report.plan, report.proof)
+    fresh = _report(_among(_inspected(), gpus), report.checks, report.purpose, report.plan, report.proof)
     return replace(report, inspection=fresh.inspection, diagnosis=fresh.diagnosis, outcomes=tuple(outcomes))
 
 

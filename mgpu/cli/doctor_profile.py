@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from mgpu.models.forms import Weights
 
 
-def profile_purpose(model: str, purpose: Purpose, replay: Path | None) -> tuple[Purpose, ProfilePlan]:
-    """Return the purpose with what the model needs, and its plan on this machine or on a saved one.
+def profile_purpose(model: str, purpose: Purpose, gpus: str | None, replay: Path | None) -> tuple[Purpose, ProfilePlan]:
+    """Return the purpose with what the model needs, and its plan on this machine or on a saved one; `gpus` are the
+    cards to plan for, as `--gpus` takes them (None: those that a plan takes of itself).
 
     A plan that cannot be made is part of the diagnosis. Raises UsageError for a profile that is none, and Missing for a
     saved machine that cannot be read.
     """
     try:
-        prepared = _prepared(model, purpose, replay)
+        prepared = _prepared(model, purpose, gpus, replay)
     except UsageError:
         raise
     except MgpuError as error:
@@ -62,11 +63,11 @@ def profile_purpose(model: str, purpose: Purpose, replay: Path | None) -> tuple[
     return needs, plan
 
 
-def _prepared(model: str, purpose: Purpose, replay: Path | None) -> Prepared:
+def _prepared(model: str, purpose: Purpose, gpus: str | None, replay: Path | None) -> Prepared:
     from mgpu.cli.prepare import prepare
 
     cut = purpose.tensor_parallel if purpose.backend in (None, Backend.vllm) else None
-    options = PlannerOptions(backend=Backend(purpose.backend or Backend.auto), tensor_parallel=cut)
+    options = PlannerOptions(backend=Backend(purpose.backend or Backend.auto), tensor_parallel=cut, gpus=gpus)
     if replay is None:
         return prepare(model, options)
     import json

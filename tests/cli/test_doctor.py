@@ -97,6 +97,8 @@ def test_a_healthy_machine_has_a_line_an_area(mgpu: Mgpu, saved: Saved, inspecti
         pytest.param(WARNED, "--strict", "warn", "compute-mode", 1, id="a warning when strict"),
         pytest.param(CROWDED, "--for vllm --tensor-parallel 2", "fail", "shm-small", 1, id="a container for vLLM"),
         pytest.param(FINE, "--expect-gpus 4", "warn", "gpu-missing", 0, id="fewer cards than there should be"),
+        pytest.param(WARNED, "--gpus gpu0 --strict", "warn", "compute-mode", 1, id="a card that is chosen"),
+        pytest.param(WARNED, "--gpus gpu1 --strict", None, "compute-mode", 0, id="a card that is not chosen"),
         pytest.param(FINE, "--psu 600", "fail", "psu-budget", 1, id="a power supply that is too small"),
         pytest.param(WARNED, "--skip compute-mode --strict", None, "compute-mode", 0, id="a check that is left out"),
     ],
@@ -205,6 +207,9 @@ def test_lists_and_explanations_look_at_nothing(mgpu: Mgpu, tmp_path: Path, word
         pytest.param("--probe --replay {machine}", 2, "usage", id="a probe of another machine"),
         pytest.param("--for tgi", 2, "usage", id="an engine that is none"),
         pytest.param("--tensor-parallel 0", 2, "usage", id="no card at all"),
+        pytest.param("--gpus 0,9 --replay {machine}", 3, "gpu-missing", id="a card that is not there"),
+        pytest.param("--gpus none --replay {machine}", 2, "usage", id="no card to judge"),
+        pytest.param("--gpus gpu0 --expect-gpus 2", 2, "usage", id="some cards and all of them"),
         pytest.param("--nonsense", 2, "usage", id="an option that is none"),
         pytest.param("nosuch", 2, "profile-unknown", id="a profile that is none"),
         pytest.param("--replay {here}/no.json", 3, "replay-unusable", id="a file that is not there"),
@@ -237,6 +242,28 @@ def test_this_machine_is_diagnosed_saved_and_judged_again(mgpu: Mgpu, tmp_path: 
     for key in ("counts", "findings", "skipped", "checks", "gpus", "host"):
         assert first[key] == again[key], key
     assert "no GPU" in mgpu("doctor").out
+
+
+def test_the_configuration_says_how_many_cards_there_should_be(mgpu: Mgpu, tmp_path: Path) -> None:
+    file = tmp_path / "configuration" / "mgpu" / "config.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("expect_gpus: 2\n")
+    mgpu.environment["XDG_CONFIG_HOME"] = str(tmp_path / "configuration")
+    assert "gpu-missing" in ids(diagnosis(mgpu("doctor", "--json").json), "warn")
+    assert "gpu-missing" not in ids(diagnosis(mgpu("doctor", "--expect-gpus", "0", "--json").json), "warn")
+    assert "gpu-missing" not in ids(diagnosis(mgpu("doctor", "--gpus", "gpu0", "--json").json), "warn")
+    file.write_text("expect_gpus: two\n")
+    ended = mgpu("doctor", "--json")
+    assert (ended.exit_code, ended.json["errors"][0]["code"]) == (2, "configuration-invalid")
+    assert "1:1: expect_gpus: expected a number of cards" in ended.json["errors"][0]["message"]
+
+
+def test_the_plan_takes_the_cards_that_are_chosen(mgpu: Mgpu, saved: Saved) -> None:
+    path = saved(changed(healthy(4), engines=ENGINES))
+    both = mgpu("doctor", "llama-70b", "--gpus", "0,1", "--replay", path, "--json")
+    one = mgpu("doctor", "llama-70b", "--gpus", "gpu2", "--replay", path, "--json")
+    results = [{each["id"]: each["result"] for each in diagnosis(it.json)["checks"]} for it in (both, one)]
+    assert [each["profile-plan"] for each in results] == ["ok", "fail"]
 
 
 def test_a_profile_is_planned_on_a_saved_machine(mgpu: Mgpu, saved: Saved) -> None:

@@ -132,8 +132,8 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
 
     Compares the display controllers of NVIDIA on the bus with the cards that NVML lists; cards kept for virtual
     machines (vfio-pci) do not count, and in a container the bus is not compared. Fewer is a failure, fewer than
-    --expect-gpus a warning. RTX 50 cards fail so with "Above 4G Decoding" or Resizable BAR off, or with the closed
-    module; the kernel's log (RmInitAdapter) often says why.
+    --expect-gpus (or expect_gpus in ~/.config/mgpu/config.yaml) a warning. RTX 50 cards fail so with "Above 4G
+    Decoding" or Resizable BAR off, or with the closed module; the kernel's log (RmInitAdapter) often says why.
     """
     listed = [gpu for gpu in inspection.machine.gpus if gpu.vendor == "nvidia"]
     if purpose.expected_gpus is not None and len(inspection.machine.gpus) < purpose.expected_gpus:
