@@ -238,12 +238,14 @@ def _health(gpu: Gpu, model: Card, switched: bool) -> CardHealth:
         power_default_w=model.tdp_w,
         power_min_w=model.tdp_w / 3,
         power_max_w=model.tdp_w,
+        power_requested_w=model.tdp_w,
         power_enforced_w=model.tdp_w,
         temperature_slowdown_c=None if switched else 96,
         temperature_margin_c=50 if switched else None,
         sm_clock_max_mhz=1980 if switched else 3120,
         reserved_bytes=model.reserved_bytes,
         used_bytes=2 * MIB,
+        used_by_known=True,
         ecc_enabled=True if datacentre else None,
         ecc_uncorrected_volatile=0 if datacentre else None,
         ecc_uncorrected_aggregate=0 if datacentre else None,
@@ -329,6 +331,8 @@ def _driver(switched: bool, *, open_module: bool) -> NvidiaDriver:
         open_module=open_module,
         cuda_version=13000,
         uvm_loaded=True,
+        uvm_on_disk=True,
+        node_maker=True,
         uvm_device=True,
         control_device=True,
         secure_boot=False,
@@ -342,6 +346,7 @@ def _driver(switched: bool, *, open_module: bool) -> NvidiaDriver:
 
 def _host() -> HostFacts:
     return HostFacts(
+        distribution="debian",
         boot_age_s=30 * DAY_S,
         kernel_command_line="BOOT_IMAGE=/vmlinuz root=/dev/nvme0n1p2 ro quiet iommu=pt",
         wsl=False,

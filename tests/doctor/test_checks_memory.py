@@ -21,6 +21,11 @@ def taken(size_bytes: int, *processes: GpuProcess, display: bool = False) -> Ins
     return changed_gpu(healthy(), 0, free_bytes=gpu.free_bytes - size_bytes, used_by=processes, display=display)
 
 
+def untold(size_bytes: int) -> Inspection:
+    """As in WSL, where the driver lists no processes."""
+    return changed_card(taken(size_bytes), 0, used_by_known=False)
+
+
 def disk(role: str = "Hugging Face cache", **changes: Any) -> Inspection:
     facts = {"free_bytes": 400 * GIB, "total_bytes": 900 * GIB, "file_system": "ext4", "rotational": False, **changes}
     return healthy(host={"disks": (DiskSpace(role=role, path="/models", **facts),)})
@@ -71,6 +76,9 @@ def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> In
         pytest.param(
             "vram-in-use", taken(9 * GIB, GpuProcess(pid=1)), Purpose(), ["info 0"], id="a process that does not say"
         ),
+        pytest.param("vram-in-use", untold(3 * GIB), Purpose(), ["info 0"], id="who has it the driver does not tell"),
+        pytest.param("vram-in-use", untold(9 * GIB), VLLM, ["info 0"], id="nor whether that goes before an engine starts"),
+        pytest.param("vram-in-use", untold(0), VLLM, [], id="nobody to tell of"),
         pytest.param("vram-in-use", changed_gpu(healthy(), 1, free_bytes=None), VLLM, ["skip"], id="memory unread"),
         pytest.param("display-on-gpu", taken(0, display=True), Purpose(), ["info 0"], id="a monitor"),
         pytest.param("display-on-gpu", healthy(), Purpose(), [], id="no monitor"),
@@ -166,6 +174,13 @@ def test_the_processes_that_hold_the_memory_are_the_evidence() -> None:
         ("memory of GPU0", "0.69 GiB in use"),
         ("process 900 (Xorg)", "0.68 GiB"),
     ]
+
+
+def test_processes_that_the_driver_does_not_list_are_not_looked_for() -> None:
+    (finding,) = memory.vram_in_use.run(untold(3 * GIB), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.summary == "3.00 GiB of GPU0 are in use; by whom, the driver does not tell here"
+    assert (finding.fix, finding.needs_root) == ((), False)
 
 
 def test_a_desktop_without_cards_has_no_memory_of_cards_to_judge() -> None:

@@ -25,15 +25,20 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
     Read: the card's total and free memory without what the driver reserves, and the processes that NVML lists.
     Rule: warn when over 1 GiB is taken that no listed process accounts for, of a card at rest (a zombie); info in
     a container and of a card that works, where somebody has it who cannot be seen from here. Warn above 10 % in use
-    when an engine is named that is to have the cards, else info from 256 MiB.
+    when an engine is named that is to have the cards, else info from 256 MiB. Info too, whatever the size, where the
+    driver lists no processes at all (WSL2, some containers): what is in use may be anybody's, and may go.
     Why: vLLM ends at once when less is free than its share of the card, the most common failure on local machines.
     Do: end the processes that are named; sudo fuser -v /dev/nvidia* finds those that NVML does not list.
     """
     unknown: list[int] = []
     for gpu in usable_cards(inspection):
-        used = in_use_bytes(gpu, health(inspection, gpu))
+        card = health(inspection, gpu)
+        used = in_use_bytes(gpu, card)
         if used is None:
             unknown.append(gpu.index)
+            continue
+        if gpu.vendor == "nvidia" and not card.used_by_known:
+            yield from _untold(gpu, used)
             continue
         wanted = purpose.backend is not None or purpose.weights_bytes is not None
         finding = _taken(gpu, used, wanted=wanted, elsewhere=in_container(inspection) or _works(gpu))
@@ -41,6 +46,19 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
             yield finding
     if unknown:
         yield unread(inspection, "memory in use", "MemoryInfo", "mem_info", of=unknown)
+
+
+def _untold(gpu: Gpu, used: int) -> Said:
+    if used >= _WORTH_SAYING_BYTES:
+        yield Finding(
+            severity=Severity.info,
+            summary=f"{gib(used)} of {named([gpu.index])} are in use; by whom, the driver does not tell here",
+            evidence=(
+                Evidence(path=f"memory of GPU{gpu.index}", value=f"{gib(used)} in use"),
+                Evidence(path=f"nvmlDeviceGetComputeRunningProcesses({gpu.index})", value="no answer"),
+            ),
+            gpus=(gpu.index,),
+        )
 
 
 def _works(gpu: Gpu) -> bool:
