@@ -6,13 +6,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mgpu.errors import Missing
 from mgpu.machine.inspection import SCHEMA_VERSION, Inspection, inspection_from_json
-from mgpu.machine.redaction import redacted
+from mgpu.machine.redaction import anonymous, kernel_options
 from mgpu.machine.snapshot import to_json
 
 SCHEMA = "mgpu.inspection/1"
@@ -23,32 +23,22 @@ _OUT_OF_RANGE = 2**63
 _HINT = "make one on the machine in question: mgpu doctor --save FILE"
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASS|CREDENTIAL|(^|_)KEY", re.IGNORECASE)
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
-_MAC = re.compile(r"\b[0-9a-f]{2}(:[0-9a-f]{2}){5}\b", re.IGNORECASE)
-_IPV4 = re.compile(r"(?<![\d.])(?!127\.0\.0\.1|0\.0\.0\.0)\d{1,3}(\.\d{1,3}){3}(?![\d.])")
-_HOME = re.compile(r"(?<=/home/)[^/\s:'\"]+")
-# All else of a kernel's command line names disks, addresses and people.
-_KERNEL_OPTION = re.compile(
-    r"(iommu|amd_iommu|intel_iommu|pci|pcie_\w+|pcie_aspm|nokaslr|kaslr|nomodeset|isolcpus|numa_balancing|hugepages?"
-    r"|(rd\.driver\.|module_|modprobe\.)blacklist|(nvidia|nouveau|amdgpu|i915|xe|vfio)[\w.-]*)(=.*)?"
-)
 
 
 def saved_text(inspection: Inspection) -> str:
     """Return the inspection as the text of a file: a bug report and a test's machine in one.
 
-    Cards' UUIDs become numbered ones, and host name, home folders, addresses, secrets in variables and the kernel's
-    options that are no concern of a diagnosis are left out.
+    Cards' UUIDs become numbered ones, and names of computers, people and their programs, home folders, addresses,
+    secrets in variables and the kernel's options that are no concern of a diagnosis are left out.
     """
-    data = to_json(redacted(inspection))
+    data = to_json(anonymous(inspection))
     assert isinstance(data, dict)
     host: Any = data["host"]
     for key in ("environment", "nccl_configuration"):
         host[key] = [[name, "(hidden)" if _SECRET_NAME.search(name) else value] for name, value in host[key]]
     if host["kernel_command_line"] is not None:
-        words = host["kernel_command_line"].split()
-        host["kernel_command_line"] = " ".join(word for word in words if _KERNEL_OPTION.fullmatch(word))
-    return json.dumps({"schema": SCHEMA, "inspection": _each_text(data, _Redaction())}, indent=1) + "\n"
+        host["kernel_command_line"] = kernel_options(host["kernel_command_line"])
+    return json.dumps({"schema": SCHEMA, "inspection": data}, indent=1) + "\n"
 
 
 def save(inspection: Inspection, path: Path) -> None:
@@ -95,29 +85,6 @@ def replay(path: Path) -> Inspection:
         raise _unusable(path, "is nested too deeply to be a saved inspection") from None
     except ValueError as error:
         raise _unusable(path, str(error)[:300]) from None
-
-
-class _Redaction:
-    """Takes identities and addresses out of texts; the same UUID becomes the same number everywhere."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def __call__(self, text: str) -> str:
-        text = _UUID.sub(self._numbered, text)
-        return _HOME.sub("user", _IPV4.sub("(address)", _MAC.sub("(address)", text)))
-
-    def _numbered(self, match: re.Match[str]) -> str:
-        number = self._numbers.setdefault(match[0].lower(), len(self._numbers))
-        return f"00000000-0000-0000-0000-{number:012d}"
-
-
-def _each_text(value: object, change: Callable[[str], str]) -> object:
-    if isinstance(value, dict):
-        return {key: _each_text(entry, change) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_each_text(entry, change) for entry in value]
-    return change(value) if isinstance(value, str) else value
 
 
 def _inspection(data: object) -> Inspection:

@@ -14,6 +14,7 @@ from mgpu.machine.host import control_groups
 from mgpu.machine.inspection import HostFacts, Listener, Unread
 from mgpu.machine.kernel_log import read_kernel_log
 from mgpu.machine.patience import Question
+from mgpu.machine.redaction import kernel_options
 
 ENGINE_PORTS = (8000, 8080, 11434)  # vLLM's, llama-server's and Ollama's
 
@@ -106,21 +107,12 @@ def _kilobytes(text: str | None) -> int | None:
     return int(amount[1]) * 1024 if amount else None
 
 
-# All else of the kernel's command line names disks, addresses and people.
-_KERNEL_OPTION = re.compile(
-    r"(iommu|amd_iommu|intel_iommu|iommu\.\w+|pci|pcie_\w+|nokaslr|kaslr|nomodeset|isolcpus|numa_balancing|hugepages|efi"
-    r"|default_hugepagesz|transparent_hugepage|mitigations|swiotlb|cgroup_enable|systemd\.unified_cgroup_hierarchy"
-    r"|module_blacklist|module\.sig_enforce|lockdown|(rd\.driver|modprobe)\.blacklist"
-    r"|(nvidia|nouveau|amdgpu|radeon|i915|xe|vfio)([_.-][\w.-]+)?)(=.*)?"
-)
-
-
 def _command_line(root: Path, unread: list[Unread]) -> str | None:
     text = sysfs.read_text(root / "proc/cmdline", 16 * 1024)
     if text is None:
         unread.append(Unread(what="/proc/cmdline", why="not there or not readable"))
         return None
-    return " ".join(word[:200] for word in text.split() if _KERNEL_OPTION.fullmatch(word))
+    return kernel_options(text)
 
 
 def _wsl(root: Path) -> bool | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
+import re
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import pytest
 from mgpu.doctor.saved import SCHEMA, replay, save, saved_text
 from mgpu.errors import Missing
 from mgpu.machine.inspection import Inspection, LogEntry
+from mgpu.machine.snapshot import GpuProcess
 
 from .inspections import bare, changed, changed_gpu, healthy
 
@@ -70,6 +75,87 @@ def test_what_names_the_owner_is_left_out(secret: str, kept: str, monkeypatch: p
     assert secret not in saved
     assert kept in saved
     json.loads(saved)
+
+
+SECRETS = {
+    "the serial number": "GPU serial number is 1324321012345.",
+    "another serial number": "Serial: PHA7-0042, S/N=0324518",
+    "this computer": "on workstation7, WORKSTATION7.lab.example.org",
+    "another computer": "//nas3.corp.example.com/models via gateway.fritz.box.lan",
+    "this user": "by lovelace in /data/lovelace/x (~lovelace)",
+    "the user who is root now": "for hopper in /opt/hopper",
+    "another user": "/home/turing/m and /Users/Noether Turing/m, /mnt/c/Users/turing m, C:\\Users\\turing",
+    "an address": "192.168.178.42:8000 is [2001:db8:0:1::42]:8000, fe80::1c2b:3dff:fe4e:5f60%eno1 or ::ffff:10.0.0.7",
+    "hardware": "de:ad:be:ef:00:42 de-ad-be-ef-00-42 enxdeadbeef0042 80:00:00:48:fe:80:de:ad:be:ef:00:42",
+    "a program": "NVRM: Xid (PCI:0000:01:00): 31, pid=42, name=acme-trainer, Ch 00000008",
+    "a program at the end": "name=acme trainer",
+    "a card": UUID.upper(),
+}
+TELLING = (
+    r"1324321012345|PHA7|0324518|workstation7|example\.|nas3|corp|gateway|lovelace|hopper|turing|noether"
+    r"|192\.168|2001|fe80|10\.0\.0|dead|de.ad|acme|trainer|3f2b8f5e"
+)
+
+
+def filled(kind: Any, text: str) -> Any:
+    """A value of a type in which every text, however deep, is `text`, and every list has one entry."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return filled(typing.get_args(kind)[0], text)
+    if typing.get_origin(kind) is tuple:
+        entries = typing.get_args(kind)
+        return (filled(entries[0], text),) if entries[1:] == (...,) else tuple(filled(entry, text) for entry in entries)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{field.name: filled(hints[field.name], text) for field in dataclasses.fields(kind)})  # type: ignore[operator]
+    return text if kind is str else kind(1)
+
+
+def count_of_texts(value: Any) -> int:
+    if isinstance(value, dict | list):
+        return sum(map(count_of_texts, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str)
+
+
+@pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
+def test_no_text_of_any_fact_names_a_person_or_a_computer(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "workstation7.lab.example.org")
+    for variable, value in {"USER": "lovelace", "HOME": "/home/lovelace", "SUDO_USER": "hopper"}.items():
+        monkeypatch.setenv(variable, value)
+    inspection: Inspection = filled(Inspection, f"seen {secret} here")
+    saved = saved_text(inspection)
+    assert count_of_texts(json.loads(saved)) > 60
+    assert re.findall(TELLING, saved, re.IGNORECASE) == []
+    assert saved.count("seen ") > 60 - 2  # what is left is what was there
+
+
+def test_a_process_is_named_only_where_it_is_a_known_program() -> None:
+    used_by = tuple(GpuProcess(pid=at, name=name) for at, name in enumerate(("acme-trainer", "python3.12", "ollama")))
+    saved = json.loads(saved_text(changed_gpu(healthy(), 0, used_by=used_by)))
+    processes = saved["inspection"]["machine"]["gpus"][0]["used_by"]
+    assert [process["name"] for process in processes] == ["program", "python3.12", "ollama"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM: Xid (PCI:0000:01:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.",
+        "NVRM: Xid (PCI:0000:c1:00.0): 31, pid=4711, name=llama-server, Ch 00000008",
+        "NVRM: GPU 0000:01:00.0: RmInitAdapter failed! (0x24:0x72:1568)",
+        "nvidia-uvm: uvm_pmm_gpu.c:3187 devmem_alloc_pagemap failed: err -34 at 12:34:56",
+        "pcieport 0000:00:01.1: AER: Correctable error message received from 00000000:01:00.0",
+        "580.126.20 13.580.126.20 6.8.0-90-generic 5.15.1-microsoft-standard-WSL2 libnvidia-ml.so.580.126.20",
+        "/usr/lib/x86_64-linux-gnu/libnccl.so.2 /etc/cdi/nvidia.yaml nvidia.com/gpu=all /etc/docker/daemon.json",
+        "NVIDIA GeForce RTX 4090 AMD Ryzen 9 7950X 16-Core Processor NVIDIA RTX 6000 Ada Generation",
+        "127.0.0.1:11434 0.0.0.0:8000 [::1]:8080 0-7,16-23 std::bad_alloc",
+        "nvidia-drm.modeset=1 rd.driver.blacklist=nouveau native.cgroupdriver=systemd",
+    ],
+)
+def test_what_names_nobody_stays_as_it_is(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "node", lambda: "workstation7")
+    monkeypatch.setenv("USER", "nvidia")
+    entry = LogEntry(kind="xid", text=text)
+    saved = json.loads(saved_text(changed(healthy(), host={"log": (entry,)})))
+    assert saved["inspection"]["host"]["log"][0]["text"] == text
 
 
 def test_the_same_card_has_the_same_number_everywhere(tmp_path: Path) -> None:
