@@ -32,6 +32,7 @@ def undriven(cards: int = 1, name: str = "NVIDIA GeForce RTX 4090", **driver: An
         "library_version": None,
         "on_disk_version": None,
         "on_disk": False,
+        "open_module": None,
     }
     there = changed(there, driver={**unread, **driver}, cards=(), peers=())
     return changed_machine(there, gpus=(), links=(), driver=None)
@@ -52,6 +53,10 @@ def engine(backend: str = "vllm", cuda: int | None = 13000, **facts: Any) -> tup
     return (InstalledEngine(backend=backend, cuda_runtime=cuda, **facts),)
 
 
+def without_node(**driver: Any) -> Inspection:
+    return healthy(driver={"uvm_device": False, **driver})
+
+
 def logged(kind: str, text: str = "NVRM: it went wrong") -> dict[str, Any]:
     return {"log": (LogEntry(kind=kind, text=text, age_s=60.0),)}
 
@@ -60,6 +65,7 @@ DISPLAY_CHIP = PciDevice(address="0000:03:00.0", vendor=0x1A03, device=0x2000, p
 AMD_CARD = PciDevice(address="0000:03:00.0", vendor=0x1002, device=0x744C, pci_class=0x030000)
 IN_PROCESSOR = PciDevice(address="0000:00:02.0", vendor=0x8086, device=0xA780, pci_class=0x030000)
 PORT = PciDevice(address="0000:00:01.0", vendor=0x8086, device=0x460D, pci_class=0x060400)
+WANTS_OPEN = "NVRM: installed in this system requires use of the NVIDIA open kernel modules."
 IN_DOCKER = {"visible_devices": "all"}
 
 
@@ -118,12 +124,22 @@ IN_DOCKER = {"visible_devices": "all"}
         ),
         pytest.param(gpu_missing, without_last(healthy(3)), {}, "fail", id="the bus has one more than the driver"),
         pytest.param(gpu_missing, healthy(3), {"expected_gpus": 4}, "warn", id="fewer than expected"),
+        *(
+            pytest.param(
+                gpu_missing,
+                changed_pci(without_last(healthy(3)), "0000:30:00.0", driver=driver),
+                {},
+                "info",
+                id=f"a card that {driver} keeps is not missing",
+            )
+            for driver in ("vfio-pci", "nvgrace_gpu_vfio_pci", "pci-stub")
+        ),
         pytest.param(
             gpu_missing,
-            changed_pci(without_last(healthy(3)), "0000:30:00.0", driver="vfio-pci"),
+            changed_pci(without_last(without_last(healthy(3))), "0000:30:00.0", driver="vfio-pci"),
             {},
-            "",
-            id="a card that was given to a virtual machine is not missing",
+            "fail",
+            id="a card is missing beside one that is kept",
         ),
         pytest.param(
             gpu_missing,
@@ -133,8 +149,30 @@ IN_DOCKER = {"visible_devices": "all"}
             id="a container has the cards that it was given",
         ),
         pytest.param(gpu_missing, healthy(2, pci_known=False), {}, "skip", id="the bus could not be read"),
-        pytest.param(uvm_missing, healthy(driver={"uvm_device": False}), {}, "fail", id="no /dev/nvidia-uvm"),
-        pytest.param(uvm_missing, healthy(driver={"control_device": False}), {}, "fail", id="no /dev/nvidiactl"),
+        pytest.param(uvm_missing, without_node(node_maker=False), {}, "fail", id="nobody makes /dev/nvidia-uvm"),
+        pytest.param(
+            uvm_missing,
+            healthy(driver={"control_device": False, "node_maker": False}),
+            {},
+            "fail",
+            id="nobody makes /dev/nvidiactl",
+        ),
+        pytest.param(uvm_missing, without_node(), {}, "info", id="the first program makes it"),
+        pytest.param(uvm_missing, without_node(uvm_loaded=False), {}, "info", id="and loads its module"),
+        pytest.param(
+            uvm_missing, without_node(uvm_loaded=False, uvm_on_disk=False), {}, "fail", id="there is no module to load"
+        ),
+        pytest.param(
+            uvm_missing,
+            changed_machine(without_node(), host={"container": "docker"}),
+            {},
+            "fail",
+            id="in a container no program may make it",
+        ),
+        pytest.param(uvm_missing, without_node(node_maker=None), {}, "skip", id="who would make it is unknown"),
+        pytest.param(
+            uvm_missing, without_node(uvm_loaded=False, uvm_on_disk=None), {}, "skip", id="its module is unknown"
+        ),
         pytest.param(uvm_missing, healthy(), {}, "", id="both devices are there"),
         pytest.param(uvm_missing, healthy(driver={"uvm_device": None}), {}, "skip", id="/dev could not be read"),
         pytest.param(uvm_missing, healthy(host={"wsl": True}, driver={"uvm_device": False}), {}, "", id="WSL has none"),
@@ -185,7 +223,9 @@ IN_DOCKER = {"visible_devices": "all"}
             "fail",
             id="5090, closed",
         ),
-        pytest.param(driver_flavour, undriven(1, P40, open_module=True), {}, "fail", id="P40 and the open module"),
+        pytest.param(
+            driver_flavour, healthy(1, P40, driver={"open_module": True}), {}, "fail", id="P40 and the open module"
+        ),
         pytest.param(driver_flavour, healthy(2, driver={"open_module": False}), {}, "", id="4090 runs with both"),
         pytest.param(driver_flavour, healthy(1, H100, driver={"open_module": None}), {}, "skip", id="flavour unread"),
         pytest.param(hmm_kaslr, healthy(2, RTX_5090, host=logged("hmm")), {}, "fail", id="the kernel logged it"),
@@ -209,8 +249,31 @@ def test_what_is_said_of_a_driver(check: Check, inspection: Inspection, purpose:
     [
         pytest.param(changed_pci(undriven(), driver="nouveau"), "nouveau", id="nouveau holds it"),
         pytest.param(changed_pci(undriven(), driver="vfio-pci"), "virtual machines", id="vfio-pci keeps it"),
-        pytest.param(changed(undriven(), host=logged("key")), "Secure Boot", id="the kernel refused the key"),
-        pytest.param(undriven(on_disk=True, secure_boot=True), "Secure Boot", id="Secure Boot and a module on disk"),
+        pytest.param(
+            changed(undriven(secure_boot=True), host=logged("key")), "Secure Boot refused", id="the key was refused"
+        ),
+        pytest.param(
+            changed(undriven(secure_boot=False), host=logged("key")), "the kernel refused", id="without Secure Boot"
+        ),
+        pytest.param(
+            undriven(on_disk=True, secure_boot=True), "but not loaded", id="Secure Boot is on, and nothing is logged"
+        ),
+        pytest.param(changed_pci(undriven(), driver="pci-stub"), "virtual machines", id="pci-stub keeps it"),
+        pytest.param(
+            changed_pci(undriven(nvml_error=12), driver="nouveau"), "is not installed", id="nouveau, and no other"
+        ),
+        pytest.param(undriven(nvml_error=12), "no NVIDIA driver is installed", id="nothing is installed"),
+        pytest.param(
+            undriven(1, RTX_5090, on_disk=True, on_disk_open=False), "needs the open module, not", id="5090, closed"
+        ),
+        pytest.param(undriven(1, RTX_5090, on_disk=True), "needs the open one", id="5090, and the module does not say"),
+        pytest.param(undriven(1, RTX_5090, on_disk=True, on_disk_open=True), "not loaded", id="5090, open"),
+        pytest.param(
+            changed(undriven(on_disk=True), host=logged("init", WANTS_OPEN)),
+            "the open module",
+            id="the kernel wants it",
+        ),
+        pytest.param(undriven(1, P40, on_disk=True, on_disk_open=True), "needs the closed module, not", id="P40, open"),
         pytest.param(undriven(on_disk=True), "not loaded", id="only not loaded"),
         pytest.param(undriven(), "no module for this kernel", id="none for this kernel"),
         pytest.param(changed_machine(undriven(), host={"container": "docker"}), "container", id="a container without"),
@@ -221,6 +284,83 @@ def test_why_the_driver_is_not_loaded_is_named(inspection: Inspection, cause: st
     assert isinstance(finding, Finding)
     assert cause in finding.summary
     assert len(finding.summary) <= 90
+
+
+INSTALLED: dict[str, Any] = {"nvml_error": 9, "on_disk": True, "on_disk_version": "580.95.05"}
+
+
+@pytest.mark.parametrize(
+    ("inspection", "steps"),
+    [
+        pytest.param(
+            changed_pci(undriven(nvml_error=12), driver="nouveau"),
+            ["apt install nvidia-driver-580-open", "blacklist nouveau", "update-initramfs", "reboot"],
+            id="nouveau alone: install, then blacklist",
+        ),
+        pytest.param(
+            changed_pci(undriven(**INSTALLED), driver="nouveau"),
+            ["blacklist nouveau", "update-initramfs", "reboot"],
+            id="nouveau beside a driver",
+        ),
+        pytest.param(
+            changed_pci(changed(undriven(**INSTALLED), host={"distribution": "fedora"}), driver="nouveau"),
+            ["blacklist nouveau", "dracut --force", "reboot"],
+            id="nouveau on Fedora",
+        ),
+        pytest.param(
+            changed_pci(undriven(), driver="nouveau"),
+            ["dkms autoinstall", "blacklist nouveau", "update-initramfs", "reboot"],
+            id="nouveau, and no module for this kernel",
+        ),
+        pytest.param(
+            undriven(on_disk=True, secure_boot=True),
+            ["modprobe nvidia", "Key was rejected by service", "mokutil --import", "Enroll MOK"],
+            id="Secure Boot is only a possibility",
+        ),
+        pytest.param(undriven(on_disk=True), ["modprobe nvidia"], id="without Secure Boot"),
+        pytest.param(
+            undriven(1, RTX_5090, on_disk=True), ["nvidia-driver-580-open", "reboot"], id="5090 and no open module"
+        ),
+        pytest.param(
+            changed(undriven(on_disk=True), host=logged("init", WANTS_OPEN)),
+            ["nvidia-driver-580-open", "reboot"],
+            id="the kernel wants the open module",
+        ),
+        pytest.param(
+            undriven(1, P40, on_disk=True, on_disk_open=True), ["nvidia-driver-580 ", "reboot"], id="P40, open module"
+        ),
+        pytest.param(undriven(1, P40, nvml_error=12), ["nvidia-driver-580 ", "reboot"], id="P40, nothing installed"),
+    ],
+)
+def test_what_to_do_fits_why_the_driver_is_not_loaded(inspection: Inspection, steps: list[str]) -> None:
+    (finding,) = driver_not_loaded.run(inspection, Purpose())
+    assert isinstance(finding, Finding)
+    assert len(finding.fix) == len(steps), finding.fix
+    assert all(step in line for step, line in zip(steps, finding.fix, strict=True)), finding.fix
+
+
+@pytest.mark.parametrize(
+    ("driver", "log", "steps", "not_said"),
+    [
+        pytest.param(None, {}, "BIOS", "nouveau", id="no driver has it"),
+        pytest.param("nouveau", {}, "blacklist nouveau", "BIOS", id="nouveau holds it"),
+        pytest.param(None, logged("init", WANTS_OPEN), "-open", "BIOS", id="the kernel wants the open module"),
+    ],
+)
+def test_what_to_do_about_a_missing_card_fits_its_cause(
+    driver: str | None, log: dict[str, Any], steps: str, not_said: str
+) -> None:
+    missing = changed_pci(without_last(healthy(3, host=log)), "0000:30:00.0", driver=driver)
+    (finding,) = gpu_missing.run(missing, Purpose())
+    assert isinstance(finding, Finding)
+    assert steps in "\n".join(finding.fix)
+    assert not_said not in "\n".join(finding.fix)
+
+
+def test_cards_kept_for_virtual_machines_are_no_failure() -> None:
+    kept = changed_pci(undriven(2), driver="vfio-pci")
+    assert verdict(driver_not_loaded, kept) == "info"
+    assert verdict(driver_not_loaded, changed_pci(kept, "0000:20:00.0", driver=None)) == "fail"
 
 
 def test_a_card_that_the_module_cannot_run_is_not_called_missing_as_well() -> None:

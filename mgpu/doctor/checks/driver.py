@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
-from mgpu.doctor.checks.driver_fit import is_blackwell, is_too_old, needs_other_module
+from mgpu.doctor.checks.driver_fit import (
+    driver_steps,
+    is_blackwell,
+    is_too_old,
+    needs_other_module,
+    wants_open_module,
+)
+from mgpu.doctor.checks.not_loaded import is_held_by_nouveau, why_not_loaded, without_nouveau
+from mgpu.doctor.commands import Task, steps
 from mgpu.machine.inspection import Inspection, PciDevice
-from mgpu.machine.layout import cards, in_container, nvidia_on_bus
+from mgpu.machine.layout import cards, in_container, is_passed_on, nvidia_on_bus
 
 _LIBRARY_MISMATCH, _NOT_LOADED, _NO_LIBRARY, _UNKNOWN = 18, 9, 12, 999
 _NO_ANSWER = -1  # as the inspection calls it
 
-_RELOAD = "sudo rmmod nvidia_drm nvidia_modeset nvidia_uvm nvidia && sudo modprobe nvidia nvidia_uvm"
+_RELOAD = "sudo rmmod nvidia_drm nvidia_modeset nvidia_uvm nvidia && sudo modprobe -a nvidia nvidia_uvm"
 
 
 @check("no-gpu", Area.gpus, "A")
@@ -83,11 +91,12 @@ def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
 def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
     """An NVIDIA card is there, but the NVIDIA driver is not loaded.
 
-    Read from NVML (9: no module, 12: no library), the driver each card is bound to on the PCI bus, the kernel's log and
-    Secure Boot's state. A failure, with the cause named: nouveau holds the card, vfio-pci keeps it for virtual
-    machines, Secure Boot refused a module signed with an unknown key, there is no module for this kernel, or it is
-    merely not loaded. Without any card on the bus this is no finding; a driver that is there and answers with another
-    error is a failure everywhere.
+    Read from NVML (9: no module, 12: no library), the driver each card is bound to on the PCI bus, what is installed,
+    the kernel's log and Secure Boot's state. A failure, with the cause named: nouveau holds the card, the kernel
+    refused a module signed with an unknown key, the card needs the open module (RTX 50) or the closed one, there is no
+    module for this kernel, or it is merely not loaded. Secure Boot is the cause only where the log says that a key was
+    rejected. Only said where all cards are kept for virtual machines (vfio-pci, pci-stub); nothing without a card on
+    the bus; a driver that is there and answers with another error is a failure everywhere.
     """
     driver, bus = inspection.driver, nvidia_on_bus(inspection)
     refuses = driver.nvml_error not in (None, _NOT_LOADED, _NO_LIBRARY)  # so there is a driver, whatever the bus says
@@ -109,9 +118,9 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
         return
     if bus and all(is_too_old(each, inspection) for each in bus):
         return  # driver-too-new-for-gpu says it
-    cause, fix = _why_not_loaded(inspection, bus)
+    cause, fix = why_not_loaded(inspection, bus)
     yield Finding(
-        severity=Severity.fail,
+        severity=Severity.info if bus and all(map(is_passed_on, bus)) else Severity.fail,
         summary=f"the NVIDIA driver is not loaded: {cause}",
         evidence=(
             Evidence(path="nvmlInit", value=f"{driver.nvml_error} ({_NVML_WORDS[driver.nvml_error or 0]})"),
@@ -119,8 +128,9 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
             *(
                 Evidence(path="kernel log", value=entry.text[:120])
                 for entry in inspection.host.log
-                if entry.kind == "key"
+                if entry.kind in ("key", "init")
             ),
+            *_seen("Secure Boot", "on" if driver.secure_boot else None),
         )[:6],
         fix=fix,
     )
@@ -131,9 +141,10 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
     """The PCI bus shows more NVIDIA cards than the driver does, or fewer are there than expected.
 
     Compares the display controllers of NVIDIA on the bus with the cards that NVML lists; cards kept for virtual
-    machines (vfio-pci) do not count, and in a container the bus is not compared. Fewer is a failure, fewer than
-    --expect-gpus (or expect_gpus in ~/.config/mgpu/config.yaml) a warning. RTX 50 cards fail so with "Above 4G
-    Decoding" or Resizable BAR off, or with the closed module; the kernel's log (RmInitAdapter) often says why.
+    machines (vfio-pci, pci-stub) are only said, and in a container the bus is not compared. Fewer is a failure, fewer
+    than --expect-gpus (or expect_gpus in ~/.config/mgpu/config.yaml) a warning. RTX 50 cards fail so with "Above 4G
+    Decoding" or Resizable BAR off, or with the closed module; nouveau may hold a card; the kernel's log
+    (RmInitAdapter) often says why.
     """
     listed = [gpu for gpu in inspection.machine.gpus if gpu.vendor == "nvidia"]
     if purpose.expected_gpus is not None and len(inspection.machine.gpus) < purpose.expected_gpus:
@@ -148,30 +159,42 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
     if not inspection.pci_known:
         yield Skip(reason="the PCI bus could not be read, so the driver's cards cannot be counted against it")
         return
+    known = {gpu.bus_id for gpu in listed}
+    kept = tuple(each for each in nvidia_on_bus(inspection) if is_passed_on(each) and each.address not in known)
+    if kept:
+        yield Finding(
+            severity=Severity.info,
+            summary=f"{len(kept)} of the NVIDIA cards {'is' if len(kept) == 1 else 'are'} kept for virtual machines",
+            evidence=tuple(Evidence(path=f"{_pci(each)}/driver", value=each.driver or "") for each in kept[:4]),
+        )
     bus = [
         each
         for each in nvidia_on_bus(inspection)
-        if each.driver != "vfio-pci" and not is_too_old(each, inspection) and not needs_other_module(each, inspection)
+        if each not in kept and not is_too_old(each, inspection) and not needs_other_module(each, inspection)
     ]
     if len(listed) >= len(bus):
         return
-    known = {gpu.bus_id for gpu in listed}
+    missing = tuple(each for each in bus if each.address not in known)
     log = [entry for entry in inspection.host.log if entry.kind == "init"]
     yield Finding(
         severity=Severity.fail,
         summary=f"{len(bus)} NVIDIA cards are on the PCI bus, the driver has only {len(listed)}",
         evidence=(
-            *(
-                Evidence(path=_pci(each), value=f"driver {each.driver or 'none'}")
-                for each in bus
-                if each.address not in known
-            ),
+            *(Evidence(path=_pci(each), value=f"driver {each.driver or 'none'}") for each in missing),
             *(Evidence(path="kernel log", value=entry.text[:120]) for entry in log),
         )[:6],
-        fix=(
-            "BIOS: enable Above 4G Decoding and Re-Size BAR",
-            "sudo dmesg | grep -E 'NVRM|RmInitAdapter'  # names the reason; reseat the card if nothing is there",
-        ),
+        fix=_missing_fix(inspection, missing),
+    )
+
+
+def _missing_fix(inspection: Inspection, missing: tuple[PciDevice, ...]) -> tuple[str, ...]:
+    if is_held_by_nouveau(missing):
+        return without_nouveau(inspection)
+    if wants_open_module(inspection):
+        return (*driver_steps(inspection), "sudo reboot")
+    return (
+        "BIOS: enable Above 4G Decoding and Re-Size BAR",
+        "sudo dmesg | grep -E 'NVRM|RmInitAdapter'  # names the reason; reseat the card if nothing is there",
     )
 
 
@@ -179,9 +202,11 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
 def uvm_missing(inspection: Inspection, _purpose: Purpose) -> Said:
     """/dev/nvidia-uvm is missing: nvidia-smi works, CUDA does not.
 
-    Read from the device nodes and /sys/module/nvidia_uvm. NVML does not need the module for unified memory, every CUDA
-    program does, so engines fall back to the processor (Ollama's codes 3, 46, 100, 999). Seen after suspend and resume,
-    and in LXC containers without a rule for the device.
+    Read from the device nodes, /sys/module/nvidia_uvm and /usr/bin/nvidia-modprobe. NVML does not need the module for
+    unified memory, every CUDA program does. A setuid nvidia-modprobe loads it and makes the node for the first of them,
+    so that its absence after a start is only said. A failure where nothing would make it: in a container (LXC without a
+    rule for the device), without that program, or without the module; engines then fall back to the processor (Ollama's
+    codes 3, 46, 100, 999).
     """
     driver = inspection.driver
     if driver.nvml_error != 0 or not cards(inspection) or inspection.host.wsl:
@@ -190,20 +215,47 @@ def uvm_missing(inspection: Inspection, _purpose: Purpose) -> Said:
         yield Skip(reason="whether /dev/nvidia-uvm exists could not be read")
     elif not driver.uvm_device or driver.control_device is False:
         node = "/dev/nvidia-uvm" if not driver.uvm_device else "/dev/nvidiactl"
+        made = _is_made_on_use(inspection)
+        if made is None:
+            yield Skip(reason=f"{node} is missing, and whether nvidia-modprobe would make it could not be read")
+            return
         loaded = {True: "loaded", False: "not loaded"}.get(driver.uvm_loaded) if driver.uvm_loaded is not None else None
+        setuid = {True: "setuid", False: "absent, or not setuid"}.get(bool(driver.node_maker))
         yield Finding(
-            severity=Severity.fail,
-            summary=f"{node} is missing: CUDA cannot start, though nvidia-smi works",
-            evidence=(Evidence(path=node, value="missing"), *_seen("/sys/module/nvidia_uvm", loaded)),
-            fix=(
-                ("pass /dev/nvidia-uvm and /dev/nvidiactl to the container",)
-                if in_container(inspection)
-                else (
-                    "sudo nvidia-modprobe -c0 -u",
-                    "sudo rmmod nvidia_uvm && sudo modprobe nvidia_uvm  # after suspend",
-                )
+            severity=Severity.info if made else Severity.fail,
+            summary=f"{node} is missing: the first CUDA program makes it"
+            if made
+            else f"{node} is missing: CUDA cannot start, though nvidia-smi works",
+            evidence=(
+                Evidence(path=node, value="missing"),
+                *_seen("/sys/module/nvidia_uvm", loaded),
+                *(() if in_container(inspection) else _seen("/usr/bin/nvidia-modprobe", setuid)),
             ),
+            fix=_node_fix(inspection, made=made),
         )
+
+
+def _is_made_on_use(inspection: Inspection) -> bool | None:
+    """Whether the driver's own helper makes the node once a program needs it."""
+    driver = inspection.driver
+    module = True if driver.uvm_loaded else driver.uvm_on_disk
+    if in_container(inspection) or driver.node_maker is False or module is False:
+        return False
+    return None if driver.node_maker is None or module is None else True
+
+
+def _node_fix(inspection: Inspection, *, made: bool) -> tuple[str, ...]:
+    if in_container(inspection):
+        return ("pass /dev/nvidia-uvm and /dev/nvidiactl to the container",)
+    if made:
+        return ("sudo nvidia-modprobe -c0 -u  # to have it now",)
+    if not inspection.driver.uvm_loaded and inspection.driver.uvm_on_disk is False:
+        return steps(inspection, Task.build_module)
+    return (
+        "sudo modprobe nvidia_uvm",
+        "sudo mknod -m 666 /dev/nvidia-uvm c $(awk '$2 == \"nvidia-uvm\" {print $1}' /proc/devices) 0",
+        "install nvidia-modprobe, setuid root: it makes the nodes at every start",
+    )
 
 
 @check("hmm-kaslr", Area.driver, "A", about=(subjects.nvidia_card,))
@@ -226,7 +278,7 @@ def hmm_kaslr(inspection: Inspection, _purpose: Purpose) -> Said:
                 *_seen("uvm_disable_hmm", {False: "N"}.get(bool(inspection.driver.uvm_disable_hmm))),
             ),
             fix=(
-                "echo 'options nvidia_uvm uvm_disable_hmm=1' | sudo tee /etc/modprobe.d/uvm.conf",
+                *steps(inspection, Task.module_option, module="nvidia_uvm", option="uvm_disable_hmm=1"),
                 "sudo rmmod nvidia_uvm && sudo modprobe nvidia_uvm",
             ),
         )
@@ -235,34 +287,6 @@ def hmm_kaslr(inspection: Inspection, _purpose: Purpose) -> Said:
 
 
 _NVML_WORDS = {_NOT_LOADED: "driver not loaded", _NO_LIBRARY: "library not found"}
-
-
-def _why_not_loaded(inspection: Inspection, bus: tuple[PciDevice, ...]) -> tuple[str, tuple[str, ...]]:
-    """The cause in a few words, and what to do."""
-    driver, log = inspection.driver, inspection.host.log
-    bound = {each.driver for each in bus}
-    if in_container(inspection):
-        return "the container was not given it", ("docker run --gpus all IMAGE", "mgpu doctor  # on the host")
-    if "nouveau" in bound:
-        return "nouveau holds the card", (
-            "echo 'blacklist nouveau' | sudo tee /etc/modprobe.d/blacklist-nouveau.conf",
-            "sudo update-initramfs -u && sudo reboot",
-        )
-    if bound == {"vfio-pci"}:
-        return "vfio-pci keeps the card for virtual machines", (
-            "remove its ids from vfio-pci (/etc/modprobe.d, vfio-pci.ids= on the kernel's command line), then reboot",
-        )
-    if any(entry.kind == "key" for entry in log) or (driver.secure_boot and driver.on_disk):
-        return "Secure Boot refused its signature", (
-            "sudo mokutil --import /var/lib/shim-signed/mok/MOK.der",
-            "sudo reboot  # and choose Enroll MOK",
-        )
-    if driver.on_disk_version or driver.on_disk:
-        return "its module is installed, but not loaded", ("sudo modprobe nvidia && sudo nvidia-modprobe -c0 -u",)
-    return "no module for this kernel", (
-        "sudo apt install linux-headers-$(uname -r) && sudo dkms autoinstall",
-        "sudo ubuntu-drivers install && sudo reboot  # where no driver is installed at all",
-    )
 
 
 def _is_card(device: PciDevice) -> bool:

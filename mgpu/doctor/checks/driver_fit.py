@@ -6,14 +6,13 @@ import re
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
+from mgpu.doctor.commands import LAST_BRANCH_FOR_OLD_CARDS, Task, install_driver, steps
 from mgpu.machine.inspection import Inspection, InstalledEngine, PciDevice
-from mgpu.machine.layout import cards, nvidia_on_bus
-
-_NOT_LOADED = 9
+from mgpu.machine.layout import cards, is_passed_on, nvidia_on_bus
 
 # NVIDIA numbers its chips upwards: TU102, the first Turing, is 0x1e02; GB100, the first Blackwell, is 0x2901.
 _FIRST_TURING, _FIRST_BLACKWELL = 0x1E00, 0x2900
-_LAST_FOR_OLD_CARDS = 580
+_WANTS_OPEN = "requires use of the NVIDIA open kernel modules"
 
 
 @check("driver-too-new-for-gpu", Area.driver, "A", about=(subjects.nvidia,))
@@ -25,7 +24,7 @@ def driver_too_new_for_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     so that the next upgrade is not a surprise. Hold 580.
     """
     old_gpus = [gpu.index for gpu in cards(inspection) if (_capability(gpu.compute_capability) or (99,)) < (7, 5)]
-    old = [each for each in nvidia_on_bus(inspection) if _is_before_turing(each) and each.driver != "vfio-pci"]
+    old = [each for each in _own(inspection) if _is_before_turing(each)]
     major = _major(_version(inspection))
     if not old and not old_gpus:
         return
@@ -36,21 +35,22 @@ def driver_too_new_for_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
         *_seen("driver", _version(inspection)),
         *(Evidence(path=_pci(each), value=f"device {each.device:#06x}") for each in old if each.device is not None),
     )
-    hold = f"sudo apt-mark hold nvidia-driver-{_LAST_FOR_OLD_CARDS}"
+    hold = steps(inspection, Task.hold_driver, branch=LAST_BRANCH_FOR_OLD_CARDS)
     if major >= 590:
+        closed = install_driver(inspection, branch=LAST_BRANCH_FOR_OLD_CARDS, open_module=False)
         yield Finding(
             severity=Severity.fail,
             summary=f"driver {major} does not support cards before Turing (P40, V100, GTX 10)",
             evidence=evidence,
-            fix=(f"sudo apt install nvidia-driver-{_LAST_FOR_OLD_CARDS} && {hold}", "Arch: install nvidia-580xx-dkms"),
+            fix=tuple(dict.fromkeys((*closed, *hold, "sudo reboot"))),
             gpus=tuple(old_gpus),
         )
-    elif major == _LAST_FOR_OLD_CARDS:
+    elif major == LAST_BRANCH_FOR_OLD_CARDS:
         yield Finding(
             severity=Severity.info,
             summary="driver 580 is the last that supports these cards: do not upgrade past it",
             evidence=evidence,
-            fix=(hold,),
+            fix=hold,
             gpus=tuple(old_gpus),
         )
 
@@ -87,7 +87,8 @@ def driver_too_old(inspection: Inspection, purpose: Purpose) -> Said:
                 *_seen(f"CUDA of {engine.backend}", _cuda(engine.cuda_runtime)),
             ),
             fix=(
-                f"sudo apt install nvidia-driver-{max(_major(needed) or 0, _LAST_FOR_OLD_CARDS)} && sudo reboot",
+                *driver_steps(inspection),
+                "sudo reboot",
                 f"or install a build of {engine.backend} for an older CUDA",
             ),
         )
@@ -102,27 +103,49 @@ def driver_flavour(inspection: Inspection, _purpose: Purpose) -> Said:
     wrong one is a failure: such a card never appears. From Turing to Hopper both work, and only the open one can be
     patched to grant GeForce cards peer access.
     """
-    bus = [each for each in nvidia_on_bus(inspection) if each.driver != "vfio-pci"]
-    if inspection.driver.nvml_error not in (0, _NOT_LOADED) or not bus:
+    bus = _own(inspection)
+    if inspection.driver.nvml_error != 0 or not bus:  # driver-not-loaded says it of a module that no card is left to
         return
     open_module = inspection.driver.open_module
     if open_module is None:
-        if inspection.driver.nvml_error == 0:
-            yield Skip(reason="whether the module is the open or the closed one could not be read")
+        yield Skip(reason="whether the module is the open or the closed one could not be read")
         return
     wrong = [each for each in bus if needs_other_module(each, inspection)]
     if not wrong:
         return
-    major = _major(_version(inspection)) or _LAST_FOR_OLD_CARDS
     now, needed = ("open", "closed") if open_module else ("closed", "open")
-    package = f"nvidia-driver-{major}" + ("" if open_module else "-open")
     yield Finding(
         severity=Severity.fail,
         summary=f"the {now} NVIDIA module is loaded, but a card here needs the {needed} one",
         evidence=tuple(Evidence(path=_pci(each), value=f"device {each.device or 0:#06x}") for each in wrong),
-        fix=(f"sudo apt install {package} && sudo reboot",),
+        fix=(*driver_steps(inspection), "sudo reboot"),
         gpus=tuple(gpu.index for gpu in cards(inspection) if gpu.bus_id in {each.address for each in wrong}),
     )
+
+
+def driver_steps(inspection: Inspection) -> tuple[str, ...]:
+    """Return how the driver is installed that has the cards here: the open module where one needs it, else the closed
+    one where a card before Turing needs that or it is loaded now; no branch newer than such a card's last."""
+    closed = needs_closed_module(inspection)
+    open_module = needs_open_module(inspection) or not (closed or inspection.driver.open_module is False)
+    installed = _major(_version(inspection)) or LAST_BRANCH_FOR_OLD_CARDS
+    branch = LAST_BRANCH_FOR_OLD_CARDS if closed else max(installed, LAST_BRANCH_FOR_OLD_CARDS)
+    return install_driver(inspection, branch=branch, open_module=open_module)
+
+
+def needs_open_module(inspection: Inspection) -> bool:
+    """Return whether a card here runs with the open module only: a Blackwell, or one that the kernel says so of."""
+    return any(is_blackwell(each) for each in _own(inspection)) or wants_open_module(inspection)
+
+
+def needs_closed_module(inspection: Inspection) -> bool:
+    """Return whether a card here runs with the closed module only."""
+    return any(_is_before_turing(each) for each in _own(inspection))
+
+
+def wants_open_module(inspection: Inspection) -> bool:
+    """Return whether the kernel logged that a card needs the open module."""
+    return any(_WANTS_OPEN in entry.text for entry in inspection.host.log)
 
 
 def is_blackwell(device: PciDevice) -> bool:
@@ -141,6 +164,11 @@ def needs_other_module(device: PciDevice, inspection: Inspection) -> bool:
     if open_module is None or is_too_old(device, inspection):
         return False
     return _is_before_turing(device) if open_module else is_blackwell(device)
+
+
+def _own(inspection: Inspection) -> tuple[PciDevice, ...]:
+    """The cards on the bus without those that are kept for virtual machines."""
+    return tuple(each for each in nvidia_on_bus(inspection) if not is_passed_on(each))
 
 
 def _is_before_turing(device: PciDevice) -> bool:
