@@ -249,7 +249,6 @@ class ContainerFacts:
     cdi_files: tuple[str, ...] = ()
     cdi_older_than_driver: bool | None = None
     toolkit: bool | None = None
-    toolkit_version: str | None = None
     cgroup_driver: str | None = None
     device_links: bool | None = None
 

@@ -232,6 +232,37 @@ DOCKER: Files = {"usr/bin/dockerd": ""}
         pytest.param(
             {"etc/cdi/nvidia.yaml": "kind: nvidia.com/gpu"}, {"cdi_files": ("/etc/cdi/nvidia.yaml",)}, id="CDI of none"
         ),
+        pytest.param(
+            {**DOCKER, "usr/bin/nvidia-container-runtime-hook": ""},
+            {"docker": True, "docker_nvidia_runtime": True, "cgroup_driver": "cgroupfs"},
+            id="the hook that --gpus starts",
+        ),
+        pytest.param(
+            {**DOCKER, "etc/systemd/system/docker.service.d/gpu.conf": "ExecStart=dockerd --add-runtime=nvidia=/x\n"},
+            {"docker": True, "docker_nvidia_runtime": True, "cgroup_driver": "cgroupfs"},
+            id="a runtime given to the service",
+        ),
+        pytest.param(
+            {**DOCKER, "sys/fs/cgroup/cgroup.controllers": "cpu", "sys/fs/cgroup/docker/x": ""},
+            {"docker": True, "docker_nvidia_runtime": False, "cgroup_driver": "cgroupfs"},
+            id="containers in Docker's own control groups",
+        ),
+        pytest.param(
+            {
+                **DOCKER,
+                "etc/docker/daemon.json": '{"exec-opts": ["native.cgroupdriver=cgroupfs"]}',
+                f"sys/fs/cgroup/system.slice/docker-{'5c3f' * 16}.scope/x": "",
+            },
+            {"docker": True, "docker_nvidia_runtime": False, "cgroup_driver": "systemd"},
+            id="containers in systemd's, whatever is configured since",
+        ),
+        pytest.param({"run/docker.sock": ""}, {"docker": True}, id="Docker Desktop, which is elsewhere"),
+        pytest.param(
+            {"var/snap/docker/current/config/daemon.json": '{"runtimes": {"nvidia": {}}}'},
+            {"docker": True, "docker_nvidia_runtime": True, "cgroup_driver": "cgroupfs"},
+            id="Docker of a snap",
+        ),
+        pytest.param({"dev/dxg": ""}, {"device_nodes": None}, id="WSL, which has no device nodes"),
         pytest.param({"dev/char/195:0": ""}, {"device_links": True}, id="links to the devices"),
         pytest.param({"dev/char/1:3": ""}, {"device_links": False}, id="links to other devices"),
     ],
@@ -245,7 +276,18 @@ def test_docker_is_known_by_its_files(
     rest: dict[str, object] = {"docker": False, "toolkit": False, "device_nodes": 2, "host_gpus": 2}
     assert found == ContainerFacts(visible_devices="all", **{**rest, **changes})  # type: ignore[arg-type]
     unreadable = bool(found.docker) and found.docker_nvidia_runtime is None
-    assert [each.what for each in unread] == (["/etc/docker/daemon.json"] if unreadable else [])
+    what = "/etc/docker/daemon.json" if "usr/bin/dockerd" in files else "the settings of docker"
+    assert [each.what for each in unread] == ([what] if unreadable else [])
+
+
+def test_podmans_socket_is_not_dockers(tree: SysfsTree) -> None:
+    tree.files({"run/podman/podman.sock": ""}).link("run/docker.sock", "run/podman/podman.sock")
+    assert read_container(tree.root)[0].docker is False
+
+
+def test_what_run_links_to_is_described_once(tree: SysfsTree) -> None:
+    tree.files({"run/cdi/nvidia.yaml": CDI.format(VERSION)}).link("var/run", "run")
+    assert read_container(tree.root)[0].cdi_files == ("/run/cdi/nvidia.yaml",)
 
 
 def test_amds_driver_and_the_users_rights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,6 +272,33 @@ def test_a_folder_of_models_is_on_the_disk_that_holds_it(
     assert all(folder.exists() for folder in asked)
 
 
+@pytest.mark.parametrize(
+    ("files", "path"),
+    [
+        pytest.param({}, None, id="no Docker"),
+        pytest.param({"usr/bin/dockerd": ""}, "/var/lib/docker", id="by default"),
+        pytest.param(
+            {"usr/bin/dockerd": "", "etc/docker/daemon.json": '{"data-root": "/data/docker"}'},
+            "/data/docker",
+            id="on another disk",
+        ),
+        pytest.param(
+            {"usr/bin/dockerd": "", "etc/docker/daemon.json": '{"data-root": ["x"]}'}, "/var/lib/docker", id="nonsense"
+        ),
+        pytest.param({"usr/bin/dockerd": "", "etc/docker/daemon.json": "{"}, None, id="settings that are no JSON"),
+        pytest.param({"var/snap/docker/x": ""}, "/var/snap/docker/common/var-lib-docker", id="a snap"),
+        pytest.param({"run/docker.sock": ""}, None, id="a Docker that is elsewhere"),
+    ],
+)
+def test_dockers_images_are_on_a_disk_as_models_are(
+    tmp_path: Path, home: str, files: dict[str, str | bytes], path: str | None
+) -> None:
+    root = SysfsTree(tmp_path).host({**files, "proc/self/mountinfo": MOUNTS, "data/x": ""}).root
+    found = {disk.role: disk for disk in read_disks(root, disk_status=lambda _: status(10))[0]}
+    assert (found["Docker images"].path if path else found.get("Docker images")) == path
+    assert path != "/data/docker" or found["Docker images"].file_system == "xfs"
+
+
 def test_a_disk_that_never_answers_does_not_hold_the_doctor_up(tmp_path: Path, home: str) -> None:
     answer = threading.Event()
 
