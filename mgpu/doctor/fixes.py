@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from mgpu.doctor.check import Finding
 from mgpu.doctor.diagnosis import Diagnosis
+from mgpu.doctor.power_limits import default_limit_w, requested_limit_w
 from mgpu.machine import layout
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice
 
@@ -117,17 +118,15 @@ def _persistence(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
 
 
 def _power_limit(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
-    limits = {gpu.index: gpu.power_limit_w for gpu in inspection.machine.gpus}
+    gpus = {gpu.index: gpu for gpu in inspection.machine.gpus}
     for card, name in _cards(inspection, finding):
-        default, limit = card.power_default_w, limits.get(card.gpu)
+        default, limit = default_limit_w(card), requested_limit_w(gpus[card.gpu], card)
         if default is None or limit is None or limit >= default:
-            continue
-        if card.power_max_w is not None and default > card.power_max_w:
             continue
         yield Remedy(
             id=finding.id,
-            does=f"set the power limit of GPU{card.gpu} back to its default of {default:.0f} W",
-            argv=("nvidia-smi", "-i", name, "-pl", f"{default:.0f}"),
+            does=f"set the power limit of GPU{card.gpu} back to its default of {default} W",
+            argv=("nvidia-smi", "-i", name, "-pl", str(default)),
             undo=f"nvidia-smi -i {name} -pl {limit:.0f}, or a reboot",
         )
 
@@ -144,6 +143,8 @@ def _compute_mode(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
 
 
 def _uvm(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
+    if layout.in_container(inspection):  # the host loads modules, and passes the devices on
+        return
     if inspection.driver.uvm_loaded is False:
         yield Remedy(
             id=finding.id,

@@ -19,6 +19,10 @@ def each_card(inspection: Inspection, **changes: Any) -> Inspection:
     return inspection
 
 
+def capped(limit_w: float | None, **changes: Any) -> Inspection:
+    return changed_card(healthy(), 0, power_requested_w=limit_w, **changes)
+
+
 def alternating(**changes: Any) -> Inspection:
     """One reading of three is changed: something that flickers."""
     before = healthy()
@@ -27,6 +31,7 @@ def alternating(**changes: Any) -> Inspection:
     return changed_card(before, 0, readings=(flicker, *others))
 
 
+LAPTOPS = ("NVIDIA GeForce RTX 4090 Laptop GPU", "Quadro T2000 with Max-Q Design", "NVIDIA GeForce GTX 1650 Mobile")
 LOADED = changed_gpu(healthy(), 0, free_bytes=4 * GIB)
 ALL_BUSY = each_card(healthy(3), readings=BUSY)
 
@@ -75,25 +80,58 @@ ALL_BUSY = each_card(healthy(3), readings=BUSY)
             id="at the limit under load",
         ),
         pytest.param("sw-power-cap", healthy(), Purpose(), [], id="the power cap bit of an idle card is ignored"),
-        pytest.param(
-            "power-capped", changed_card(healthy(), 0, power_enforced_w=400.0), Purpose(), ["info 0"], id="a little"
-        ),
-        pytest.param(
-            "power-capped", changed_card(healthy(), 0, power_enforced_w=200.0), Purpose(), ["warn 0"], id="deep"
-        ),
+        pytest.param("power-capped", capped(400.0), Purpose(), ["info 0"], id="a little"),
+        pytest.param("power-capped", capped(200.0), Purpose(), ["warn 0"], id="deep"),
         pytest.param(
             "power-capped",
-            changed_card(healthy(), 1, power_enforced_w=350.0),
+            changed_card(healthy(), 1, power_requested_w=350.0),
             Purpose(tensor_parallel=2),
             ["info 1", "warn 1"],
             id="siblings that share a model have unequal limits",
         ),
         pytest.param(
             "power-capped",
-            each_card(healthy(), power_enforced_w=350.0),
+            each_card(healthy(), power_requested_w=350.0),
             Purpose(tensor_parallel=2),
             ["info 0", "info 1"],
             id="siblings capped alike",
+        ),
+        pytest.param(
+            "power-capped",
+            capped(None, power_enforced_w=200.0),
+            Purpose(),
+            ["warn 0"],
+            id="what holds stands for a limit that is not told",
+        ),
+        pytest.param(
+            "power-capped", capped(450.0, power_enforced_w=200.0), Purpose(), [], id="nobody set the limit that holds"
+        ),
+        pytest.param("power-capped", capped(400.0, power_max_w=400.0), Purpose(), [], id="as high as the card takes"),
+        *(
+            pytest.param(
+                "power-capped",
+                changed_gpu(capped(None, power_enforced_w=60.0), 0, name=name),
+                Purpose(),
+                [],
+                id=f"{name}: its limit changes by itself",
+            )
+            for name in LAPTOPS
+        ),
+        pytest.param(
+            "power-capped",
+            changed_gpu(capped(60.0), 0, name=LAPTOPS[0]),
+            Purpose(),
+            ["warn 0"],
+            id="a limit that was set in a laptop",
+        ),
+        pytest.param(
+            "power-capped",
+            changed_gpu(
+                capped(None, power_enforced_w=200.0), 0, name="NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"
+            ),
+            Purpose(),
+            ["warn 0"],
+            id="a workstation's Max-Q is no laptop's",
         ),
         pytest.param("psu-budget", healthy(), Purpose(), ["info"], id="without a wattage the sum is said"),
         pytest.param("psu-budget", healthy(1), Purpose(), [], id="one card's sum is not worth saying"),
@@ -178,6 +216,45 @@ def test_a_lost_card_is_left_to_the_check_of_lost_cards() -> None:
 
 def test_nothing_is_said_of_a_computer_without_cards() -> None:
     assert [item for check in power.CHECKS for item in check.run(bare(), Purpose(psu_w=600))] == []
+
+
+@pytest.mark.parametrize(
+    ("margin", "words"),
+    [
+        pytest.param(2, "GPU0 is 2 °C below its limit", id="below"),
+        pytest.param(0, "GPU0 is at its temperature limit", id="at it"),
+        pytest.param(-2, "GPU0 is 2 °C over its limit", id="over"),
+    ],
+)
+def test_a_card_is_below_at_or_over_its_limit(margin: int, words: str) -> None:
+    (finding,) = power.thermal.run(changed_card(healthy(), 0, temperature_margin_c=margin), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.summary == words
+
+
+@pytest.mark.parametrize(
+    ("inspection", "commands"),
+    [
+        pytest.param(capped(200.0), ["sudo nvidia-smi -i 0 -pl 450"], id="the default"),
+        pytest.param(capped(200.0, power_max_w=399.5), ["sudo nvidia-smi -i 0 -pl 399"], id="no more than it takes"),
+        pytest.param(
+            capped(200.0, power_default_w=390.0),
+            ["sudo nvidia-smi -i 0 -pl 390", "sudo nvidia-smi -i 0,1 -pl 390"],
+            id="siblings: the highest that all of them have by default",
+        ),
+    ],
+)
+def test_a_limit_is_raised_to_one_that_the_card_takes(inspection: Inspection, commands: list[str]) -> None:
+    purpose = Purpose(tensor_parallel=2 if len(commands) > 1 else None)
+    found = [item for item in power.power_capped.run(inspection, purpose) if isinstance(item, Finding)]
+    assert [line for item in found for line in item.fix] == commands
+
+
+def test_a_hot_laptop_is_not_told_to_set_a_limit() -> None:
+    hot = changed_gpu(changed_card(healthy(), 0, temperature_margin_c=1), 0, name=LAPTOPS[0])
+    (finding,) = power.thermal.run(hot, Purpose())
+    assert isinstance(finding, Finding)
+    assert not any("-pl" in line for line in finding.fix)
 
 
 def test_a_fix_stays_above_the_lowest_limit_of_the_card() -> None:

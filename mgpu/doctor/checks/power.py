@@ -8,8 +8,9 @@ from statistics import median
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import event, in_use_bytes, is_busy, lasting, named, nvidia_cards, unread, usable_cards
+from mgpu.doctor.power_limits import default_limit_w, requested_limit_w
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
-from mgpu.machine.layout import health
+from mgpu.machine.layout import health, is_laptop
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import GIB
 
@@ -38,15 +39,21 @@ def thermal(inspection: Inspection, _purpose: Purpose) -> Said:
         if limited is None and margin is None:
             unknown.append(gpu.index)
         elif margin is not None and margin <= 3:
-            yield _hot(gpu, card, Severity.fail, f"{named([gpu.index])} is {margin} °C below its limit")
+            yield _hot(gpu, card, Severity.fail, f"{named([gpu.index])} is {_place(margin)}")
         elif limited:
             yield _hot(gpu, card, Severity.warn, f"{named([gpu.index])} lowers its clocks because of heat")
         elif margin is not None and margin <= 8:
-            yield _hot(gpu, card, Severity.warn, f"{named([gpu.index])} is {margin} °C below its limit")
+            yield _hot(gpu, card, Severity.warn, f"{named([gpu.index])} is {_place(margin)}")
         elif gpu.temperature_c is not None and gpu.temperature_c > 70 and gpu.utilisation_percent == 0:
             yield _hot(gpu, card, Severity.info, f"{named([gpu.index])} is at {gpu.temperature_c} °C while idle")
     if unknown:
         yield unread(inspection, "temperature limits and events", "Temperature", "Event", "Throttle", of=unknown)
+
+
+def _place(margin_c: int) -> str:
+    if margin_c == 0:
+        return "at its temperature limit"
+    return f"{abs(margin_c)} °C {'below' if margin_c > 0 else 'over'} its limit"
 
 
 def _margin_c(gpu: Gpu, card: CardHealth) -> int | None:
@@ -66,7 +73,9 @@ def _hot(gpu: Gpu, card: CardHealth, severity: Severity, summary: str) -> Findin
         severity=severity,
         summary=summary,
         evidence=(*evidence, *_events(gpu, card)),
-        fix=("clean the fans and filters, leave a free slot between cards", _lower_limit(gpu, card)),
+        fix=("clean the fans and vents",)  # a laptop's limit is not the user's to set
+        if is_laptop(gpu)
+        else ("clean the fans and filters, leave a free slot between cards", _lower_limit(gpu, card)),
         gpus=(gpu.index,),
     )
 
@@ -156,7 +165,8 @@ def _at_limit(reading: Readings, limit_w: float | None) -> bool | None:
 def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
     """A power limit far below the card's default, or unlike its siblings'.
 
-    Read: NVML's power limit against the default one.
+    Read: the power limit that was set (NVML's management limit) against the default one. What a laptop may draw changes
+    by itself, so that only a limit that somebody set is judged there.
     Rule: info below 95 % of the default; warn below 60 %, or when cards of one model that share a tensor parallel model
     are more than 15 % apart.
     Why: moderate limits cost little (decoding on an RTX 3090 at 290 W loses 7 % for 22 % less power; 400 to 600 W make
@@ -164,24 +174,30 @@ def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
     Do: sudo nvidia-smi -pl WATTS -i CARD; a systemd unit keeps it over a reboot.
     """
     shares: dict[str, list[tuple[float, Gpu]]] = {}
+    defaults: dict[int, int] = {}
     unknown: list[int] = []
     for gpu, card in nvidia_cards(inspection):
-        limit, default = card.power_enforced_w or gpu.power_limit_w, card.power_default_w
-        if not limit or not default or default < 0:
-            unknown.append(gpu.index)
+        limit, default = requested_limit_w(gpu, card), default_limit_w(card)
+        if not limit or not default:
+            if not is_laptop(gpu):
+                unknown.append(gpu.index)
             continue
+        defaults[gpu.index] = default
         shares.setdefault(gpu.name, []).append((limit / default, gpu))
         if limit < 0.95 * default:
             yield Finding(
                 severity=Severity.warn if limit < 0.6 * default else Severity.info,
-                summary=f"{named([gpu.index])} is limited to {limit:.0f} of its {default:.0f} W",
+                summary=f"{named([gpu.index])} is limited to {limit:.0f} of its {default} W",
                 evidence=_limits(gpu, limit, default),
-                fix=(f"sudo nvidia-smi -i {gpu.index} -pl {default:.0f}",),
+                fix=(f"sudo nvidia-smi -i {gpu.index} -pl {default}",),
                 gpus=(gpu.index,),
             )
     for same in shares.values():
         lowest, highest = min(share for share, _ in same), max(share for share, _ in same)
         if (purpose.tensor_parallel or 1) > 1 and highest - lowest > 0.15:
+            members = [gpu.index for _, gpu in same]
+            # The highest that all of them take without being raised above a default.
+            common = min(defaults[index] for index in members)
             slow = [gpu.index for share, gpu in same if highest - share > 0.15]
             yield Finding(
                 severity=Severity.warn,
@@ -190,7 +206,7 @@ def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
                     Evidence(path=f"power limit of GPU{gpu.index}", value=f"{share:.0%} of the default")
                     for share, gpu in same
                 ),
-                fix=("sudo nvidia-smi -pl WATTS  # without -i it sets all cards alike",),
+                fix=(f"sudo nvidia-smi -i {','.join(map(str, members))} -pl {common}",),
                 gpus=tuple(slow),
             )
     if unknown:
@@ -199,7 +215,7 @@ def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
 
 def _limits(gpu: Gpu, limit: float, default: float) -> tuple[Evidence, ...]:
     return (
-        Evidence(path=f"nvmlDeviceGetEnforcedPowerLimit({gpu.index})", value=f"{limit:.0f} W"),
+        Evidence(path=f"nvmlDeviceGetPowerManagementLimit({gpu.index})", value=f"{limit:.0f} W"),
         Evidence(path=f"nvmlDeviceGetPowerManagementDefaultLimit({gpu.index})", value=f"{default:.0f} W"),
     )
 
