@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from mgpu.doctor.check import Skip
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
-from mgpu.machine.layout import cards, health
+from mgpu.machine.layout import cards, health, in_container, is_wsl
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import MIB
 
@@ -14,9 +15,45 @@ BUSY_PERCENT = 50
 # Of its power limit, what no card draws at rest.
 BUSY_SHARE = 0.4
 _LONGEST_REASON = 160
+# One sentence for all that is so, as the screen shows a reason once.
+HOST_ONLY = "a container is not shown it: run mgpu doctor on the host"
+_WINDOWS_ONLY = "WSL2 does not show it: the driver, the board and the log are those of Windows"
 _MOST_NAMED = 4
 # What NVIDIA's driver keeps for itself: 450 to 640 MiB where it was read.
 _MOST_RESERVED_BYTES = 640 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A variable that engines obey: its `place` in a few words, the `path` that sets it, and the `removal` of it."""
+
+    name: str
+    value: str
+    place: str
+    path: str
+    removal: tuple[str, ...]
+
+
+def settings(inspection: Inspection) -> Iterator[Setting]:
+    """Yield the variables of the environment, of NCCL's files and of the engines' services."""
+    host = inspection.host
+    for name, value in host.environment:
+        yield Setting(name=name, value=value, place="the environment", path="environment", removal=(f"unset {name}",))
+    for name, value in host.nccl_configuration:
+        removal = (f"take {name} out of nccl.conf",)
+        yield Setting(name=name, value=value, place="nccl.conf", path="nccl.conf", removal=removal)
+    for each in host.unit_variables:
+        control = "systemctl --user" if each.user else "sudo systemctl"
+        yield Setting(
+            name=each.name,
+            value=each.value,
+            place=each.unit,
+            path=each.path,
+            removal=(
+                f"take {each.name} out of {each.path}",
+                f"{control} daemon-reload && {control} restart {each.unit}",
+            ),
+        )
 
 
 def usable_cards(inspection: Inspection, *vendors: str) -> tuple[Gpu, ...]:
@@ -74,10 +111,21 @@ def named(indices: Iterable[int]) -> str:
     return f"GPU{','.join(map(str, cards))}" if len(cards) <= _MOST_NAMED else f"{len(cards)} cards"
 
 
+def is_hosts(path: str) -> bool:
+    """Return whether something that is unread is a host's own, which hardly any container is shown: the kernel's log,
+    and all but the beginning of the PCI configuration."""
+    return "kmsg" in path or (path.startswith("/sys/bus/pci/") and path.endswith("/config"))
+
+
 def unread(inspection: Inspection, what: str, *paths: str, of: Iterable[int] = ()) -> Skip:
     """Return the Skip for `what` (in words), with the reason of the first thing unread whose name has one of `paths`
-    in it, and the cards it is unread of."""
-    indices = tuple(of)
+    in it, and the cards it is unread of. Where nobody can change that, in WSL2 and in containers, the reason is one for
+    all."""
+    indices, of_host = tuple(of), any(is_hosts(path) for path in paths)
+    if is_wsl(inspection) and (indices or of_host):
+        return Skip(reason=_WINDOWS_ONLY)
+    if in_container(inspection) and of_host:
+        return Skip(reason=HOST_ONLY)
     subject = f"{what} of {named(indices)}" if indices else what
     reasons = (each for each in inspection.unread if any(path in each.what for path in paths))
     known = next(reasons, None)

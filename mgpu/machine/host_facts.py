@@ -15,6 +15,7 @@ from mgpu.machine.inspection import HostFacts, Listener, Unread
 from mgpu.machine.kernel_log import read_kernel_log
 from mgpu.machine.patience import Question
 from mgpu.machine.redaction import kernel_options
+from mgpu.machine.service_units import read_unit_variables
 
 ENGINE_PORTS = (8000, 8080, 11434)  # vLLM's, llama-server's and Ollama's
 
@@ -31,7 +32,8 @@ def read_host_facts(
     log, log_known, log_unread = read_kernel_log(root)
     disks, disks_unread = read_disks(root, disk_status=disk_status)
     nccl, nccl_unread = read_nccl_configuration(root)
-    unread += [*log_unread, *disks_unread, *nccl_unread]
+    units, units_unread = read_unit_variables(root)
+    unread += [*log_unread, *disks_unread, *nccl_unread, *units_unread]
     memory = sysfs.read_fields(root / "proc/meminfo")
     flags = _processor_flags(root)
     memlock = _memlock(root, unread)
@@ -59,6 +61,7 @@ def read_host_facts(
         cpu_power_w=_cpu_power_w(root),
         environment=chosen_variables(os.environ.items()),
         nccl_configuration=nccl,
+        unit_variables=units,
         disks=disks,
         listeners=listeners or (),
         listeners_known=listeners is not None,

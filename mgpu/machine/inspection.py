@@ -196,13 +196,25 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnitVariable:
+    """A variable that systemd gives to an engine's service: the `unit` (a `user`'s or the system's), and the file that
+    sets it."""
+
+    unit: str
+    path: str
+    name: str
+    value: str
+    user: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
     """The computer around the cards, as far as it breaks or slows them.
 
     `kernel_command_line` holds only the options that matter to cards. `memory_pressure_percent` is the share of the
-    last minute in which something waited for memory. `governors` are those in use, each once. `environment` and
-    `nccl_configuration` hold only the variables that change what engines do with cards. `distribution` is the family of
-    Linux distributions: "debian", "fedora", "arch", "suse" or "nixos".
+    last minute in which something waited for memory. `governors` are those in use, each once. `environment`,
+    `nccl_configuration` and `unit_variables` hold only the variables that change what engines do with cards.
+    `distribution` is the family of Linux distributions: "debian", "fedora", "arch", "suse" or "nixos".
     """
 
     distribution: str | None = None
@@ -227,6 +239,7 @@ class HostFacts:
     cpu_power_w: float | None = None
     environment: tuple[tuple[str, str], ...] = ()
     nccl_configuration: tuple[tuple[str, str], ...] = ()
+    unit_variables: tuple[UnitVariable, ...] = ()
     disks: tuple[DiskSpace, ...] = ()
     listeners: tuple[Listener, ...] = ()
     listeners_known: bool = False

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from mgpu.doctor.check import Purpose
+from mgpu.doctor.check import Finding, Purpose
 from mgpu.doctor.checks import engines, profile, settings
-from mgpu.machine.inspection import Inspection, InstalledEngine, Unread
+from mgpu.machine.inspection import Inspection, InstalledEngine, UnitVariable, Unread
 from tests.doctor.inspections import H100, bare, changed, changed_card, changed_gpu, changed_machine, healthy
 from tests.doctor.said import said
 
@@ -30,6 +30,12 @@ def of(capability: str, installed: tuple[InstalledEngine, ...]) -> Inspection:
 
 def environment(inspection: Inspection | None = None, /, **variables: str) -> Inspection:
     return changed(inspection or healthy(), host={"environment": tuple(variables.items())})
+
+
+def of_service(name: str, value: str) -> Inspection:
+    path = "/home/me/.config/systemd/user/ollama.service"
+    variable = UnitVariable(unit="ollama.service", path=path, name=name, value=value, user=True)
+    return healthy(host={"unit_variables": (variable,)})
 
 
 def unequal(size_share: float = 0.5, **changes: Any) -> Inspection:
@@ -161,6 +167,15 @@ def wanting(size: int, heads: int | None = 32, kv_heads: int | None = 8, **purpo
             ["warn"],
             id="in a file",
         ),
+        pytest.param("debug-env", of_service("OLLAMA_DEBUG", "1"), Purpose(), ["warn"], id="for a service"),
+        pytest.param("debug-env", of_service("NCCL_DEBUG", "WARN"), Purpose(), [], id="harmless for a service"),
+        pytest.param(
+            "debug-env",
+            healthy(unread=(Unread(what="/etc/vllm.env (vllm.service)", why="denied", needs_root=True),)),
+            VLLM,
+            ["skip"],
+            id="a service's file unread",
+        ),
         pytest.param(
             "debug-env",
             healthy(unread=(Unread(what="/etc/nccl.conf", why="denied"),)),
@@ -185,3 +200,10 @@ def test_equal_cards_are_named_for_vllm() -> None:
     three = changed_gpu(healthy(3), 1, total_bytes=12 * 1024**3)
     (finding,) = settings.mixed_gpus.run(three, Purpose(backend="vllm", tensor_parallel=3))
     assert "export CUDA_VISIBLE_DEVICES=0,2  # for vLLM" in getattr(finding, "fix", ())
+
+
+def test_what_is_set_for_a_users_service_is_taken_out_there() -> None:
+    (finding,) = settings.debug_env.run(of_service("OLLAMA_DEBUG", "1"), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.fix[-1] == "systemctl --user daemon-reload && systemctl --user restart ollama.service"
+    assert "ollama.service" in finding.summary

@@ -9,7 +9,7 @@ import pytest
 
 from mgpu.doctor.check import Check, Finding, Purpose
 from mgpu.doctor.checks.nvlink import fabric_manager, nvlink_errors, nvlink_inactive, nvlink_unused
-from mgpu.machine.inspection import Inspection
+from mgpu.machine.inspection import Inspection, UnitVariable, Unread
 from mgpu.machine.snapshot import NvLinkPort
 from tests.doctor.inspections import H100, changed, changed_card, changed_gpu, changed_pair, healthy, verdict
 
@@ -27,6 +27,11 @@ def bridged(up: int = 4, cards: int = 2) -> Inspection:
         inspection = changed_gpu(inspection, index, nvlink=ports(up, remote="0000:20:00.0"))
         inspection = changed_card(inspection, index, readings={"nvlink_errors": 0})
     return inspection
+
+
+def in_unit(name: str, value: str) -> Inspection:
+    variable = UnitVariable(unit="vllm.service", path="/etc/vllm.env", name=name, value=value)
+    return changed(bridged(), host={"unit_variables": (variable,)})
 
 
 def counted(*counts: int | None) -> Inspection:
@@ -84,6 +89,14 @@ def setting(name: str, value: str, where: str = "environment", inspection: Inspe
             nvlink_unused, setting("NCCL_P2P_LEVEL", "loc", "nccl_configuration"), "warn", id="local only in nccl.conf"
         ),
         pytest.param(nvlink_unused, setting("NCCL_P2P_DISABLE", "0"), "", id="not disabled"),
+        pytest.param(nvlink_unused, in_unit("NCCL_P2P_DISABLE", "1"), "warn", id="disabled for a service"),
+        pytest.param(nvlink_unused, in_unit("NCCL_P2P_DISABLE", "0"), "", id="not disabled for a service"),
+        pytest.param(
+            nvlink_unused,
+            changed(bridged(), unread=(Unread(what="/etc/vllm.env (vllm.service)", why="denied"),)),
+            "skip",
+            id="a service's settings unread",
+        ),
         pytest.param(nvlink_unused, setting("NCCL_P2P_LEVEL", "NVL"), "", id="bridge only"),
         pytest.param(
             nvlink_unused, setting("NCCL_P2P_DISABLE", "1", inspection=healthy()), "", id="no bridge to waste"

@@ -7,7 +7,7 @@ import re
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
-from mgpu.doctor.facts import named, nvidia_cards, unread
+from mgpu.doctor.facts import named, nvidia_cards, settings, unread
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import cards, pairs
 from mgpu.machine.snapshot import Gpu
@@ -157,29 +157,25 @@ def nvlink_errors(inspection: Inspection, _purpose: Purpose) -> Said:
 def nvlink_unused(inspection: Inspection, _purpose: Purpose) -> Said:
     """Cards are joined by NVLink, but a setting keeps NCCL from using it.
 
-    Read from the environment and NCCL's own files (/etc/nccl.conf, ~/.nccl.conf): NCCL_P2P_DISABLE=1 or
-    NCCL_P2P_LEVEL=LOC turn all peer access off, the bridge too. A warning: 10 to 60 % of the speed lie idle. Often left
-    from a day when peer access over PCIe hung; NCCL_P2P_LEVEL=NVL keeps that off and the bridge on.
+    Read from the environment, NCCL's own files (/etc/nccl.conf, ~/.nccl.conf) and the units of systemd that run
+    engines, not from compose files: NCCL_P2P_DISABLE=1 or NCCL_P2P_LEVEL=LOC turn all peer access off, the bridge too.
+    A warning: 10 to 60 % of the speed lie idle. Often left from a day when peer access over PCIe hung;
+    NCCL_P2P_LEVEL=NVL keeps that off and the bridge on.
     """
     if not any(pair.nvlink for pair in pairs(inspection)):
         return
-    for where, settings in (
-        ("environment", inspection.host.environment),
-        ("nccl.conf", inspection.host.nccl_configuration),
-    ):
-        for name, value in settings:
-            disabled = name == "NCCL_P2P_DISABLE" and value.strip() not in ("", "0")
-            local = name == "NCCL_P2P_LEVEL" and value.strip().upper() in ("LOC", "0")
-            if disabled or local:
-                yield Finding(
-                    severity=Severity.warn,
-                    summary=f"the NVLink bridge lies idle: {name} is set"[:90],
-                    evidence=(Evidence(path=where, value=f"{name}={value}"[:120]),),
-                    fix=(
-                        f"unset {name}" if where == "environment" else f"remove {name} from nccl.conf",
-                        "export NCCL_P2P_LEVEL=NVL",
-                    ),
-                )
+    for each in settings(inspection):
+        disabled = each.name == "NCCL_P2P_DISABLE" and each.value.strip() not in ("", "0")
+        local = each.name == "NCCL_P2P_LEVEL" and each.value.strip().upper() in ("LOC", "0")
+        if disabled or local:
+            yield Finding(
+                severity=Severity.warn,
+                summary=f"the NVLink bridge lies idle: {each.name} is set in {each.place[:24]}",
+                evidence=(Evidence(path=each.path, value=f"{each.name}={each.value}"[:120]),),
+                fix=(*each.removal, "export NCCL_P2P_LEVEL=NVL"),
+            )
+    if missed := [each for each in inspection.unread if "nccl.conf" in each.what or ".service" in each.what]:
+        yield unread(inspection, missed[0].what, "nccl.conf", ".service")
 
 
 def _takes_several_bridges(gpu: Gpu) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
-from mgpu.doctor.facts import named, nvidia_cards, unread, usable_cards
+from mgpu.doctor.facts import named, nvidia_cards, settings, unread, usable_cards
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import gib
@@ -147,30 +147,27 @@ def device_order(inspection: Inspection, _purpose: Purpose) -> Said:
 def debug_env(inspection: Inspection, _purpose: Purpose) -> Said:
     """Switches for finding bugs that were left on.
 
-    Read: the environment, /etc/nccl.conf and ~/.nccl.conf.
+    Read: the environment, /etc/nccl.conf and ~/.nccl.conf, and the units of systemd that run Ollama, vLLM or llama.cpp
+    with their drop-ins and environment files. What a compose file gives to a container is not read: nobody knows which
+    of them is in use.
     Rule: warn for NCCL_DEBUG=TRACE, CUDA_LAUNCH_BLOCKING, VLLM_TRACE_FUNCTION, NCCL_SHM_DISABLE, AMD_LOG_LEVEL and
     OLLAMA_DEBUG when they are on. NCCL_DEBUG=INFO and WARN are harmless.
     Why: they make every kernel wait or every call write a line; NCCL_SHM_DISABLE takes away the way that cards without
     peer access have.
     Do: unset them, or take them out of the file.
     """
-    for source, name, value in _switches(inspection):
-        yield Finding(
-            severity=Severity.warn,
-            summary=f"{name}={value[:20]} is left on, and slows engines down",
-            evidence=(Evidence(path=source, value=f"{name}={value[:60]}"),),
-            fix=(f"unset {name}",) if source == "environment" else (f"take {name} out of {source}",),
-        )
-    if missed := [each for each in inspection.unread if "nccl.conf" in each.what]:
-        yield unread(inspection, missed[0].what, "nccl.conf")
-
-
-def _switches(inspection: Inspection) -> Iterator[tuple[str, str, str]]:
-    named_here = [("environment", *pair) for pair in inspection.host.environment]
-    for source, name, value in named_here + [("nccl.conf", *pair) for pair in inspection.host.nccl_configuration]:
-        on = value.strip().lower() not in ("", "0", "false", "off", "no")
-        if (name in _SLOW_WHEN_ON and on) or (name == "NCCL_DEBUG" and value.strip().upper() == "TRACE"):
-            yield source, name, value
+    for each in settings(inspection):
+        on = each.value.strip().lower() not in ("", "0", "false", "off", "no")
+        traced = each.name == "NCCL_DEBUG" and each.value.strip().upper() == "TRACE"
+        if traced or (each.name in _SLOW_WHEN_ON and on):
+            yield Finding(
+                severity=Severity.warn,
+                summary=f"{each.name}={each.value[:10]} in {each.place[:24]} slows engines down",
+                evidence=(Evidence(path=each.path, value=f"{each.name}={each.value[:60]}"),),
+                fix=each.removal,
+            )
+    if missed := [each for each in inspection.unread if "nccl.conf" in each.what or ".service" in each.what]:
+        yield unread(inspection, missed[0].what, "nccl.conf", ".service")
 
 
 _SLOW_WHEN_ON = ("CUDA_LAUNCH_BLOCKING", "VLLM_TRACE_FUNCTION", "NCCL_SHM_DISABLE", "AMD_LOG_LEVEL", "OLLAMA_DEBUG")
