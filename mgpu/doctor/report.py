@@ -47,8 +47,8 @@ class Report:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The best sets of cards, for every size that there are enough of; two or more equally good ones of a size
-        follow each other."""
+        """The best sets of equal cards, for every size that there are enough of; two or more equally good ones of a
+        size follow each other. None of cards between which the paths are not known."""
         found = []
         for size in _GROUP_SIZES:
             sets = best_groups(self.inspection, size)
@@ -56,7 +56,7 @@ class Report:
             found += [
                 Group(size=size, gpus=cards, kind=kind)
                 for cards, kind in zip(sets, kinds, strict=True)
-                if kind == kinds[0]
+                if kind == kinds[0] != "unknown"
             ]
         return tuple(found)
 

@@ -110,10 +110,15 @@ def is_translated(inspection: Inspection, address: str | None) -> bool | None:
     return None
 
 
+def is_wsl(inspection: Inspection) -> bool:
+    """Return whether this is known to be WSL2, where the driver and the board are those of Windows."""
+    return inspection.host.wsl is True or inspection.machine.host.virtualisation == "wsl2"
+
+
 def is_virtual(inspection: Inspection) -> bool | None:
     """Return whether this is a virtual machine (WSL2 is one), None where that cannot be told."""
     kind = inspection.machine.host.virtualisation
-    if inspection.host.wsl or any(card.virtualisation_mode in (1, 2) for card in inspection.cards):
+    if is_wsl(inspection) or any(card.virtualisation_mode in (1, 2) for card in inspection.cards):
         return True
     return None if kind is None else kind != "none"
 

@@ -77,7 +77,7 @@ def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> In
             "vram-in-use", taken(9 * GIB, GpuProcess(pid=1)), Purpose(), ["info 0"], id="a process that does not say"
         ),
         pytest.param("vram-in-use", untold(3 * GIB), Purpose(), ["info 0"], id="who has it the driver does not tell"),
-        pytest.param("vram-in-use", untold(9 * GIB), VLLM, ["info 0"], id="nor whether that goes before an engine starts"),
+        pytest.param("vram-in-use", untold(9 * GIB), VLLM, ["info 0"], id="nor whether it goes"),
         pytest.param("vram-in-use", untold(0), VLLM, [], id="nobody to tell of"),
         pytest.param("vram-in-use", changed_gpu(healthy(), 1, free_bytes=None), VLLM, ["skip"], id="memory unread"),
         pytest.param("display-on-gpu", taken(0, display=True), Purpose(), ["info 0"], id="a monitor"),
@@ -181,6 +181,10 @@ def test_processes_that_the_driver_does_not_list_are_not_looked_for() -> None:
     assert isinstance(finding, Finding)
     assert finding.summary == "3.00 GiB of GPU0 are in use; by whom, the driver does not tell here"
     assert (finding.fix, finding.needs_root) == ((), False)
+    full = changed_card(changed_gpu(untold(3 * GIB), 1, free_bytes=0), 1, used_by_known=False)
+    (both,) = memory.vram_in_use.run(full, VLLM)
+    assert isinstance(both, Finding)
+    assert both.summary.startswith("3.00 GiB to 23.5 GiB of GPU0,1 are")
 
 
 def test_a_desktop_without_cards_has_no_memory_of_cards_to_judge() -> None:

@@ -31,6 +31,7 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
     Do: end the processes that are named; sudo fuser -v /dev/nvidia* finds those that NVML does not list.
     """
     unknown: list[int] = []
+    untold: dict[int, int] = {}
     for gpu in usable_cards(inspection):
         card = health(inspection, gpu)
         used = in_use_bytes(gpu, card)
@@ -38,27 +39,30 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
             unknown.append(gpu.index)
             continue
         if gpu.vendor == "nvidia" and not card.used_by_known:
-            yield from _untold(gpu, used)
+            if used >= _WORTH_SAYING_BYTES:
+                untold[gpu.index] = used
             continue
         wanted = purpose.backend is not None or purpose.weights_bytes is not None
         finding = _taken(gpu, used, wanted=wanted, elsewhere=in_container(inspection) or _works(gpu))
         if finding:
             yield finding
+    if untold:
+        yield _untold(untold)
     if unknown:
         yield unread(inspection, "memory in use", "MemoryInfo", "mem_info", of=unknown)
 
 
-def _untold(gpu: Gpu, used: int) -> Said:
-    if used >= _WORTH_SAYING_BYTES:
-        yield Finding(
-            severity=Severity.info,
-            summary=f"{gib(used)} of {named([gpu.index])} are in use; by whom, the driver does not tell here",
-            evidence=(
-                Evidence(path=f"memory of GPU{gpu.index}", value=f"{gib(used)} in use"),
-                Evidence(path=f"nvmlDeviceGetComputeRunningProcesses({gpu.index})", value="no answer"),
-            ),
-            gpus=(gpu.index,),
-        )
+def _untold(used: dict[int, int]) -> Finding:
+    sizes = dict.fromkeys(gib(size) for size in (min(used.values()), max(used.values())))
+    return Finding(
+        severity=Severity.info,
+        summary=f"{' to '.join(sizes)} of {named(used)} are in use; by whom, the driver does not tell here",
+        evidence=(
+            *(Evidence(path=f"memory of GPU{index}", value=f"{gib(size)} in use") for index, size in used.items()),
+            Evidence(path="nvmlDeviceGetComputeRunningProcesses", value="no answer"),
+        ),
+        gpus=tuple(used),
+    )
 
 
 def _works(gpu: Gpu) -> bool:

@@ -8,7 +8,7 @@ from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import nvidia_cards
 from mgpu.machine.inspection import Inspection
-from mgpu.machine.layout import is_virtual
+from mgpu.machine.layout import is_virtual, is_wsl
 
 
 @check("virtualised", Area.host, "A", about=(subjects.nvidia_card,))
@@ -21,7 +21,7 @@ def virtualised(inspection: Inspection, _purpose: Purpose) -> Said:
     there while cards are passed through.
     """
     host = inspection.machine.host
-    if not nvidia_cards(inspection) or _is_wsl(inspection):
+    if not nvidia_cards(inspection) or is_wsl(inspection):
         return
     virtual = is_virtual(inspection)
     if virtual:
@@ -58,7 +58,7 @@ def wsl2(inspection: Inspection, purpose: Purpose) -> Said:
     too for a kernel before 4.19.121, the first with CUDA. AMD does not support several cards in WSL. Native Linux has
     none of this.
     """
-    if not _is_wsl(inspection):
+    if not is_wsl(inspection):
         return
     kernel = inspection.machine.host.kernel or ""
     version = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", kernel)
@@ -71,10 +71,6 @@ def wsl2(inspection: Inspection, purpose: Purpose) -> Said:
         evidence=(Evidence(path="/proc/sys/kernel/osrelease", value=kernel or "unknown"),),
         fix=("wsl --update  # in Windows",) if old else ("for several cards: run native Linux",),
     )
-
-
-def _is_wsl(inspection: Inspection) -> bool:
-    return inspection.host.wsl is True or inspection.machine.host.virtualisation == "wsl2"
 
 
 CHECKS: tuple[Check, ...] = (virtualised, wsl2)
