@@ -17,6 +17,8 @@ from mgpu.machine.patience import Question
 from mgpu.machine.redaction import kernel_options
 from mgpu.machine.service_units import read_unit_variables
 
+# Every second of 2048 processors, one by one, takes 5 KB.
+_LONGEST_LIST = 8192
 ENGINE_PORTS = (8000, 8080, 11434)  # vLLM's, llama-server's and Ollama's
 
 
@@ -57,6 +59,7 @@ def read_host_facts(
         cpu_flags_known=flags is not None,
         avx2=None if flags is None else "avx2" in flags,
         allowed_cpus=_allowed_cpus(root),
+        allowed_cpu_list=_allowed_cpu_list(root),
         governors=_governors(root),
         cpu_power_w=_cpu_power_w(root),
         environment=chosen_variables(os.environ.items()),
@@ -202,26 +205,20 @@ def _processor_flags(root: Path) -> set[str] | None:
     return set(flags.split()) if flags else None
 
 
+def _allowed_cpu_list(root: Path) -> str | None:
+    listed = sysfs.read_fields(root / "proc/self/status").get("Cpus_allowed_list")
+    return listed if listed and len(listed) <= _LONGEST_LIST and sysfs.ranges(listed) else None
+
+
 def _allowed_cpus(root: Path) -> int | None:
     """The processors that this process may use, by its affinity and by the quotas of its control groups."""
-    listed = sysfs.read_fields(root / "proc/self/status").get("Cpus_allowed_list")
-    count = _count_of_list(listed) if listed else None
+    parts = sysfs.ranges(sysfs.read_fields(root / "proc/self/status").get("Cpus_allowed_list"))
+    count = sum(last - first + 1 for first, last in parts) if parts else None
     for group in control_groups(root):
         quota = re.fullmatch(r"(\d{1,15}) ([1-9]\d{0,14})", sysfs.read_text(group / "cpu.max", 64) or "")
         if quota and count is not None:
             count = min(count, max(1, -(-int(quota[1]) // int(quota[2]))))
     return count
-
-
-def _count_of_list(text: str) -> int | None:
-    """How many numbers a list such as "0-7,16-23" names."""
-    count = 0
-    for part in text.split(","):
-        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
-        if ends is None:
-            return None
-        count += int(ends[2] or ends[1]) - int(ends[1]) + 1
-    return count if count > 0 else None
 
 
 def _governors(root: Path) -> tuple[str, ...]:

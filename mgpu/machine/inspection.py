@@ -212,9 +212,10 @@ class HostFacts:
     """The computer around the cards, as far as it breaks or slows them.
 
     `kernel_command_line` holds only the options that matter to cards. `memory_pressure_percent` is the share of the
-    last minute in which something waited for memory. `governors` are those in use, each once. `environment`,
-    `nccl_configuration` and `unit_variables` hold only the variables that change what engines do with cards.
-    `distribution` is the family of Linux distributions: "debian", "fedora", "arch", "suse" or "nixos".
+    last minute in which something waited for memory. `allowed_cpus` counts the processors that this process may use, by
+    affinity and quota; `allowed_cpu_list` names those of its affinity ("0-7,16"). `governors` are those in use, each
+    once. `environment`, `nccl_configuration` and `unit_variables` hold only the variables that change what engines do
+    with cards. `distribution` is the family of Linux distributions: "debian", "fedora", "arch", "suse" or "nixos".
     """
 
     distribution: str | None = None
@@ -235,6 +236,7 @@ class HostFacts:
     cpu_flags_known: bool = False
     avx2: bool | None = None
     allowed_cpus: int | None = None
+    allowed_cpu_list: str | None = None
     governors: tuple[str, ...] = ()
     cpu_power_w: float | None = None
     environment: tuple[tuple[str, str], ...] = ()

@@ -68,6 +68,17 @@ def read_fields(path: Path, separator: str | None = ":", limit: int = 64 * 1024)
     return fields
 
 
+def ranges(text: str | None) -> tuple[tuple[int, int], ...] | None:
+    """Return first and last of each part of a list of numbers such as "0-7,16-23"; None where it is none."""
+    found = []
+    for part in (text or "").split(","):
+        ends = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
+        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
+            return None
+        found.append((int(ends[1]), int(ends[2] or ends[1])))
+    return tuple(found)
+
+
 def children(directory: Path, pattern: str) -> list[Path]:
     """Return the entries whose whole name matches, numbers in their order; empty when unreadable."""
     try:

@@ -74,7 +74,7 @@ def healthy(cards: int = 2, name: str = "NVIDIA GeForce RTX 4090", *, lanes: int
         ),
         pci=tuple(device for gpu in gpus for device in _branch(gpu, model, switched)),
         pci_known=True,
-        host=_host(),
+        host=_host(switched),
         container=ContainerFacts(device_nodes=cards, host_gpus=cards, docker=False, cdi_older_than_driver=False),
         root=True,
     )
@@ -344,7 +344,7 @@ def _driver(switched: bool, *, open_module: bool) -> NvidiaDriver:
     )
 
 
-def _host() -> HostFacts:
+def _host(switched: bool) -> HostFacts:
     return HostFacts(
         distribution="debian",
         boot_age_s=30 * DAY_S,
@@ -361,7 +361,8 @@ def _host() -> HostFacts:
         numa_balancing=False,
         cpu_flags_known=True,
         avx2=True,
-        allowed_cpus=32,
+        allowed_cpus=64 if switched else 32,
+        allowed_cpu_list="0-63" if switched else "0-31",
         governors=("schedutil",),
         cpu_power_w=170.0,
         listeners_known=True,

@@ -131,6 +131,11 @@ CASES = [
     pytest.param("avx2", {"proc/cpuinfo": "flags : sse avx\n"}, False, id="an old processor"),
     pytest.param("avx2", {"proc/cpuinfo": "Features : asimd\n"}, None, id="no x86"),
     pytest.param("allowed_cpus", {"proc/self/status": "Cpus_allowed_list:\t0-3,8,10-11\n"}, 7, id="an affinity"),
+    pytest.param("allowed_cpu_list", {"proc/self/status": "Cpus_allowed_list:\t0-3,8\n"}, "0-3,8", id="its list"),
+    pytest.param("allowed_cpu_list", {"proc/self/status": "Cpus_allowed_list:\t3-0\n"}, None, id="a list backwards"),
+    pytest.param(
+        "allowed_cpu_list", {"proc/self/status": "Cpus_allowed_list:" + "1," * 9999 + "1"}, None, id="endless"
+    ),
     pytest.param("allowed_cpus", {"sys/fs/cgroup/cpu.max": "250000 100000\n"}, 3, id="a quota of 2.5 processors"),
     pytest.param("allowed_cpus", {"sys/fs/cgroup/cpu.max": "max 100000\n"}, 32, id="no quota"),
     pytest.param("allowed_cpus", {"proc/self/status": "Cpus_allowed_list:\t0-x\n"}, None, id="no list"),
