@@ -46,11 +46,19 @@ def install_driver(inspection: Inspection, *, branch: int, open_module: bool) ->
     return steps(inspection, Task.open_driver if open_module else Task.closed_driver, branch=branch)
 
 
+def install_fabric_manager(inspection: Inspection, version: str | None) -> tuple[str, ...]:
+    """Return how the fabric manager of exactly the driver's version is installed; in words where that is unknown."""
+    if version is None:
+        return ("install NVIDIA's fabric manager: of exactly the driver's version",)
+    return steps(inspection, Task.fabric_manager, version=version, branch=version.partition(".")[0])
+
+
 _GRUB = "add {option} to GRUB_CMDLINE_LINUX_DEFAULT in /etc/default/grub"
 _REBUILD = "sudo nixos-rebuild boot && sudo reboot"
 _BLACKLIST = "echo 'blacklist {module}' | sudo tee /etc/modprobe.d/blacklist-{module}.conf"
 _OPTION = "echo 'options {module} {option}' | sudo tee /etc/modprobe.d/{module}-mgpu.conf"
 _LEGACY_ON_NIXOS = "set hardware.nvidia.package = config.boot.kernelPackages.nvidiaPackages.legacy_580;"
+_FOR_DOCKER = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
 _ENROL = "sudo reboot  # and choose Enroll MOK"
 
 # None: no known family, so no command that may be wrong. Sources: NVIDIA's driver installation guide (its pages on
@@ -152,15 +160,15 @@ _TABLE: Final[dict[Task, dict[str | None, tuple[str, ...]]]] = {
         None: ("install NVIDIA's fabric manager {version}: of exactly the driver's version",),
     },
     Task.container_toolkit: {
-        "debian": ("sudo apt install nvidia-container-toolkit",),
-        "fedora": ("sudo dnf install nvidia-container-toolkit",),
-        "arch": ("sudo pacman -S nvidia-container-toolkit",),
-        "suse": ("sudo zypper install nvidia-container-toolkit",),
+        "debian": ("sudo apt install nvidia-container-toolkit", _FOR_DOCKER),
+        "fedora": ("sudo dnf install nvidia-container-toolkit", _FOR_DOCKER),
+        "arch": ("sudo pacman -S nvidia-container-toolkit", _FOR_DOCKER),
+        "suse": ("sudo zypper install nvidia-container-toolkit", _FOR_DOCKER),
         "nixos": (
             "set hardware.nvidia-container-toolkit.enable = true; in configuration.nix",
             "sudo nixos-rebuild switch",
         ),
-        None: ("install NVIDIA's container toolkit (nvidia-container-toolkit)",),
+        None: ("install NVIDIA's container toolkit (nvidia-container-toolkit)", _FOR_DOCKER),
     },
     Task.newer_nccl: {
         "debian": ("sudo apt install --only-upgrade libnccl2 libnccl-dev",),

@@ -19,8 +19,12 @@ def requested_limit_w(gpu: Gpu, card: CardHealth) -> float | None:
 
 def default_limit_w(card: CardHealth) -> int | None:
     """Return the card's default limit in whole W, within what the card takes: nvidia-smi refuses anything else."""
-    default, lowest, highest = card.power_default_w, card.power_min_w, card.power_max_w
-    if not default or default < 0:
+    default, lowest, highest = map(_sane, (card.power_default_w, card.power_min_w, card.power_max_w))
+    if default is None:
         return None
     watts = math.floor(default if highest is None else min(default, highest))
     return watts if lowest is None else max(watts, math.ceil(lowest))
+
+
+def _sane(watts: float | None) -> float | None:
+    return watts if watts is not None and 1 <= watts < math.inf else None

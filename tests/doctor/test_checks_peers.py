@@ -20,6 +20,7 @@ from tests.doctor.inspections import (
     DAY_S,
     H100,
     changed,
+    changed_gpu,
     changed_machine,
     changed_pair,
     changed_pci,
@@ -64,6 +65,12 @@ def no_iommu(inspection: Inspection, *, present: bool | None = False) -> Inspect
 
 def cached(age_s: float | None, boot_age_s: float | None = DAY_S, **host: Any) -> Inspection:
     return healthy(host={"vllm_p2p_cache_age_s": age_s, "boot_age_s": boot_age_s, **host})
+
+
+def without(*names: str, read: int = 5) -> Inspection:
+    """Two cards of these names on one socket, to which the driver grants nothing."""
+    pair = changed_pair(healthy(2, PRO), 0, 1, read=read, write=read)
+    return changed_gpu(changed_gpu(pair, 0, name=names[0]), 1, name=names[1])
 
 
 FORCED = changed_pair(healthy(2), 0, 1, read=0, write=0)
@@ -119,6 +126,25 @@ BRIDGED = changed_pair(healthy(2, RTX_3090), 0, 1, kind="NVLink", read=0, write=
         pytest.param(
             p2p_none, virtual(changed_pair(healthy(2, PRO), 0, 1, read=1)), {}, "info", id="without, in a guest"
         ),
+        pytest.param(p2p_none, without("NVIDIA RTX A6000", "NVIDIA RTX 6000 Ada Generation"), {}, "info", id="unlike"),
+        *(
+            pytest.param(p2p_none, without(name, name, read=status), {}, "warn", id=f"two {name} should have it")
+            for name, status in (
+                ("NVIDIA L40S", 5),
+                ("Tesla P40", 1),
+                ("NVIDIA RTX 6000 Ada Generation", 3),
+                ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 4),
+                ("NVIDIA A100-SXM4-80GB", 1),
+                ("Quadro RTX 8000", 1),
+            )
+        ),
+        *(
+            pytest.param(p2p_none, without(name, name), {}, "info", id=f"two {name} have none")
+            for name in ("NVIDIA P102-100", "NVIDIA P104-100", "NVIDIA CMP 170HX", "NVIDIA Graphics Device")
+        ),
+        pytest.param(
+            p2p_none, without("NVIDIA L40S", "NVIDIA P102-100"), {}, "info", id="a mining card beside another"
+        ),
         pytest.param(p2p_none, changed_pair(healthy(2, PRO), 0, 1, kind="SYS", read=1), {}, "info", id="two sockets"),
         pytest.param(p2p_none, healthy(2, PRO), {}, "", id="granted"),
         pytest.param(p2p_none, changed_pair(healthy(), 0, 1, read=None, write=None), {}, "skip", id="status unread"),
@@ -160,6 +186,23 @@ def test_acs_is_never_turned_off_where_vfio_is_in_use(check: Check) -> None:
     said = [*check.run(vfio(granted(iommu="DMA", acs=0x1D)), Purpose(tensor_parallel=2))]
     assert said
     assert not any("setpci" in line for item in said if isinstance(item, Finding) for line in item.fix)
+
+
+@pytest.mark.parametrize(
+    ("family", "step"),
+    [
+        pytest.param("debian", "sudo update-grub && sudo reboot", id="Debian and Ubuntu"),
+        pytest.param("fedora", "sudo grubby --update-kernel=ALL --args=iommu=pt && sudo reboot", id="Fedora"),
+        pytest.param(
+            None, "add iommu=pt to the kernel's command line, in the boot loader's configuration", id="another"
+        ),
+    ],
+)
+def test_the_kernels_options_are_changed_as_the_distribution_does_it(family: str | None, step: str) -> None:
+    translated = changed(refused(iommu="DMA-FQ"), host={"distribution": family})
+    (finding,) = iommu_translated.run(translated, Purpose())
+    assert isinstance(finding, Finding)
+    assert step in finding.fix
 
 
 def test_what_only_root_can_read_says_so() -> None:

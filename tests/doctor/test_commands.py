@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
-from mgpu.doctor.commands import _TABLE, Task, install_driver, steps
+import mgpu.doctor
+from mgpu.doctor.commands import _TABLE, Task, install_driver, install_fabric_manager, steps
 from mgpu.machine.inspection import Inspection
 
 from .inspections import changed_machine, healthy
@@ -46,7 +48,21 @@ def test_each_family_has_commands_of_its_own_for_the_ramdisk_and_for_packages(fa
 
 def test_where_the_family_is_unknown_nothing_is_installed_by_a_guess() -> None:
     told = [line for task in Task for line in steps(on(None), task, **VALUES)]
-    assert not [line for line in told if line.startswith("sudo ") and line != "sudo reboot"]
+    assert not [line for line in told if line.startswith("sudo ") and not re.search("sudo (reboot|nvidia-ctk)", line)]
+
+
+def test_no_other_part_of_the_doctor_has_a_command_of_one_distribution() -> None:
+    folder = Path(mgpu.doctor.__file__).parent
+    own = re.compile("|".join(OWN.values()))
+    elsewhere = [path for path in folder.rglob("*.py") if path.name != "commands.py" and own.search(path.read_text())]
+    assert elsewhere == []
+
+
+def test_the_fabric_manager_is_of_the_drivers_version() -> None:
+    assert install_fabric_manager(on("debian"), "580.95.05") == (
+        "sudo apt install 'nvidia-fabricmanager-580=580.95.05-*'",
+    )
+    assert not any("None" in line or "sudo" in line for line in install_fabric_manager(on("debian"), None))
 
 
 def test_in_a_container_nothing_of_the_hosts_is_installed() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
+from mgpu.doctor.commands import Task, steps
 from mgpu.doctor.facts import named, unread, usable_cards
 from mgpu.machine.chipset import chipset_bridge
 from mgpu.machine.inspection import Inspection, PciDevice
@@ -101,8 +102,7 @@ def amd_multi_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
                 for gpu in translated
             ),
             fix=(
-                "add iommu=pt to GRUB_CMDLINE_LINUX_DEFAULT in /etc/default/grub",
-                "sudo update-grub && sudo reboot",
+                *steps(inspection, Task.kernel_option, option="iommu=pt"),
                 "export NCCL_P2P_DISABLE=1  # until then",
             ),
             gpus=tuple(gpu.index for gpu in translated),

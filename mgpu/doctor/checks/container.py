@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
+from mgpu.doctor.commands import Task, steps
 from mgpu.doctor.facts import unread, usable_cards
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import in_container
@@ -162,10 +163,7 @@ def container_toolkit(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.info,
             summary="Docker cannot give cards to containers: neither NVIDIA's runtime nor CDI",
             evidence=(Evidence(path="docker info, runtimes", value="no nvidia"),),
-            fix=(
-                "sudo apt install nvidia-container-toolkit",
-                "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker",
-            ),
+            fix=steps(inspection, Task.container_toolkit),
             needs_root=True,
         )
     if facts.cdi_files and facts.cdi_older_than_driver is None:

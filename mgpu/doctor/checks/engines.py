@@ -6,6 +6,7 @@ import re
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
+from mgpu.doctor.commands import Task, steps
 from mgpu.doctor.facts import unread, usable_cards
 from mgpu.machine.inspection import Inspection, InstalledEngine
 
@@ -178,7 +179,7 @@ def nccl_version(inspection: Inspection, purpose: Purpose) -> Said:
                 severity=Severity.warn,
                 summary="llama.cpp's tensor split is faulty with an NCCL older than 2.27.5",
                 evidence=(Evidence(path="libnccl.so.2", value=(engine.nccl_version or "")[:40]),),
-                fix=("sudo apt install --only-upgrade libnccl2 libnccl-dev, then build llama.cpp again",),
+                fix=(*steps(inspection, Task.newer_nccl), "build llama.cpp again"),
             )
 
 

@@ -7,6 +7,7 @@ import re
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
+from mgpu.doctor.commands import install_fabric_manager
 from mgpu.doctor.facts import named, nvidia_cards, settings, unread
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import cards, pairs
@@ -33,8 +34,7 @@ def fabric_manager(inspection: Inspection, _purpose: Purpose) -> Said:
     if not driver.nvswitch or not cards(inspection):
         return
     version = driver.loaded_version or (inspection.machine.driver.version if inspection.machine.driver else None)
-    branch = (version or "").split(".")[0]
-    install = f"sudo apt install nvidia-fabricmanager-{branch}" + (f"={version}-1" if version else "")
+    install = install_fabric_manager(inspection, version)
     undone = [
         gpu.index
         for gpu, card in nvidia_cards(inspection)
@@ -49,7 +49,7 @@ def fabric_manager(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.fail,
             summary="NVSwitch needs the fabric manager, and it does not run: CUDA error 802",
             evidence=(seen,),
-            fix=(install, start),
+            fix=(*install, start),
         )
     elif version and driver.fabric_manager_version not in (None, version):
         yield Finding(
@@ -59,7 +59,7 @@ def fabric_manager(inspection: Inspection, _purpose: Purpose) -> Said:
                 Evidence(path="nv-fabricmanager --version", value=driver.fabric_manager_version or "unknown"),
                 Evidence(path="/sys/module/nvidia/version", value=version),
             ),
-            fix=(install, "sudo systemctl restart nvidia-fabricmanager"),
+            fix=(*install, "sudo systemctl restart nvidia-fabricmanager"),
         )
     elif undone:
         yield Finding(

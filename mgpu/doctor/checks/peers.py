@@ -6,16 +6,24 @@ from collections.abc import Iterable
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
-from mgpu.doctor.facts import named, unread
+from mgpu.doctor.commands import Task, steps
+from mgpu.doctor.facts import HOST_ONLY, named, unread
 from mgpu.machine.inspection import Inspection, PciDevice
-from mgpu.machine.layout import Pair, bridges_between, cards, device, is_geforce, is_translated, is_virtual, pairs
+from mgpu.machine.layout import (
+    Pair,
+    bridges_between,
+    cards,
+    device,
+    in_container,
+    is_geforce,
+    is_professional,
+    is_translated,
+    is_virtual,
+    pairs,
+)
 from mgpu.units import seconds
 
 _REQUEST_REDIRECT, _COMPLETION_REDIRECT = 0x04, 0x08
-_PASS_THROUGH = (
-    "add iommu=pt to GRUB_CMDLINE_LINUX_DEFAULT in /etc/default/grub",
-    "sudo update-grub && sudo reboot",
-)
 _WITHOUT_PEERS = "export NCCL_P2P_DISABLE=1  # until then, and vLLM with --disable-custom-all-reduce"
 
 
@@ -60,7 +68,7 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
                 *_acs_words(inspection, found[0]),
             ),
             fix=(
-                *(_PASS_THROUGH if translated else ()),
+                *(steps(inspection, Task.kernel_option, option="iommu=pt") if translated else ()),
                 *(_acs_off(inspection, found) if redirected else ()),
                 *(("sudo mgpu doctor --only acs-redirect  # whether ACS redirects too",) if redirected is None else ()),
                 _WITHOUT_PEERS,
@@ -106,7 +114,7 @@ def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
                 Evidence(path=f"{_path(gpu.bus_id)}/iommu_group/type", value=_type(inspection, gpu.bus_id))
                 for gpu in translated[:4]
             ),
-            fix=() if is_virtual(inspection) else _PASS_THROUGH,
+            fix=() if is_virtual(inspection) else steps(inspection, Task.kernel_option, option="iommu=pt"),
             gpus=tuple(gpu.index for gpu in translated),
         )
     elif any(value is None for value in found.values()) and not is_virtual(inspection):
@@ -139,7 +147,9 @@ def acs_redirect(inspection: Inspection, purpose: Purpose) -> Said:
             gpus=_members(found),
         )
     unknown = [pair for pair in pairs(inspection) if not pair.nvlink and _redirected(inspection, pair) is None]
-    if unknown and not found:
+    if unknown and not found and in_container(inspection):
+        yield Skip(reason=HOST_ONLY)
+    elif unknown and not found:
         yield Skip(
             reason=f"ACS of the bridges between {named(_members(unknown))} could not be read",
             needs_root=not inspection.root,
@@ -160,10 +170,11 @@ _STATUS_WORDS = {
 def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards have no access to each other's memory.
 
-    Read from NVML's peer status of every two cards. Normal on GeForce and between sockets: only said, and NCCL then
-    goes through host memory. For two other cards on one socket it is a warning, unless the engine does not use it: peer
-    access is worth 10 to 14 % in decode on x4 and 12 to 14 % in prefill, and nothing to llama.cpp splitting by layers.
-    A patched driver grants it to GeForce at a risk of its own (patched-p2p-risk).
+    Read from NVML's peer status of every two cards. Normal on GeForce, on mining cards, between unlike cards and
+    between sockets: only said, and NCCL then goes through host memory. For two equal cards for workstations or
+    datacentres on one socket it is a warning, unless the engine does not use it: peer access is worth 10 to 14 % in
+    decode on x4 and 12 to 14 % in prefill, and nothing to llama.cpp splitting by layers. A patched driver grants it to
+    GeForce at a risk of its own (patched-p2p-risk).
     """
     without: dict[str, list[Pair]] = {}
     unknown = []
@@ -262,7 +273,11 @@ _UNEXPECTED = "missing, though these cards support it"
 def _why_none(pair: Pair) -> str:
     if is_geforce(pair.a) or is_geforce(pair.b):
         return "not granted to GeForce, which is normal"
-    return "not possible between sockets, which is normal" if pair.kind == "SYS" else _UNEXPECTED
+    if pair.a.name != pair.b.name:
+        return "not possible between unlike cards, which is normal"
+    if pair.kind == "SYS":
+        return "not possible between sockets, which is normal"
+    return _UNEXPECTED if is_professional(pair.a) else "not known to be granted to such cards"
 
 
 def _peers_wanted(purpose: Purpose) -> bool:
