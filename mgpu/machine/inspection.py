@@ -282,6 +282,14 @@ class AmdFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IntelFacts:
+    """Intel's side: the nodes of its cards, and whether this user may compute through all of them."""
+
+    render_nodes: tuple[str, ...] = ()
+    render_accessible: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InstalledEngine:
     """An engine as it is installed; lists are None where it could not be asked without starting it."""
 
@@ -312,6 +320,7 @@ class Inspection:
     host: HostFacts = field(default_factory=HostFacts)
     container: ContainerFacts = field(default_factory=ContainerFacts)
     amd: AmdFacts = field(default_factory=AmdFacts)
+    intel: IntelFacts = field(default_factory=IntelFacts)
     engines: tuple[InstalledEngine, ...] = ()
     root: bool = False
     unread: tuple[Unread, ...] = ()

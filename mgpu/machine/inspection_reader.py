@@ -20,6 +20,7 @@ from mgpu.machine.inspection import (
     HostFacts,
     Inspection,
     InstalledEngine,
+    IntelFacts,
     NvidiaDriver,
     PciDevice,
     PeerAccess,
@@ -33,6 +34,7 @@ from mgpu.machine.patience import Question
 from mgpu.machine.pci import read_pci
 from mgpu.machine.probe import machine_around
 from mgpu.machine.redaction import redacted
+from mgpu.machine.render_nodes import INTEL, render_nodes
 from mgpu.machine.snapshot import Driver, Machine
 
 _Facts = TypeVar("_Facts")
@@ -71,6 +73,7 @@ def inspect_machine(
     bus = _Asked("the PCI bus", lambda: _read_bus(root), no_bus)
     container = _Asked("the container", lambda: read_container(root), ContainerFacts())
     amd = _Asked("AMD's driver", lambda: (read_amd_facts(root), ()), AmdFacts())
+    intel = _Asked("Intel's cards", lambda: (_read_intel_facts(root), ()), IntelFacts())
     none: tuple[InstalledEngine, ...] = ()
     installed = _Asked("the installed engines", lambda: (engines(), ()), none)
     try:
@@ -90,6 +93,7 @@ def inspect_machine(
             host=host.facts(unread),
             container=container.facts(unread),
             amd=amd.facts(unread),
+            intel=intel.facts(unread),
             engines=installed.facts(unread),
             root=os.geteuid() == 0,
             unread=tuple(unread),
@@ -121,6 +125,11 @@ class _Asked(Generic[_Facts]):
 def _read_bus(root: Path) -> tuple[tuple[tuple[PciDevice, ...], bool], tuple[Unread, ...]]:
     devices, known, unread = read_pci(root)
     return (devices, known), unread
+
+
+def _read_intel_facts(root: Path) -> IntelFacts:
+    nodes, accessible = render_nodes(root, INTEL)
+    return IntelFacts(render_nodes=nodes, render_accessible=accessible)
 
 
 def _read_nvidia(root: Path) -> _Nvidia:

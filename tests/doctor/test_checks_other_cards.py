@@ -8,7 +8,7 @@ import pytest
 
 from mgpu.doctor.check import Purpose
 from mgpu.doctor.checks import amd, intel
-from mgpu.machine.inspection import AmdFacts, Inspection, InstalledEngine, PciDevice
+from mgpu.machine.inspection import AmdFacts, Inspection, InstalledEngine, IntelFacts, PciDevice
 from mgpu.machine.snapshot import Gpu, PcieLink
 from tests.doctor.inspections import GIB, MIB, bare, changed, changed_gpu, changed_machine, changed_pci, healthy
 from tests.doctor.said import said
@@ -42,14 +42,14 @@ def radeons(*gfx: str, **changes: Any) -> Inspection:
     return changed(changed_machine(bare(pci=tuple(pci), amd=ALLOWED), gpus=gpus), **changes)
 
 
-def arcs(count: int = 1, amd: AmdFacts = ALLOWED, **changes: Any) -> Inspection:
+def arcs(count: int = 1, accessible: bool | None = True, **changes: Any) -> Inspection:
     facts = {"driver": "xe", "bar_bytes": 16 * GIB, "parent": "0000:00:01.0", **changes}
     cards = [
         PciDevice(address=f"0000:{number + 3:02x}:00.0", vendor=0x8086, pci_class=0x030000, **facts)
         for number in range(count)
     ]
     integrated = PciDevice(address="0000:00:02.0", vendor=0x8086, pci_class=0x030000, bar_bytes=256 * MIB)
-    return bare(pci=(integrated, *cards), amd=amd)
+    return bare(pci=(integrated, *cards), intel=IntelFacts(render_accessible=accessible))
 
 
 TWO = radeons("gfx1100", "gfx1100")
@@ -178,6 +178,7 @@ def override(inspection: Inspection, **variables: str) -> Inspection:
         pytest.param("intel-xe", arcs(driver=None), Purpose(), ["fail"], id="no driver"),
         pytest.param("intel-xe", arcs(driver="vfio-pci"), Purpose(), ["info"], id="handed to a guest"),
         pytest.param("intel-xe", arcs(bar_bytes=256 * MIB), Purpose(), ["warn"], id="small BAR"),
+        pytest.param("intel-xe", arcs(2, bar_bytes=256 * MIB), Purpose(), ["warn", "info"], id="small BARs, said once"),
         pytest.param(
             "intel-xe",
             changed_machine(arcs(bar_bytes=256 * MIB), host={"virtualisation": "kvm"}),
@@ -185,10 +186,10 @@ def override(inspection: Inspection, **variables: str) -> Inspection:
             [],
             id="a guest has no BIOS to change",
         ),
-        pytest.param("intel-xe", arcs(amd=AmdFacts(render_accessible=False)), Purpose(), ["fail"], id="no access"),
+        pytest.param("intel-xe", arcs(accessible=False), Purpose(), ["fail"], id="no access"),
         pytest.param("intel-xe", arcs(2), Purpose(), ["info"], id="two without a selector"),
         pytest.param("intel-xe", arcs(bar_bytes=None), Purpose(), ["skip"], id="regions unread"),
-        pytest.param("intel-xe", arcs(amd=AmdFacts()), Purpose(), ["skip"], id="access unread"),
+        pytest.param("intel-xe", arcs(accessible=None), Purpose(), ["skip"], id="access unread"),
     ],
 )
 def test_cards_of_amd_and_intel_are_judged(

@@ -116,7 +116,7 @@ def _atomics(inspection: Inspection, cards: Sequence[Gpu], own: dict[int, PciDev
     if without:
         yield Finding(
             severity=Severity.fail,
-            summary=f"{named(without)} is in a slot without PCIe atomics, and ROCm leaves it out",
+            summary=f"{named(without)}: no PCIe atomics in that slot, so ROCm leaves the card out",
             evidence=tuple(Evidence(path=f"AtomicOpsCap on the path of GPU{index}", value="no") for index in without),
             fix=("move the card to a slot of the processor, or run it with Vulkan",),
             gpus=tuple(without),

@@ -64,7 +64,7 @@ def _is_card(each: PciDevice) -> bool:
 
 
 def _access(inspection: Inspection) -> Said:
-    accessible = inspection.amd.render_accessible
+    accessible = inspection.intel.render_accessible
     if accessible is None:
         yield unread(inspection, "access to /dev/dri/renderD*", "dri")
     elif not accessible:
@@ -80,14 +80,18 @@ def _access(inspection: Inspection) -> Said:
 
 
 def _windows(inspection: Inspection, driven: list[PciDevice]) -> Said:
-    for each in driven:
-        if each.bar_bytes is not None and each.bar_bytes <= _SMALL_BAR_BYTES:
-            yield Finding(
-                severity=Severity.warn,
-                summary=f"the memory of the Intel card {each.address} is seen through {gib(each.bar_bytes)}",
-                evidence=(Evidence(path=f"/sys/bus/pci/devices/{each.address}/resource", value=gib(each.bar_bytes)),),
-                fix=("BIOS: Above 4G Decoding = Enabled, Re-Size BAR Support = Enabled",),
-            )
+    small = [each for each in driven if each.bar_bytes is not None and each.bar_bytes <= _SMALL_BAR_BYTES]
+    if small:
+        which = f"the Intel card {small[0].address} is" if len(small) == 1 else f"{len(small)} Intel cards is"
+        yield Finding(
+            severity=Severity.warn,
+            summary=f"the memory of {which} seen through {gib(max(each.bar_bytes or 0 for each in small))}",
+            evidence=tuple(
+                Evidence(path=f"/sys/bus/pci/devices/{each.address}/resource", value=gib(each.bar_bytes or 0))
+                for each in small
+            ),
+            fix=("BIOS: Above 4G Decoding = Enabled, Re-Size BAR Support = Enabled",),
+        )
     if unknown := [each.address for each in driven if each.bar_bytes is None]:
         yield unread(inspection, f"the memory regions of {', '.join(unknown)}", "resource")
 
