@@ -36,6 +36,9 @@ def saved_text(inspection: Inspection) -> str:
     host: Any = data["host"]
     for key in ("environment", "nccl_configuration"):
         host[key] = [[name, "(hidden)" if _SECRET_NAME.search(name) else value] for name, value in host[key]]
+    for variable in host["unit_variables"]:
+        if _SECRET_NAME.search(variable["name"]):
+            variable["value"] = "(hidden)"
     if host["kernel_command_line"] is not None:
         host["kernel_command_line"] = kernel_options(host["kernel_command_line"])
     return json.dumps({"schema": SCHEMA, "inspection": data}, indent=1) + "\n"

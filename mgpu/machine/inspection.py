@@ -165,8 +165,9 @@ class PciDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """A line of the kernel's log that matters: `age_s` seconds old; `kind` is "xid", "bus", "init", "key", "hmm",
-    "amdgpu" or "aer"; `number` is an Xid's; `bus_id` the card's, where named."""
+    """A line of the kernel's log that matters: `age_s` seconds old; `kind` is "xid", "bus", "init", "key", "hmm" or
+    "amdgpu"; `number` is an Xid's; `bus_id` the card's, where named. A link's errors are counted in sysfs, which misses
+    fewer of them than the log."""
 
     kind: str
     text: str

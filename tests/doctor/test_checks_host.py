@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mgpu.doctor.check import Purpose, Skip
+from mgpu.doctor.check import Finding, Purpose, Skip
 from mgpu.doctor.checks import container, host
 from mgpu.machine.inspection import Inspection, Listener, Unread
 from tests.doctor.inspections import GIB, H100, MIB, bare, changed, changed_gpu, changed_machine, changed_pci, healthy
@@ -173,6 +173,20 @@ STALE = docker(cdi_files=("/etc/cdi/nvidia.yaml",), cdi_older_than_driver=True)
 )
 def test_the_computer_is_judged(check: str, inspection: Inspection, purpose: Purpose, expected: list[str]) -> None:
     assert said(CHECKS, check, inspection, purpose) == expected
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "first"),
+    [
+        pytest.param(True, "sudo nvidia-ctk runtime configure", id="installed: it is only to be configured"),
+        pytest.param(False, "sudo apt install nvidia-container-toolkit", id="not installed"),
+        pytest.param(None, "sudo apt install nvidia-container-toolkit", id="not known"),
+    ],
+)
+def test_a_toolkit_that_is_there_is_not_installed_again(toolkit: bool | None, first: str) -> None:
+    (finding,) = container.container_toolkit.run(docker(docker_nvidia_runtime=False, toolkit=toolkit), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.fix[0].startswith(first)
 
 
 def test_balancing_is_a_warning_with_cards_of_amd() -> None:

@@ -159,11 +159,13 @@ def container_toolkit(inspection: Inspection, _purpose: Purpose) -> Said:
         if facts.docker_nvidia_runtime is None:
             yield unread(inspection, "Docker's runtimes", "docker")
             return
+        fix = steps(inspection, Task.container_toolkit)
+        ready = tuple(step for step in fix if step.startswith("sudo nvidia-ctk")) if facts.toolkit else ()
         yield Finding(
             severity=Severity.info,
             summary="Docker cannot give cards to containers: neither NVIDIA's runtime nor CDI",
             evidence=(Evidence(path="docker info, runtimes", value="no nvidia"),),
-            fix=steps(inspection, Task.container_toolkit),
+            fix=ready or fix,
             needs_root=True,
         )
     if facts.cdi_files and facts.cdi_older_than_driver is None:
