@@ -84,7 +84,8 @@ _PROCESS = re.compile(r"\bname=(.*?)(?=, |,?$)")
 _HARDWARE = re.compile(
     r"(?i)(?<![0-9a-f:-])[0-9a-f]{2}(?:(?::[0-9a-f]{2}){5,19}|(?:-[0-9a-f]{2}){5})(?![0-9a-f:-])|(?<=\ben)x[0-9a-f]{12}\b"
 )
-_IPV4 = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.]*\d)")
+# The version of WSL2's kernel has four numbers too.
+_IPV4 = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.]*\d|-microsoft)")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9a-fA-F]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*(?:%[\w.-]+)?(?![\w:])")
 # Of two letters all but those that files end with.
 _DOMAIN = re.compile(

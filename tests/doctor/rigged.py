@@ -19,6 +19,8 @@ from typing import Any
 from tests.fakes.llama_server import install
 from tests.fakes.sysfs_tree import SysfsTree, tree_of_rig
 
+from .other_rigs import MIB, two_arcs, two_radeons
+
 REPOSITORY = Path(__file__).parents[2]
 RIGS = REPOSITORY / "tests/machines/rigs"
 SAVED = REPOSITORY / "tests/machines/saved"
@@ -31,11 +33,12 @@ _LIMIT_S = 60
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computer:
     """A rig, lines that are added to it, the root around it; and what an expert would say: `finds` are failures and
-    warnings as "fail ID", `notes` the ids of all else that is worth saying."""
+    warnings as "fail ID", `notes` the ids of all else that is worth saying, `hidden` of what is not shown there."""
 
     rig: str
     finds: tuple[str, ...] = ()
     notes: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
     tree: Callable[[Path, Path], SysfsTree] = field(default=lambda root, rig: tree_of_rig(root, rig))
 
@@ -68,6 +71,42 @@ def _in_docker(root: Path, rig: Path) -> SysfsTree:
     return _with_driver(root, rig).files({".dockerenv": ""})
 
 
+def _in_healthy_docker(root: Path, rig: Path) -> SysfsTree:
+    tree = tree_of_rig(root, rig, configuration=64).files({".dockerenv": ""})
+    (root / "dev/kmsg").unlink()
+    return tree
+
+
+def _in_wsl(root: Path, _rig: Path) -> SysfsTree:
+    tree = SysfsTree(root).host({"proc/sys/kernel/osrelease": "5.15.167.4-microsoft-standard-WSL2\n", "dev/dxg": ""})
+    (root / "dev/kmsg").unlink()
+    return tree
+
+
+def _radeons(root: Path, _rig: Path) -> SysfsTree:
+    return two_radeons(root)
+
+
+def _translated_radeons(root: Path, _rig: Path) -> SysfsTree:
+    return two_radeons(root, group_type="DMA-FQ")
+
+
+def _unequal_radeons(root: Path, _rig: Path) -> SysfsTree:
+    return two_radeons(root, lanes=(16, 4))
+
+
+def _radeons_without_atomics(root: Path, _rig: Path) -> SysfsTree:
+    return two_radeons(root, atomics=False)
+
+
+def _arcs(root: Path, _rig: Path) -> SysfsTree:
+    return two_arcs(root)
+
+
+def _arcs_with_small_bars(root: Path, _rig: Path) -> SysfsTree:
+    return two_arcs(root, bar_bytes=256 * MIB)
+
+
 def _with_nouveau(root: Path, _rig: Path) -> SysfsTree:
     return _one_card(root, "nouveau")
 
@@ -86,6 +125,13 @@ def _second_on_chipset(root: Path, rig: Path) -> SysfsTree:
 
 
 _STOCK = ("persistence-off", "p2p-none", "psu-budget")
+# Who uses the cards, how they reach each other, and what their power limits may be; Windows' desktop has 2 GiB.
+_WINDOWS_HIDES = (
+    *(f"gpu{index}.{key} = !3" for index in (0, 1) for key in ("compute", "graphics", "power.default", "virt")),
+    *(f"gpu{index}.mem.used = {2 * 1024**3}" for index in (0, 1)),
+    "gpu0.persistence = 1\ngpu1.persistence = 1",
+    "topo.0.1 = !3\np2p.0.1 = !3",
+)
 COMPUTERS = {
     "2x4090-x670e": Computer(rig="2x4090-x670e", notes=_STOCK),
     "2x5090-x8": Computer(rig="2x5090-x8", notes=_STOCK),
@@ -132,6 +178,30 @@ COMPUTERS = {
     ),
     "driver-silent": Computer(
         rig="container-lost-cgroup", tree=_with_driver, finds=("fail driver-not-loaded",), notes=()
+    ),
+    "2x4090-docker": Computer(
+        rig="2x4090-x670e", tree=_in_healthy_docker, notes=_STOCK, hidden=("xid-recent", "acs-redirect")
+    ),
+    "2x4090-wsl": Computer(
+        rig="2x4090-x670e",
+        tree=_in_wsl,
+        lines=_WINDOWS_HIDES,
+        notes=("vram-in-use", "psu-budget", "wsl2"),
+        hidden=("xid-recent", "power-capped"),
+    ),
+    "2x7900xtx": Computer(rig="no-driver", tree=_radeons, notes=("psu-budget",)),
+    "2x7900xtx-translated": Computer(
+        rig="no-driver", tree=_translated_radeons, finds=("warn amd-multi-gpu",), notes=("psu-budget",)
+    ),
+    "2x7900xtx-unequal": Computer(
+        rig="no-driver", tree=_unequal_radeons, finds=("warn amd-multi-gpu",), notes=("psu-budget",)
+    ),
+    "2x7900xtx-no-atomics": Computer(
+        rig="no-driver", tree=_radeons_without_atomics, finds=("fail amd-multi-gpu",), notes=("psu-budget",)
+    ),
+    "2xb580": Computer(rig="no-driver", tree=_arcs, notes=("intel-xe",)),
+    "2xb580-small-bar": Computer(
+        rig="no-driver", tree=_arcs_with_small_bars, finds=("warn intel-xe",), notes=("intel-xe",)
     ),
 }
 

@@ -145,7 +145,7 @@ def test_a_process_is_named_only_where_it_is_a_known_program() -> None:
         "NVRM: GPU 0000:01:00.0: RmInitAdapter failed! (0x24:0x72:1568)",
         "nvidia-uvm: uvm_pmm_gpu.c:3187 devmem_alloc_pagemap failed: err -34 at 12:34:56",
         "pcieport 0000:00:01.1: AER: Correctable error message received from 00000000:01:00.0",
-        "580.126.20 13.580.126.20 6.8.0-90-generic 5.15.1-microsoft-standard-WSL2 libnvidia-ml.so.580.126.20",
+        "580.126.20 13.580.126.20 6.8.0-90-generic 5.15.167.4-microsoft-standard-WSL2 libnvidia-ml.so.580.126.20",
         "/usr/lib/x86_64-linux-gnu/libnccl.so.2 /etc/cdi/nvidia.yaml nvidia.com/gpu=all /etc/docker/daemon.json",
         "NVIDIA GeForce RTX 4090 AMD Ryzen 9 7950X 16-Core Processor NVIDIA RTX 6000 Ada Generation",
         "127.0.0.1:11434 0.0.0.0:8000 [::1]:8080 0-7,16-23 std::bad_alloc",

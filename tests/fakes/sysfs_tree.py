@@ -152,10 +152,17 @@ class SysfsTree:
 
 
 def tree_of_rig(
-    root: Path, rig: Path, *, acs: int = 0, group_type: str | None = None, besides: tuple[str, ...] = ()
+    root: Path,
+    rig: Path,
+    *,
+    acs: int = 0,
+    group_type: str | None = None,
+    besides: tuple[str, ...] = (),
+    configuration: int = 4096,
 ) -> SysfsTree:
     """Build the computer around the cards of a rig of the fake NVML library: healthy, each card on a root port as wide
-    as its link, and with `group_type` behind an IOMMU. The cards `besides` are left to be put elsewhere."""
+    as its link, and with `group_type` behind an IOMMU. The cards `besides` are left to be put elsewhere; as much of the
+    `configuration` space may be read as `SysfsTree.device` says."""
     facts = dict(line.split(" = ", 1) for line in rig.read_text().splitlines() if " = " in line and line[0] != "#")
     tree = SysfsTree(root).host()
     addresses = tuple(f"{facts[f'gpu{index}.bdf']}.0" for index in range(int(facts.get("sys.count", 0))))
@@ -165,7 +172,7 @@ def tree_of_rig(
         device, port = int(facts[f"gpu{index}.devid"], 16), f"0000:00:{index + 1:02x}.0"
         gen, most, lanes = (int(facts[f"gpu{index}.pcie.{key}"]) for key in ("gen", "genmax", "width"))
         node = 1 if facts.get(f"topo.0.{index}") == "50" else 0
-        tree.device(port, gen=(gen, most), width=(lanes, lanes), acs=acs, numa_node=node)
+        tree.device(port, gen=(gen, most), width=(lanes, lanes), acs=acs, numa_node=node, configuration=configuration)
         tree.device(
             address,
             below=port,
