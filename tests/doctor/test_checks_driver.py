@@ -215,6 +215,36 @@ IN_DOCKER = {"visible_devices": "all"}
             id="another engine is meant",
         ),
         pytest.param(driver_too_old, healthy(engines=engine(cuda=None)), {}, "skip", id="vLLM's CUDA is unknown"),
+        pytest.param(
+            driver_too_old,
+            version(healthy(engines=engine("llama.cpp", cuda=13000)), "575.57.08"),
+            {},
+            "fail",
+            id="llama.cpp with the runtime of CUDA 13",
+        ),
+        pytest.param(
+            driver_too_old,
+            healthy(engines=engine("llama.cpp", cuda=12000)),
+            {},
+            "",
+            id="llama.cpp with that of CUDA 12",
+        ),
+        pytest.param(
+            driver_too_old,
+            healthy(engines=engine("llama.cpp", cuda=None)),
+            {},
+            "",
+            id="llama.cpp without code for CUDA",
+        ),
+        pytest.param(
+            driver_too_old,
+            healthy(
+                engines=(InstalledEngine(backend="llama.cpp", architectures=("sm_86",), architectures_known=True),)
+            ),
+            {},
+            "skip",
+            id="llama.cpp's CUDA is unknown",
+        ),
         pytest.param(driver_too_old, version(healthy(engines=engine()), None), {}, "skip", id="driver unknown"),
         pytest.param(
             driver_flavour,

@@ -72,8 +72,9 @@ def driver_too_old(inspection: Inspection, purpose: Purpose) -> Said:
     if _numbers(version) is None:
         yield Skip(reason="the driver's version could not be read")
         return
-    if any(engine.backend == "vllm" and engine.cuda_runtime is None for engine in wanting):
-        yield Skip(reason="the CUDA version that vLLM was built for could not be read")
+    made_for_cuda = (each for each in wanting if each.backend == "vllm" or each.architectures)
+    if unknown := [each.backend for each in made_for_cuda if each.cuda_runtime is None and not each.problem]:
+        yield Skip(reason=f"the CUDA version that {' and '.join(unknown)[:60]} was built for could not be read")
     for engine in wanting:
         needed = _least_driver(engine, inspection)
         if needed is None or (_numbers(version) or ()) >= (_numbers(needed) or ()):
@@ -84,7 +85,7 @@ def driver_too_old(inspection: Inspection, purpose: Purpose) -> Said:
             evidence=(
                 *_seen("driver", version),
                 *_seen("CUDA of the driver", _cuda(inspection.driver.cuda_version)),
-                *_seen(f"CUDA of {engine.backend}", _cuda(engine.cuda_runtime)),
+                *_seen(f"CUDA of {engine.backend}", _runtime(engine.cuda_runtime)),
             ),
             fix=(
                 *driver_steps(inspection),
@@ -196,6 +197,11 @@ def _capability(text: str | None) -> tuple[int, ...] | None:
 
 def _cuda(version: int | None) -> str | None:
     return None if version is None else f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _runtime(version: int | None) -> str | None:
+    """Of a runtime often no more than its major version is known."""
+    return _cuda(version) if version is None or version % 1000 else str(version // 1000)
 
 
 def _least_driver(engine: InstalledEngine, inspection: Inspection) -> str | None:

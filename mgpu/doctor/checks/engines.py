@@ -24,7 +24,8 @@ _FIRST_SOUND_NCCL = (2, 27, 5)
 def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
     """No engine to run models with, or one whose program does not run.
 
-    Read: llama-server, vllm and ollama where mgpu looks for them, and what they answer when asked for their version.
+    Read: llama-server, vllm and ollama where mgpu looks for them, and whether the interpreter and the libraries that
+    they ask for are there. None of them is started.
     Rule: fail when the engine that is named is absent or does not run; else warn when there is none at all, or when
     one of them does not run.
     Why: mgpu plans and starts engines, it has none of its own.
@@ -64,8 +65,9 @@ def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
 def arch_unsupported(inspection: Inspection, purpose: Purpose) -> Said:
     """An engine that was not built for a card.
 
-    Read: the compute capability of NVIDIA's cards, and the architectures that the engine was compiled for. Where vLLM
-    does not say, its CUDA version: from 12.8 on, PyTorch's wheels begin with compute capability 7.5.
+    Read: the compute capability of NVIDIA's cards, and for which the CUDA code in libggml-cuda.so (llama.cpp) or
+    libtorch_cuda.so (vLLM) was compiled, by the headers of its first 32 parts. Where vLLM's cannot be read, its CUDA
+    version: from 12.8 on, PyTorch's wheels begin with compute capability 7.5.
     Rule: fail for the engine that is named, info for others. Code in PTX form (compute_XX, and whatever llama.cpp
     lists) runs on every later card, compiled code (sm_XX) on cards of the same generation.
     Why: "no kernel image is available" at the first token, or on the Tesla P40 and V100 no vLLM at all.
@@ -148,7 +150,7 @@ def _other_engine(engine: InstalledEngine) -> str:
 def nccl_version(inspection: Inspection, purpose: Purpose) -> Said:
     """An NCCL that shadows the engine's own, or an old one.
 
-    Read: LD_PRELOAD and VLLM_NCCL_SO_PATH, and the version of the NCCL that llama.cpp was linked to.
+    Read: LD_PRELOAD and VLLM_NCCL_SO_PATH, and the version that is written in the NCCL that llama.cpp would load.
     Rule: warn when either variable names an NCCL; warn below 2.27.5 when llama.cpp is to cut a model over cards.
     Why: a preloaded library of another version hangs or crashes in the first collective; llama.cpp's tensor split gave
     wrong results before 2.27.5.
