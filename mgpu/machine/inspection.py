@@ -161,6 +161,7 @@ class PciDevice:
     bar_sizes: int | None = None
     bar_bytes: int | None = None
     atomics: bool | None = None
+    in_kfd: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,7 +310,7 @@ class InstalledEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """Everything. `machine` is as `mgpu gpus` has it; `bare_metal` is None where that cannot be told."""
+    """Everything. `machine` is as `mgpu gpus` has it; `mgpu_processes` are those on its cards that an mgpu started."""
 
     schema_version: int = SCHEMA_VERSION
     machine: Machine
@@ -323,6 +324,7 @@ class Inspection:
     amd: AmdFacts = field(default_factory=AmdFacts)
     intel: IntelFacts = field(default_factory=IntelFacts)
     engines: tuple[InstalledEngine, ...] = ()
+    mgpu_processes: tuple[int, ...] = ()
     root: bool = False
     unread: tuple[Unread, ...] = ()
 

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 from mgpu.machine.amd_facts import read_amd_facts
 from mgpu.machine.container import read_container
+from mgpu.machine.descent import is_mgpus
 from mgpu.machine.host_facts import read_host_facts
 from mgpu.machine.inspection import (
     AmdFacts,
@@ -95,6 +96,7 @@ def inspect_machine(
             amd=amd.facts(unread),
             intel=intel.facts(unread),
             engines=installed.facts(unread),
+            mgpu_processes=_mgpu_processes(root, nvidia.machine),
             root=os.geteuid() == 0,
             unread=tuple(unread),
         )
@@ -210,6 +212,11 @@ def _joined(
     facts, more = _safely(what, read, nothing, unread)
     unread += more
     return facts
+
+
+def _mgpu_processes(root: Path, machine: Machine) -> tuple[int, ...]:
+    on_cards = {process.pid for gpu in machine.gpus for process in gpu.used_by}
+    return tuple(pid for pid in sorted(on_cards) if is_mgpus(root, pid))
 
 
 def _with_addresses(health: tuple[CardHealth, ...], machine: Machine) -> tuple[CardHealth, ...]:

@@ -8,7 +8,7 @@ from mgpu.doctor.check import Finding, Purpose
 from mgpu.doctor.checks import memory
 from mgpu.machine.inspection import DiskSpace, Inspection
 from mgpu.machine.snapshot import GpuProcess
-from tests.doctor.inspections import GIB, H100, MIB, bare, changed_card, changed_gpu, changed_machine, healthy
+from tests.doctor.inspections import GIB, H100, MIB, bare, changed, changed_card, changed_gpu, changed_machine, healthy
 from tests.doctor.said import said
 
 VLLM = Purpose(backend="vllm", tensor_parallel=2)
@@ -190,3 +190,44 @@ def test_processes_that_the_driver_does_not_list_are_not_looked_for() -> None:
 def test_a_desktop_without_cards_has_no_memory_of_cards_to_judge() -> None:
     checks = ("vram-in-use", "display-on-gpu", "ecc-vram", "ram-swap")
     assert [said(memory.CHECKS, check, bare()) for check in checks] == [[], [], [], []]
+
+
+ENGINE = GpuProcess(pid=4711, name="llama-server", bytes=9 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("inspection", "fix"),
+    [
+        pytest.param(taken(9 * GIB, ENGINE), ("kill 4711  # llama-server",), id="an engine that somebody started"),
+        pytest.param(
+            changed(taken(9 * GIB, ENGINE), mgpu_processes=(4711,)),
+            ("end llama-server (process 4711) with Ctrl-C in the terminal of its mgpu run",),
+            id="an engine of mgpu, which would start it again",
+        ),
+        *(
+            pytest.param(
+                taken(9 * GIB, GpuProcess(pid=900, name=name, bytes=9 * GIB), display=True),
+                ("plug the monitor into the mainboard, or log out of the desktop",),
+                id=f"{name} is the desktop",
+            )
+            for name in ("Xorg", "gnome-shell", "kwin_wayland", "plasmashell", "Xwayland", "sway")
+        ),
+        pytest.param(
+            taken(10 * GIB, ENGINE, DESKTOP, GpuProcess(pid=901, name="firefox", bytes=GIB), display=True),
+            (
+                "kill 4711  # llama-server",
+                "close firefox (process 901)",
+                "plug the monitor into the mainboard, or log out of the desktop",
+            ),
+            id="an engine beside a desktop",
+        ),
+        pytest.param(
+            taken(9 * GIB, GpuProcess(pid=7, bytes=9 * GIB)), ("kill 7",), id="a process whose name is not told"
+        ),
+        pytest.param(taken(9 * GIB, display=True), ("sudo fuser -v /dev/nvidia*",), id="nobody is listed"),
+    ],
+)
+def test_who_holds_memory_is_ended_in_a_way_of_its_own(inspection: Inspection, fix: tuple[str, ...]) -> None:
+    (finding,) = memory.vram_in_use.run(inspection, VLLM)
+    assert isinstance(finding, Finding)
+    assert finding.fix == fix

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import BUSY_PERCENT, BUSY_SHARE, in_use_bytes, named, unread, usable_cards
@@ -28,7 +30,8 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
     when an engine is named that is to have the cards, else info from 256 MiB. Info too, whatever the size, where the
     driver lists no processes at all (WSL2, some containers): what is in use may be anybody's, and may go.
     Why: vLLM ends at once when less is free than its share of the card, the most common failure on local machines.
-    Do: end the processes that are named; sudo fuser -v /dev/nvidia* finds those that NVML does not list.
+    Do: end the processes that are named, an engine of mgpu's with Ctrl-C in its terminal; sudo fuser -v /dev/nvidia*
+    finds those that NVML does not list.
     """
     unknown: list[int] = []
     untold: dict[int, int] = {}
@@ -43,7 +46,8 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
                 untold[gpu.index] = used
             continue
         wanted = purpose.backend is not None or purpose.weights_bytes is not None
-        finding = _taken(gpu, used, wanted=wanted, elsewhere=in_container(inspection) or _works(gpu))
+        elsewhere = in_container(inspection) or _works(gpu)
+        finding = _taken(gpu, used, inspection.mgpu_processes, wanted=wanted, elsewhere=elsewhere)
         if finding:
             yield finding
     if untold:
@@ -65,13 +69,38 @@ def _untold(used: dict[int, int]) -> Finding:
     )
 
 
+_WHO = ("sudo fuser -v /dev/nvidia*",)
+_DESKTOP = re.compile(
+    r"(?i)X|X(org|wayland)(\.bin)?|(gnome|kwin|plasma|ksm|kde|xfwm|xfce|cinnamon|budgie|cosmic|mate|xdg|gdm|sddm|lightdm)"
+    r"\S*|mutter\S*|sway|hyprland|weston|niri|wayfire|labwc|river|marco|muffin|picom|compiz|gamescope\S*"
+)
+_DESKTOP_PROGRAM = re.compile(r"(?i)(firefox|chrom|brave|msedge|electron|code|thunderbird|steam|discord|slack|obs)\S*")
+
+
+def _ended(gpu: Gpu, own: tuple[int, ...]) -> tuple[str, ...]:
+    """How each process is ended: one of mgpu's by its mgpu, which would start it again; a desktop never by force."""
+    lines: list[str] = []
+    for process in gpu.used_by[:8]:
+        name = process.name or ""
+        if process.pid in own:
+            called = name or "the engine"
+            lines.append(f"end {called} (process {process.pid}) with Ctrl-C in the terminal of its mgpu run")
+        elif _DESKTOP_PROGRAM.fullmatch(name):
+            lines.append(f"close {name} (process {process.pid})")
+        elif not _DESKTOP.fullmatch(name):
+            lines.append(f"kill {process.pid}" + (f"  # {name}" if name else ""))
+    if any(_DESKTOP.fullmatch(process.name or "") for process in gpu.used_by):
+        lines.append("plug the monitor into the mainboard, or log out of the desktop")
+    return tuple(lines) or (_WHO if gpu.vendor == "nvidia" else ())
+
+
 def _works(gpu: Gpu) -> bool:
     """Whether the card draws more than one at rest does, or computes."""
     drawn, limit = gpu.power_w, gpu.power_limit_w
     return (gpu.utilisation_percent or 0) >= BUSY_PERCENT or bool(drawn and limit and drawn > BUSY_SHARE * limit)
 
 
-def _taken(gpu: Gpu, used: int, *, wanted: bool, elsewhere: bool) -> Finding | None:
+def _taken(gpu: Gpu, used: int, own: tuple[int, ...], *, wanted: bool, elsewhere: bool) -> Finding | None:
     if used < _WORTH_SAYING_BYTES:
         return None
     sizes = [process.bytes for process in gpu.used_by]
@@ -92,7 +121,7 @@ def _taken(gpu: Gpu, used: int, *, wanted: bool, elsewhere: bool) -> Finding | N
         severity=Severity.warn if mysterious or (large and wanted) else Severity.info,
         summary=what if unlisted else f"{gib(used)} of {named([gpu.index])} are in use",
         evidence=(Evidence(path=f"memory of GPU{gpu.index}", value=f"{gib(used)} in use"), *processes[:8]),
-        fix=("sudo fuser -v /dev/nvidia*",) if unlisted else tuple(f"kill {each.pid}" for each in gpu.used_by[:8]),
+        fix=_WHO if unlisted else _ended(gpu, own),
         gpus=(gpu.index,),
         needs_root=unlisted,
     )
