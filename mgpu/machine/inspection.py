@@ -136,7 +136,7 @@ class PciDevice:
 
     `acs` is the ACS control word (0x04 request redirect, 0x08 completion redirect, 0x10 upstream forwarding), None
     where it has none or may not be read (`acs_known`). AER counters are totals since boot. `bar_bytes` is the size of
-    its largest memory region.
+    its largest memory region. `in_kfd` is whether AMD's compute driver, where it is loaded, lists the card.
     """
 
     address: str

@@ -14,7 +14,7 @@ from mgpu.machine.inspection import PciDevice, Unread
 
 # VGA, 3D and other display controllers; AMD's Instinct cards are processing accelerators.
 _DISPLAY_CLASSES = {0x0300, 0x0302, 0x0380}
-_ACCELERATOR_CLASS, _AMD = 0x1200, 0x1002
+_ACCELERATOR_CLASS, _BRIDGE_CLASS, _AMD = 0x1200, 0x0604, 0x1002
 _EXPRESS_CAPABILITY, _ACS_CAPABILITY = 0x10, 0x000D
 
 
@@ -63,7 +63,7 @@ def _read_device(folder: Path) -> PciDevice:
     capabilities = dict(_extended_capabilities(configuration))
     acs_at = capabilities.get(_ACS_CAPABILITY)
     group = _word(sysfs.link_name(folder / "iommu_group"))
-    is_bridge = (sysfs.read_int(folder / "class", 16) or 0) >> 8 == 0x0604
+    is_bridge = (sysfs.read_int(folder / "class", 16) or 0) >> 8 == _BRIDGE_CLASS
     parent = folder.parent.name
     return PciDevice(
         address=folder.name,
@@ -168,19 +168,25 @@ def _atomics(configuration: bytes) -> bool | None:
 
 
 def _with_kfd_atomics(devices: tuple[PciDevice, ...], root: Path) -> tuple[PciDevice, ...]:
-    """AMD's compute driver tells anyone whether atomics reach the processor: flags 4 and 8 of a link say no."""
-    told: dict[str, bool] = {}
-    for node in sysfs.children(root / "sys/class/kfd/kfd/topology/nodes", r"\d{1,4}"):
+    """AMD's compute driver tells anyone which cards it lists, and whether atomics reach the processor from each: flags
+    4 and 8 of a link say no."""
+    nodes = sysfs.children(root / "sys/class/kfd/kfd/topology/nodes", r"\d{1,4}")
+    told: dict[str, bool | None] = {}
+    for node in nodes:
         fields = sysfs.read_fields(node / "properties", None)
         numbers = [fields.get(key, "") for key in ("location_id", "domain", "gfx_target_version")]
         if not all(re.fullmatch(r"\d{1,10}", number) for number in numbers) or numbers[2] == "0":
             continue
         location, domain = int(numbers[0]), int(numbers[1])
         flags = sysfs.read_fields(node / "io_links/0/properties", None).get("flags", "")
-        if re.fullmatch(r"\d{1,10}", flags):
-            address = f"{domain:04x}:{location >> 8 & 255:02x}:{location >> 3 & 31:02x}.{location & 7}"
-            told[address] = not int(flags) & 0b1100
-    return tuple(
-        dataclasses.replace(device, atomics=told[device.address]) if device.address in told else device
-        for device in devices
-    )
+        address = f"{domain:04x}:{location >> 8 & 255:02x}:{location >> 3 & 31:02x}.{location & 7}"
+        told[address] = not int(flags) & 0b1100 if re.fullmatch(r"\d{1,10}", flags) else None
+
+    def joined(device: PciDevice) -> PciDevice:
+        if device.vendor != _AMD or (device.pci_class or 0) >> 8 == _BRIDGE_CLASS or not nodes:
+            return device
+        atomics = told.get(device.address)
+        listed = device.address in told
+        return dataclasses.replace(device, in_kfd=listed, atomics=device.atomics if atomics is None else atomics)
+
+    return tuple(map(joined, devices))

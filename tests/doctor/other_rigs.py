@@ -15,7 +15,8 @@ _DISPLAY = 0x030000
 def two_radeons(
     root: Path, *, lanes: tuple[int, int] = (8, 8), group_type: str | None = "identity", atomics: bool = True
 ) -> SysfsTree:
-    """Two RX 7900 XTX on slots of the processor with these lanes, behind an IOMMU whose groups are of that type."""
+    """Two RX 7900 XTX on slots of the processor with these lanes, behind an IOMMU whose groups are of that type. Cards
+    without atomics are left out by the compute driver."""
     tree = SysfsTree(root).host({"dev/kfd": "", "sys/class/kfd/kfd/topology/nodes/0/properties": "simd_count 0\n"})
     for index in (0, 1):
         address = _behind_its_switch(
@@ -35,9 +36,15 @@ def two_radeons(
                 f"{folder}/hwmon/hwmon4/power1_average": "15000000\n",
                 f"{folder}/hwmon/hwmon4/power1_cap": "339000000\n",
                 f"{folder}/hwmon/hwmon4/temp1_input": "38000\n",
+            }
+        )
+        if not atomics:
+            continue
+        tree.files(
+            {
                 f"{node}/properties": f"simd_count 192\nlocation_id {bus << 8}\ndomain 0\ngfx_target_version 110000\n",
                 f"{node}/gpu_id": f"509{index}\n",
-                f"{node}/io_links/0/properties": f"type 2\nflags {1 if atomics else 13}\n",
+                f"{node}/io_links/0/properties": "type 2\nflags 1\n",
             }
         )
     return tree

@@ -90,6 +90,13 @@ def override(inspection: Inspection, **variables: str) -> Inspection:
             "amd-multi-gpu", changed_gpu(TWO, 1, pcie={"slot_width": 4}), Purpose(), ["warn 0,1"], id="unequal widths"
         ),
         pytest.param("amd-multi-gpu", changed_pci(TWO, FIRST, atomics=False), Purpose(), ["fail 0"], id="no atomics"),
+        pytest.param(
+            "amd-multi-gpu",
+            changed_pci(TWO, FIRST, atomics=False, in_kfd=True),
+            Purpose(),
+            ["warn 0"],
+            id="no atomics, and yet the driver lists the card",
+        ),
         pytest.param("amd-multi-gpu", TRANSLATED, Purpose(), ["warn 0"], id="the IOMMU translates"),
         pytest.param(
             "amd-multi-gpu",

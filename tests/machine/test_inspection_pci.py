@@ -160,6 +160,22 @@ def test_atomics_depend_on_what_the_device_is(
     assert read_pci(tmp_path)[0][0].atomics is atomics
 
 
+def test_amds_compute_driver_tells_which_cards_it_lists(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    for address in (CARD, "0000:05:00.0"):
+        tree.device(address, pci_class=0x030000, ids=(0x1002, 0x744C))
+    tree.device("0000:06:00.0", pci_class=0x030000, ids=(0x10DE, 0x2684))
+    nodes = "sys/class/kfd/kfd/topology/nodes"
+    assert [each.in_kfd for each in read_pci(tmp_path)[0]] == [None, None, None]
+    tree.files(
+        {
+            f"{nodes}/0/properties": "cpu_cores_count 16\ngfx_target_version 0\nlocation_id 0\ndomain 0\n",
+            f"{nodes}/1/properties": "gfx_target_version 110000\nlocation_id 512\ndomain 0\n",
+        }
+    )
+    assert [each.in_kfd for each in read_pci(tmp_path)[0]] == [True, False, None]
+
+
 @pytest.mark.parametrize(("flags", "atomics"), [("1", True), ("9", False), ("13", False), ("x", None)])
 def test_amds_compute_driver_tells_an_ordinary_user_of_atomics(
     tmp_path: Path, flags: str, atomics: bool | None

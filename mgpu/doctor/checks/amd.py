@@ -70,8 +70,9 @@ def amd_multi_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     """AMD cards in slots that ROCm cannot use together.
 
     Read: the bridges above each card, the slots' widths, PCIe atomics and the type of the IOMMU group.
-    Rule: fail for a card without PCIe atomics; with two cards or more warn for a chipset's slot, for slots of unequal
-    width, and for an IOMMU that translates on bare metal (no iommu=pt).
+    Rule: fail for a card without PCIe atomics that the compute driver does not list, warn for one that it lists; with
+    two cards or more warn for a chipset's slot, for slots of unequal width, and for an IOMMU that translates on bare
+    metal (no iommu=pt).
     Why: the driver leaves out cards whose path lacks atomics; AMD supports several Radeons only on slots of the
     processor with equal widths; RCCL deadlocks behind a translating IOMMU.
     Do: move the card; boot with iommu=pt; until then NCCL_P2P_DISABLE=1.
@@ -112,14 +113,26 @@ def amd_multi_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
 
 def _atomics(inspection: Inspection, cards: Sequence[Gpu], own: dict[int, PciDevice | None]) -> Said:
     answers = {gpu.index: each.atomics if (each := own[gpu.index]) else None for gpu in cards}
+    listed = {gpu.index for gpu in cards if (each := own[gpu.index]) and each.in_kfd}
     without = [index for index, answer in answers.items() if answer is False]
-    if without:
+    if left_out := [index for index in without if index not in listed]:
         yield Finding(
             severity=Severity.fail,
-            summary=f"{named(without)}: no PCIe atomics in that slot, so ROCm leaves the card out",
-            evidence=tuple(Evidence(path=f"AtomicOpsCap on the path of GPU{index}", value="no") for index in without),
+            summary=f"{named(left_out)}: no PCIe atomics in that slot, so ROCm leaves the card out",
+            evidence=tuple(Evidence(path=f"AtomicOpsCap on the path of GPU{index}", value="no") for index in left_out),
             fix=("move the card to a slot of the processor, or run it with Vulkan",),
-            gpus=tuple(without),
+            gpus=tuple(left_out),
+        )
+    if kept := [index for index in without if index in listed]:
+        yield Finding(
+            severity=Severity.warn,
+            summary=f"{named(kept)}: no PCIe atomics in that slot, which some of ROCm's programs need",
+            evidence=tuple(
+                Evidence(path=f"/sys/class/kfd/kfd/topology: io_links of GPU{index}", value="no atomics")
+                for index in kept
+            ),
+            fix=("move the card to a slot of the processor, or run it with Vulkan",),
+            gpus=tuple(kept),
         )
     if unknown := [index for index, answer in answers.items() if answer is None]:
         yield unread(inspection, "PCIe atomics", "config", "Atomic", of=unknown)
