@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgpu.machine import journal
+from mgpu.machine import journal, kernel_log
 from mgpu.machine.inspection import LogEntry
 from mgpu.machine.kernel_log import read_kernel_log
 from tests.fakes.sysfs_tree import SysfsTree
@@ -123,6 +123,22 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     SysfsTree(tmp_path).files({folder: ""} if folder else {})
     (unread,) = read_kernel_log(tmp_path)[2]
     assert why in unread.why
+
+
+def test_on_this_computer_ages_are_by_its_own_clock(
+    journalctl: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> tuple[bytes, bool]:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(kernel_log, "_kernel_messages", refuse)
+    monkeypatch.setattr(journal, "_has_entries", lambda _: True)
+    now_us = int(time.monotonic() * 1e6)
+    journalctl("\n".join([line("Linux version 6.8.0", "0"), line(XID, str(max(now_us - 5_000_000, 0)))]))
+    (entry,) = read_kernel_log(Path("/"))[0]
+    assert entry.age_s is not None
+    assert 5 <= entry.age_s < 60
+    assert "--directory" not in (tmp_path / "asked").read_text()
 
 
 def test_of_a_flood_the_newest_lines_are_asked_for(journalctl: Journal, tmp_path: Path) -> None:
