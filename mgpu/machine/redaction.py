@@ -45,7 +45,7 @@ _KERNEL_OPTION = re.compile(
 # Short or common names tell nobody's secret, and would spoil half of all texts.
 _COMMON_HOSTS = {"localhost", "linux", "nvidia", "ubuntu", "debian", "fedora", "host"}
 _COMMON_USERS = {"root", "user", "host", "nvidia", "cuda", "ollama", "vllm", "docker", "python", "ubuntu", "linux"}
-_SERIAL = re.compile(r"(?i)\b((?:serial(?:[ _-]?(?:number|no\.?))?|S/N)(?: is)?[ :=#]+)(?=\S*\d)\S+")
+_SERIAL = re.compile(r"(?i)\b((?:serial(?:[ _-]?(?:number|no\.?))?|S/N)(?: is)?[ :=#]{1,8})(?=\S{0,99}\d)\S+")
 
 
 class _Names:
@@ -78,7 +78,7 @@ class _Names:
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
 # A name with blanks, as Windows has them, ends at the next part of the path.
-_HOME = re.compile(r"(?i)(?<=[/\\])((?:home|users|media)[/\\])(?:[^/\\:;,'\"]+(?=[/\\])|[^/\\\s:;,'\"]+)")
+_HOME = re.compile(r"(?i)(?<=[/\\])((?:home|users|media)[/\\])(?:[^/\\:;,'\"]{1,99}(?=[/\\])|[^/\\\s:;,'\"]+)")
 _PROCESS = re.compile(r"\bname=(.*?)(?=, |,?$)")
 # Six bytes of Ethernet's (by colons or dashes, or in an interface's name), up to twenty of InfiniBand's.
 _HARDWARE = re.compile(
@@ -86,12 +86,12 @@ _HARDWARE = re.compile(
 )
 # The version of WSL2's kernel has four numbers too.
 _IPV4 = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.]*\d|-microsoft)")
-_IPV6 = re.compile(r"(?<![\w:.])[0-9a-fA-F]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*(?:%[\w.-]+)?(?![\w:])")
+_IPV6 = re.compile(r"(?<![\w:.])[0-9a-fA-F]{0,4}:[0-9a-fA-F:.]{1,45}(?:%[\w.-]{1,15})?(?![\w:])")
 # Of two letters all but those that files end with.
 _DOMAIN = re.compile(
-    r"(?i)(?<![\w-])(?:[a-z0-9][\w-]*\.)+(?:com|org|net|edu|gov|mil|int|info|biz|dev|app|cloud|local|localdomain|lan"
+    r"(?i)(?<![\w-])(?:[a-z0-9][\w-]{0,62}\.){1,9}(?:com|org|net|edu|gov|mil|int|info|biz|dev|app|cloud|local|localdomain|lan"
     r"|home|internal|intranet|corp|private|example|invalid|arpa"
-    r"|(?!so|py|sh|md|cc|rs|la|pl|ps|in|am|ac|mk|do|ml|so)[a-z]{2})(?![\w-]|\.\w)"
+    r"|(?!so|py|sh|md|cc|rs|la|pl|ps|in|am|ac|mk|do|ml)[a-z]{2})(?![\w-]|\.\w)"
 )
 _PUBLIC = re.compile(r"(?i)(?:.*\.)?(?:nvidia\.com|huggingface\.co|github\.com|ollama\.com|docker\.io|pytorch\.org)")
 _LOCAL = {"127.0.0.1", "0.0.0.0", "::", "::1"}  # noqa: S104  they are looked for in texts

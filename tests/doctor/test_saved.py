@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -128,6 +129,16 @@ def test_no_text_of_any_fact_names_a_person_or_a_computer(secret: str, monkeypat
     assert count_of_texts(json.loads(saved)) > 60
     assert re.findall(TELLING, saved, re.IGNORECASE) == []
     assert saved.count("seen ") > 60 - 2  # what is left is what was there
+
+
+@pytest.mark.parametrize(
+    "part", ["a.", ":", "a:", "1.", "serial ", "=", "/home/", "/home/a b ", "name=", "a-", "aa:", "name=a", "x"]
+)
+def test_a_text_without_end_is_freed_of_names_in_time(part: str) -> None:
+    entry = LogEntry(kind="xid", text=f"serial {part * 100_000}")
+    started = time.monotonic()
+    saved_text(changed(healthy(), host={"log": (entry,)}))
+    assert time.monotonic() - started < 20
 
 
 def test_a_process_is_named_only_where_it_is_a_known_program() -> None:
