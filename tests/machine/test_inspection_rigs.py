@@ -63,6 +63,7 @@ def test_a_rig_is_read_with_all_its_cards_and_nothing_unread(inspect: Inspect, n
         assert card.power_min_w is not None
         assert card.power_default_w is not None
         assert card.power_min_w <= card.power_default_w
+        assert card.power_requested_w == gpu.power_limit_w
         assert (card.pcie_gen_device or 0) >= (gpu.pcie.gen_max or 0)
 
 
@@ -176,6 +177,18 @@ def test_busy_cards_are_looked_at_three_times(inspect: Inspect) -> None:
     assert {(reading.sm_clock_mhz, reading.nvlink_errors) for reading in readings} == {(2505, 2 * 4 * 3)}
     times = [reading.at_s for reading in readings]
     assert times[0] < 0.3 < 0.59 < times[2] - times[0]
+
+
+def test_the_engines_of_an_mgpu_are_known_among_the_processes(inspect: Inspect, tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {
+        "proc/4711/status": "PPid:\t4710\n",
+        "proc/4710/cmdline": "/usr/bin/python3\0/usr/bin/mgpu\0run\0",
+        "proc/4712/status": "PPid:\t1\n",
+    }
+    tree = tree_of_rig(tmp_path / "root", RIGS / "2x4090-x670e.txt").files(files)
+    found = inspect("2x4090-x670e", "gpu0.compute = 4711:1024 4712:1024", tree=tree)
+    assert [process.pid for process in found.machine.gpus[0].used_by] == [4711, 4712]
+    assert found.mgpu_processes == (4711,)
 
 
 def test_peer_access_is_asked_for_reads_and_writes(inspect: Inspect) -> None:
