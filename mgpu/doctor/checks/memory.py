@@ -71,10 +71,12 @@ def _untold(used: dict[int, int]) -> Finding:
 
 _WHO = ("sudo fuser -v /dev/nvidia*",)
 _DESKTOP = re.compile(
-    r"(?i)X|X(org|wayland)(\.bin)?|(gnome|kwin|plasma|ksm|kde|xfwm|xfce|cinnamon|budgie|cosmic|mate|xdg|gdm|sddm|lightdm)"
+    r"(?i)X|X(org|wayland)(\.bin)?|(gnome|kwin|plasma|ksm|kde|xfwm|xfce|cinnamon|budgie|cosmic|mate-|xdg|gdm|sddm|lightdm)"
     r"\S*|mutter\S*|sway|hyprland|weston|niri|wayfire|labwc|river|marco|muffin|picom|compiz|gamescope\S*"
 )
-_DESKTOP_PROGRAM = re.compile(r"(?i)(firefox|chrom|brave|msedge|electron|code|thunderbird|steam|discord|slack|obs)\S*")
+_DESKTOP_PROGRAM = re.compile(
+    r"(?i)(firefox|chrom(e|ium)|brave|msedge|electron|code|thunderbird|steam|discord|slack|obs)([-_. ].*)?"
+)
 
 
 def _ended(gpu: Gpu, own: tuple[int, ...]) -> tuple[str, ...]:
