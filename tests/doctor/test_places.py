@@ -19,7 +19,9 @@ from mgpu.machine.snapshot import PcieLink
 from .inspections import GIB, changed, changed_machine, healthy
 
 DISK = DiskSpace(role="mgpu models", path="/m", free_bytes=900 * GIB, total_bytes=999 * GIB, file_system="ext4")
-ENGINE = InstalledEngine(backend="llama.cpp", version="b9000", architectures=("sm_89",), architectures_known=True)
+ENGINE = InstalledEngine(
+    backend="llama.cpp", version="b9000", cuda_runtime=12080, architectures=("sm_89",), architectures_known=True
+)
 LOG = Unread(what="/dev/kmsg", why="this user may not", needs_root=True)
 CONFIG = Unread(what="/sys/bus/pci/devices/0000:00:01.0/config", why="more than the first 64 bytes may not be read")
 POWER: dict[str, Any] = dict.fromkeys(("power_default_w", "power_min_w", "power_max_w", "power_requested_w"))
