@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mgpu.doctor.check import Purpose
+from mgpu.doctor.check import Finding, Purpose
 from mgpu.doctor.checks import amd, intel
 from mgpu.machine.inspection import AmdFacts, Inspection, InstalledEngine, IntelFacts, PciDevice
 from mgpu.machine.snapshot import Gpu, PcieLink
@@ -209,3 +209,10 @@ def test_cards_of_amd_and_intel_are_judged(
 @pytest.mark.parametrize("inspection", [pytest.param(healthy(), id="NVIDIA"), pytest.param(bare(), id="no card")])
 def test_a_machine_without_their_cards_hears_nothing_of_them(check: str, inspection: Inspection) -> None:
     assert said(CHECKS, check, inspection, Purpose(tensor_parallel=2)) == []
+
+
+def test_the_kernels_option_is_set_as_the_distribution_does_it() -> None:
+    (finding,) = amd.amd_multi_gpu.run(changed(TRANSLATED, host={"distribution": "fedora"}), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.fix[0] == "sudo grubby --update-kernel=ALL --args=iommu=pt && sudo reboot"
+    assert [each.value for each in finding.evidence] == ["DMA-FQ"]
