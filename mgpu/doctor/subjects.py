@@ -5,10 +5,10 @@ from __future__ import annotations
 from mgpu.doctor.check import Purpose
 from mgpu.doctor.facts import usable_cards
 from mgpu.machine.inspection import Inspection
-from mgpu.machine.layout import cards, in_container, is_virtual, nvidia_on_bus
+from mgpu.machine.layout import cards, in_container, is_virtual, nvidia_on_bus, on_bus
+from mgpu.machine.render_nodes import INTEL
 
 _NO_DRIVER, _NO_LIBRARY = 9, 12
-_INTEL = 0x8086
 
 
 def nvidia(inspection: Inspection, _: Purpose) -> bool:
@@ -50,9 +50,7 @@ def amd(inspection: Inspection, _: Purpose) -> bool:
 
 def intel(inspection: Inspection, _: Purpose) -> bool:
     """Return whether there is an Intel card, be it without a driver."""
-    return bool(usable_cards(inspection, "intel")) or any(
-        each.vendor == _INTEL and (each.pci_class or 0) >> 16 == 3 for each in inspection.pci
-    )
+    return bool(usable_cards(inspection, "intel") or on_bus(inspection, INTEL))
 
 
 def bare_metal(inspection: Inspection, _: Purpose) -> bool:

@@ -7,10 +7,11 @@ import re
 from dataclasses import dataclass
 
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice, PeerAccess
+from mgpu.machine.render_nodes import INTEL
 from mgpu.machine.snapshot import Gpu, Link
 
 NVIDIA = 0x10DE
-_DISPLAY_CLASSES = (0x0300, 0x0302)
+_DISPLAY, _ACCELERATOR = 0x03, 0x1200
 _DEEPEST_PATH = 32  # a bus has 256 numbers; far fewer bridges are ever above one another
 _ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 
@@ -70,10 +71,19 @@ def device(inspection: Inspection, address: str | None) -> PciDevice | None:
 
 def nvidia_on_bus(inspection: Inspection) -> tuple[PciDevice, ...]:
     """Return the NVIDIA cards that the PCI bus shows, whether or not a driver has them."""
+    return on_bus(inspection, NVIDIA)
+
+
+def on_bus(inspection: Inspection, vendor: int) -> tuple[PciDevice, ...]:
+    """Return the cards of a vendor that the PCI bus shows, whether or not a driver has them. Intel's graphics inside
+    the processor sit on the first bus, and are none."""
     return tuple(
         each
         for each in inspection.pci
-        if each.vendor == NVIDIA and each.pci_class is not None and each.pci_class >> 8 in _DISPLAY_CLASSES
+        if each.vendor == vendor
+        and each.pci_class is not None
+        and (each.pci_class >> 16 == _DISPLAY or each.pci_class >> 8 == _ACCELERATOR)
+        and not (vendor == INTEL and each.address.partition(":")[2].startswith("00:"))
     )
 
 

@@ -14,7 +14,8 @@ from mgpu.doctor.checks.driver_fit import (
 from mgpu.doctor.checks.not_loaded import is_held_by_nouveau, why_not_loaded, without_nouveau
 from mgpu.doctor.commands import Task, steps
 from mgpu.machine.inspection import Inspection, PciDevice
-from mgpu.machine.layout import cards, in_container, is_passed_on, nvidia_on_bus
+from mgpu.machine.layout import NVIDIA, cards, in_container, is_passed_on, nvidia_on_bus, on_bus
+from mgpu.machine.render_nodes import AMD, INTEL
 
 _LIBRARY_MISMATCH, _NOT_LOADED, _NO_LIBRARY, _UNKNOWN = 18, 9, 12, 999
 _NO_ANSWER = -1  # as the inspection calls it
@@ -35,7 +36,7 @@ def no_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
         return
     if not inspection.pci_known:
         yield Skip(reason="the PCI bus could not be read, so whether a card is there is unknown")
-    elif not any(_is_card(each) for each in inspection.pci):
+    elif not any(on_bus(inspection, vendor) for vendor in (NVIDIA, AMD, INTEL)):
         yield Finding(
             severity=Severity.info,
             summary="no GPU found: models run on the processor; try others with --machine 2x4090",
@@ -287,14 +288,6 @@ def hmm_kaslr(inspection: Inspection, _purpose: Purpose) -> Said:
 
 
 _NVML_WORDS = {_NOT_LOADED: "driver not loaded", _NO_LIBRARY: "library not found"}
-
-
-def _is_card(device: PciDevice) -> bool:
-    """Whether it is a graphics card: not a bridge, not a server's display chip, not Intel's graphics in the processor,
-    which are always at 00:02.0."""
-    if device.pci_class is None or device.pci_class >> 16 == 0x06:
-        return False
-    return device.vendor in (0x10DE, 0x1002) or (device.vendor == 0x8086 and not device.address.endswith(":00:02.0"))
 
 
 def _nvidia(inspection: Inspection) -> bool:

@@ -6,10 +6,10 @@ from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import unread
 from mgpu.machine.inspection import Inspection, PciDevice
-from mgpu.machine.layout import in_container, is_virtual
+from mgpu.machine.layout import in_container, is_virtual, on_bus
+from mgpu.machine.render_nodes import INTEL
 from mgpu.units import MIB, gib
 
-_INTEL, _DISPLAY = 0x8086, 0x03
 _DRIVERS = ("i915", "xe")
 _SMALL_BAR_BYTES = 256 * MIB
 
@@ -27,7 +27,7 @@ def intel_xe(inspection: Inspection, _purpose: Purpose) -> Said:
     each other only over bridges that the kernel knows, and llama.cpp cuts over Arc by whole layers alone.
     Do: Re-Size BAR and Above 4G Decoding in the BIOS; sudo usermod -aG render $USER.
     """
-    cards = [each for each in inspection.pci if _is_card(each)]
+    cards = on_bus(inspection, INTEL)
     unbound = [each for each in cards if each.driver not in _DRIVERS]
     for each in unbound:
         passed_on = each.driver == "vfio-pci"
@@ -54,13 +54,6 @@ def intel_xe(inspection: Inspection, _purpose: Purpose) -> Said:
             evidence=(Evidence(path="ONEAPI_DEVICE_SELECTOR", value="not set"),),
             fix=("export ONEAPI_DEVICE_SELECTOR='level_zero:*'",),
         )
-
-
-def _is_card(each: PciDevice) -> bool:
-    """Integrated graphics sit on the first bus; cards are always behind a bridge."""
-    if each.vendor != _INTEL or each.pci_class is None or each.pci_class >> 16 != _DISPLAY:
-        return False
-    return not each.address.partition(":")[2].startswith("00:")
 
 
 def _access(inspection: Inspection) -> Said:

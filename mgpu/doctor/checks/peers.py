@@ -271,10 +271,10 @@ _UNEXPECTED = "missing, though these cards support it"
 
 
 def _why_none(pair: Pair) -> str:
-    if is_geforce(pair.a) or is_geforce(pair.b):
-        return "not granted to GeForce, which is normal"
     if pair.a.name != pair.b.name:
         return "not possible between unlike cards, which is normal"
+    if is_geforce(pair.a):
+        return "not granted to GeForce, which is normal"
     if pair.kind == "SYS":
         return "not possible between sockets, which is normal"
     return _UNEXPECTED if is_professional(pair.a) else "not known to be granted to such cards"

@@ -241,12 +241,12 @@ def psu_budget(inspection: Inspection, purpose: Purpose) -> Said:
         *(Evidence(path=f"power limit of GPU{index}", value=f"{limit:.0f} W") for index, limit in limits.items()),
         Evidence(path="intel-rapl", value="unknown" if processor_w is None else f"{processor_w:.0f} W"),
     )
-    others = "the processor and the rest" if processor_w is not None else "100 W for the rest (processor unknown)"
+    others = "processor and the rest" if processor_w is not None else "100 W for the rest (processor unknown)"
     supply_w = purpose.psu_w
     if supply_w and total_w > 0.8 * supply_w:
         yield Finding(
             severity=Severity.fail if total_w > supply_w else Severity.warn,
-            summary=f"cards and {others} may draw {total_w:.0f} of {supply_w} W",
+            summary=f"cards, {others} may draw {total_w:.0f} of {supply_w} W",
             evidence=evidence,
             fix=(
                 "sudo nvidia-smi -pl WATTS  # on each card",
@@ -259,7 +259,7 @@ def psu_budget(inspection: Inspection, purpose: Purpose) -> Said:
     elif not supply_w and len(cards) > 1:
         yield Finding(
             severity=Severity.info,
-            summary=f"cards and {others} may draw {total_w:.0f} W together",
+            summary=f"cards, {others} may draw {total_w:.0f} W together",
             evidence=evidence,
             confidence="inferred",
         )
