@@ -6,7 +6,7 @@ from mgpu.doctor.check import Purpose
 from mgpu.doctor.facts import usable_cards
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import cards, in_container, is_virtual, nvidia_on_bus, on_bus
-from mgpu.machine.render_nodes import INTEL
+from mgpu.machine.sysfs import INTEL
 
 _NO_DRIVER, _NO_LIBRARY = 9, 12
 

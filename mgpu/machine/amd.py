@@ -21,7 +21,7 @@ def read_amd(root: Path = Path("/")) -> tuple[Gpu, ...]:
     devices: dict[Path, Path] = {}
     for card in sysfs.children(root / "sys/class/drm", r"card\d+"):
         device = sysfs.real_directory(card / "device")
-        if device and sysfs.read_text(device / "vendor", 16) == "0x1002":
+        if device and sysfs.read_int(device / "vendor", 16) == sysfs.AMD:
             devices.setdefault(device, card)
     found = sorted(devices.items(), key=lambda item: item[0].name)
     return tuple(_read_card(index, *item, nodes, root) for index, item in enumerate(found))

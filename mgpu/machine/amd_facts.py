@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mgpu.machine import sysfs
 from mgpu.machine.inspection import AmdFacts
-from mgpu.machine.render_nodes import AMD, may_use, render_nodes
+from mgpu.machine.render_nodes import may_use, render_nodes
 
 # Other groups may carry a person's name.
 _GROUPS_OF_CARDS = ("render", "video")
@@ -22,7 +22,7 @@ def read_amd_facts(root: Path = Path("/")) -> AmdFacts:
     """
     known = sysfs.is_there(root / "dev")
     kfd = root / "dev/kfd"
-    nodes, accessible = render_nodes(root, AMD)
+    nodes, accessible = render_nodes(root, sysfs.AMD)
     version = sysfs.read_text(root / "sys/module/amdgpu/version", 64)
     override = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
     return AmdFacts(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from mgpu.machine.inspection import Inspection, PciDevice
 from mgpu.machine.layout import bridges_above
+from mgpu.machine.sysfs import INTEL
 
-_AMD, _ASMEDIA, _INTEL = 0x1022, 0x1B21, 0x8086
+_AMD, _ASMEDIA = 0x1022, 0x1B21
 # AMD's chipsets since the 300 series are a switch, Promontory (the 600 series' is 43f4 and 43f5); those before are 43a0
 # to 43a3. ASMedia, who made them, has sold the first under its own number too.
 _AMD_DEVICES = range(0x4300, 0x4400)
@@ -25,7 +26,7 @@ def chipset_bridge(inspection: Inspection, address: str | None) -> PciDevice | N
 def is_of_chipset(bridge: PciDevice) -> bool:
     """Return whether a bridge is a chipset's: AMD's, ASMedia's or Intel's, by the numbers in the PCI ID list. Switches
     of PLX and Broadcom are none, and neither are the processor's own ports."""
-    if bridge.vendor == _INTEL:
+    if bridge.vendor == INTEL:
         known = any(bridge.device in ports for ports in _INTEL_PORTS)
         return known or bridge.address.startswith(_INTEL_PLACES)
     return bridge.vendor == _ASMEDIA or (bridge.vendor == _AMD and bridge.device in _AMD_DEVICES)

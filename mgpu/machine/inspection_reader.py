@@ -35,8 +35,9 @@ from mgpu.machine.patience import Question
 from mgpu.machine.pci import read_pci
 from mgpu.machine.probe import machine_around
 from mgpu.machine.redaction import redacted
-from mgpu.machine.render_nodes import INTEL, render_nodes
+from mgpu.machine.render_nodes import render_nodes
 from mgpu.machine.snapshot import Driver, Machine
+from mgpu.machine.sysfs import INTEL
 
 _Facts = TypeVar("_Facts")
 # What every other reader may take: some files of /proc and /sys are answered by the driver, and hang with it.

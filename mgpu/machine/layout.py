@@ -7,10 +7,9 @@ import re
 from dataclasses import dataclass
 
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice, PeerAccess
-from mgpu.machine.render_nodes import INTEL
 from mgpu.machine.snapshot import Gpu, Link
+from mgpu.machine.sysfs import INTEL, NVIDIA
 
-NVIDIA = 0x10DE
 _DISPLAY, _ACCELERATOR = 0x03, 0x1200
 _DEEPEST_PATH = 32  # a bus has 256 numbers; far fewer bridges are ever above one another
 _ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}

@@ -259,7 +259,7 @@ def _nvidia_cards_on_bus(root: Path) -> list[Path]:
     return [
         device
         for device in devices
-        if sysfs.read_text(device / "vendor", 16) == "0x10de"
+        if sysfs.read_int(device / "vendor", 16) == sysfs.NVIDIA
         and (sysfs.read_text(device / "class", 16) or "").startswith("0x03")
     ]
 

@@ -14,7 +14,7 @@ from mgpu.machine.inspection import PciDevice, Unread
 
 # VGA, 3D and other display controllers; AMD's Instinct cards are processing accelerators.
 _DISPLAY_CLASSES = {0x0300, 0x0302, 0x0380}
-_ACCELERATOR_CLASS, _BRIDGE_CLASS, _AMD = 0x1200, 0x0604, 0x1002
+_ACCELERATOR_CLASS, _BRIDGE_CLASS = 0x1200, 0x0604
 _EXPRESS_CAPABILITY, _ACS_CAPABILITY = 0x10, 0x000D
 
 
@@ -54,7 +54,7 @@ def _is_graphics(folder: Path) -> bool:
     if kind is None:
         return False
     return kind >> 8 in _DISPLAY_CLASSES or (
-        kind >> 8 == _ACCELERATOR_CLASS and sysfs.read_int(folder / "vendor", 16) == _AMD
+        kind >> 8 == _ACCELERATOR_CLASS and sysfs.read_int(folder / "vendor", 16) == sysfs.AMD
     )
 
 
@@ -183,7 +183,7 @@ def _with_kfd_atomics(devices: tuple[PciDevice, ...], root: Path) -> tuple[PciDe
         told[address] = not int(flags) & 0b1100 if re.fullmatch(r"\d{1,10}", flags) else None
 
     def joined(device: PciDevice) -> PciDevice:
-        if device.vendor != _AMD or (device.pci_class or 0) >> 8 == _BRIDGE_CLASS or not nodes:
+        if device.vendor != sysfs.AMD or (device.pci_class or 0) >> 8 == _BRIDGE_CLASS or not nodes:
             return device
         atomics = told.get(device.address)
         listed = device.address in told

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from mgpu.machine import sysfs
 
-AMD, INTEL = 0x1002, 0x8086
-
 
 def render_nodes(root: Path, vendor: int) -> tuple[tuple[str, ...], bool | None]:
     """Return the nodes of a vendor's cards as paths ("/dev/dri/renderD128"), and whether all of them may be read and

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mgpu.machine.snapshot import PcieLink
 
+# Makers of cards, as the file `vendor` of a PCI device has them.
+NVIDIA, AMD, INTEL = 0x10DE, 0x1002, 0x8086
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
 # Transfer rates as sysfs writes them ("16.0 GT/s PCIe"), to the PCIe generation.
@@ -171,7 +173,7 @@ def _end_of_slot(device: Path) -> Path:
 def _is_cards_own_bridge(bridge: Path, vendor: int) -> bool:
     if read_int(bridge / "vendor", 16) != vendor or not (read_text(bridge / "class", 16) or "").startswith("0x0604"):
         return False
-    return vendor == 0x1002 or (vendor == 0x8086 and read_int(bridge / "device", 16) in _ARC_SWITCHES)
+    return vendor == AMD or (vendor == INTEL and read_int(bridge / "device", 16) in _ARC_SWITCHES)
 
 
 def _parts(name: str) -> list[str]:

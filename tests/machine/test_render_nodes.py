@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mgpu.machine.inspection_reader import inspect_machine
-from mgpu.machine.render_nodes import AMD, INTEL, render_nodes
+from mgpu.machine.render_nodes import render_nodes
+from mgpu.machine.sysfs import AMD, INTEL
 
 Tree = Callable[..., Path]
 CARDS = {

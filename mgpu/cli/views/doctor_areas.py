@@ -8,9 +8,9 @@ from mgpu.cli.views.words import card_name
 from mgpu.doctor.check import Area
 from mgpu.doctor.report import Report
 from mgpu.machine.inspection import Inspection
-from mgpu.machine.layout import NVIDIA, nvidia_on_bus, on_bus
-from mgpu.machine.render_nodes import AMD, INTEL
+from mgpu.machine.layout import nvidia_on_bus, on_bus
 from mgpu.machine.snapshot import Gpu
+from mgpu.machine.sysfs import AMD, INTEL, NVIDIA
 from mgpu.planning.choice import TITLES
 from mgpu.units import GIB
 

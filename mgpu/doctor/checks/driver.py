@@ -14,8 +14,8 @@ from mgpu.doctor.checks.driver_fit import (
 from mgpu.doctor.checks.not_loaded import is_held_by_nouveau, why_not_loaded, without_nouveau
 from mgpu.doctor.commands import Task, steps
 from mgpu.machine.inspection import Inspection, PciDevice
-from mgpu.machine.layout import NVIDIA, cards, in_container, is_passed_on, nvidia_on_bus, on_bus
-from mgpu.machine.render_nodes import AMD, INTEL
+from mgpu.machine.layout import cards, in_container, is_passed_on, nvidia_on_bus, on_bus
+from mgpu.machine.sysfs import AMD, INTEL, NVIDIA
 
 _LIBRARY_MISMATCH, _NOT_LOADED, _NO_LIBRARY, _UNKNOWN = 18, 9, 12, 999
 _NO_ANSWER = -1  # as the inspection calls it

@@ -7,7 +7,7 @@ from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Sev
 from mgpu.doctor.facts import unread
 from mgpu.machine.inspection import Inspection, PciDevice
 from mgpu.machine.layout import in_container, is_virtual, on_bus
-from mgpu.machine.render_nodes import INTEL
+from mgpu.machine.sysfs import INTEL
 from mgpu.units import MIB, gib
 
 _DRIVERS = ("i915", "xe")
