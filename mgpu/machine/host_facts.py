@@ -17,6 +17,8 @@ from mgpu.machine.patience import Question
 from mgpu.machine.redaction import kernel_options
 from mgpu.machine.service_units import read_unit_variables
 
+# Server processors of 2025 draw 500 W.
+_MOST_PROCESSOR_UW = 10**9
 # Every second of 2048 processors, one by one, takes 5 KB.
 _LONGEST_LIST = 8192
 ENGINE_PORTS = (8000, 8080, 11434)  # vLLM's, llama-server's and Ollama's
@@ -229,11 +231,13 @@ def _governors(root: Path) -> tuple[str, ...]:
 
 
 def _cpu_power_w(root: Path) -> float | None:
-    """The sum over the processors of the power that they may draw for long."""
+    """The sum over the processors of the power that they may draw for long; None too where a board sets no limit, which
+    many write as 4095 W. The zone "psys" is the whole computer."""
     zones = sysfs.children(root / "sys/class/powercap", r"intel-rapl:\d+")
-    limits = [sysfs.read_int(zone / "constraint_0_power_limit_uw") for zone in zones]
-    known = [limit for limit in limits if limit is not None and 0 < limit < 10**10]
-    return sum(known) / 1e6 if known else None
+    processors = [zone for zone in zones if (sysfs.read_text(zone / "name", 64) or "").startswith("package-")]
+    limits = [sysfs.read_int(zone / "constraint_0_power_limit_uw") for zone in processors]
+    known = [limit for limit in limits if limit is not None and 0 < limit <= _MOST_PROCESSOR_UW]
+    return sum(known) / 1e6 if known and len(known) == len(limits) else None
 
 
 def _listeners(root: Path, unread: list[Unread]) -> tuple[Listener, ...] | None:

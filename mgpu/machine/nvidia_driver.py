@@ -38,7 +38,7 @@ def read_nvidia_driver(
         open_module=_open_module(root),
         cuda_version=_cuda_version(nvml),
         uvm_loaded=sysfs.is_there(root / "sys/module/nvidia_uvm") if modules else None,
-        uvm_on_disk=_module_on_disk(root, "nvidia-uvm") is not None if folder else None,
+        uvm_on_disk=_module_on_disk(root, "-uvm") is not None if folder else None,
         node_maker=_node_maker(root),
         uvm_device=sysfs.is_there(root / "dev/nvidia-uvm") if sysfs.is_there(root / "dev") else None,
         control_device=sysfs.is_there(root / "dev/nvidiactl") if sysfs.is_there(root / "dev") else None,
@@ -109,11 +109,16 @@ def _modules_folder(root: Path) -> Path:
     return root / "lib/modules" / (release if named else "unknown")
 
 
-def _module_on_disk(root: Path, name: str = "nvidia") -> Path | None:
-    """The file of a module for the running kernel, as depmod lists it."""
+# "nvidia"; Debian's own packages call it nvidia-current, nvidia-current-open or nvidia-tesla-535, and have modprobe load
+# that in its place. DKMS names its folders alike.
+_MODULE = r"nvidia(?:-current|-tesla)?(?:-\d{3})?(?:-open)?"
+
+
+def _module_on_disk(root: Path, part: str = "") -> Path | None:
+    """The file of the driver's module, or of a `part` of it ("-uvm"), for the running kernel, as depmod lists it."""
     folder = _modules_folder(root)
     modules = sysfs.read_text(folder / "modules.dep", 4 * 1024**2) or ""
-    listed = re.search(rf"^((?:\S*/)?{name}\.ko[^:\s/]*):", modules, re.M)
+    listed = re.search(rf"^((?:\S*/)?{_MODULE}{part}\.ko[^:\s/]*):", modules, re.M)
     if not listed or ".." in listed[1]:
         return None
     return folder / listed[1] if not listed[1].startswith("/") else root / listed[1].lstrip("/")
@@ -122,7 +127,8 @@ def _module_on_disk(root: Path, name: str = "nvidia") -> Path | None:
 def _on_disk_version(root: Path, module: Path | None) -> str | None:
     """From DKMS's record of what it installed for this kernel, else from an uncompressed module's own headers."""
     release = sysfs.read_text(root / "proc/sys/kernel/osrelease", 200) or ""
-    for link in sysfs.children(root / "var/lib/dkms/nvidia", rf"kernel-{re.escape(release)}-\w+"):
+    packages = sysfs.children(root / "var/lib/dkms", _MODULE)
+    for link in (link for each in packages for link in sysfs.children(each, rf"kernel-{re.escape(release)}-\w+")):
         try:
             version = link.readlink().parts[0]
         except (OSError, IndexError):

@@ -30,6 +30,7 @@ _HOST: dict[str, str | bytes] = {
     "sys/devices/system/node/node0/meminfo": "Node 0 MemTotal:       131072000 kB\n",
     **{f"sys/devices/system/cpu/cpu{number}/topology/core_id": f"{number % 16}\n" for number in range(32)},
     "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "performance\n",
+    "sys/class/powercap/intel-rapl:0/name": "package-0\n",
     "sys/class/powercap/intel-rapl:0/constraint_0_power_limit_uw": "162000000\n",
     "sys/devices/nvme/nvme0n1/queue/rotational": "0\n",
     "sys/devices/nvme/nvme0n1/nvme0n1p2/partition": "2\n",

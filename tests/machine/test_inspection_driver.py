@@ -20,6 +20,9 @@ CARDS = ("0000:01:00.0", "0000:02:00.0")
 SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 MODULES = f"lib/modules/{KERNEL}"
 
+DEBIANS = "updates/dkms/nvidia-current.ko.xz:\nupdates/dkms/nvidia-current-uvm.ko.xz:\n"
+DEBIANS_OPEN = "updates/dkms/nvidia-current-open.ko.xz:\nupdates/dkms/nvidia-current-open-modeset.ko.xz:\n"
+
 Files = dict[str, str | bytes]
 
 
@@ -93,10 +96,22 @@ def elf_module(version: str, licence: str = "Dual MIT/GPL") -> bytes:
         pytest.param({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n"}, "on_disk", True, id="a module on disk"),
         pytest.param({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n"}, "uvm_on_disk", False, id="and none for CUDA"),
         pytest.param({f"{MODULES}/modules.dep": "extra/nvidia-uvm.ko:\n"}, "on_disk", False, id="CUDA's alone"),
+        pytest.param({f"{MODULES}/modules.dep": DEBIANS}, "on_disk", True, id="Debian's module"),
+        pytest.param({f"{MODULES}/modules.dep": DEBIANS}, "uvm_on_disk", True, id="Debian's for CUDA"),
+        pytest.param({f"{MODULES}/modules.dep": DEBIANS_OPEN}, "on_disk", True, id="Debian's open module"),
+        pytest.param({f"{MODULES}/modules.dep": DEBIANS_OPEN}, "uvm_on_disk", False, id="which is not CUDA's"),
     ],
 )
 def test_a_file_changes_its_fact_of_the_driver(tree: SysfsTree, files: Files, field: str, value: object) -> None:
     assert getattr(read_nvidia_driver(tree.files(files).root)[0], field) == value
+
+
+@pytest.mark.parametrize("package", ["nvidia-current", "nvidia-current-open", "nvidia-tesla-535"])
+def test_debians_packages_of_dkms_tell_the_version_on_disk(tree: SysfsTree, package: str) -> None:
+    folder = tree.root / "var/lib/dkms"
+    (folder / "nvidia" / f"kernel-{KERNEL}-x86_64").unlink()
+    tree.link(f"var/lib/dkms/{package}/kernel-{KERNEL}-x86_64", f"var/lib/dkms/{package}/550.163.01/{KERNEL}/x86_64")
+    assert read_nvidia_driver(tree.root)[0].on_disk_version == "550.163.01"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,11 @@ def facts(root: Path) -> HostFacts:
     return read_host_facts(root, disk_status=lambda path: status(10 * GIB // 4096, 4 * GIB // 4096))[0]
 
 
+def zone(number: int, name: str, limit_uw: int) -> dict[str, str | bytes]:
+    folder = f"sys/class/powercap/intel-rapl:{number}"
+    return {f"{folder}/name": f"{name}\n", f"{folder}/constraint_0_power_limit_uw": f"{limit_uw}\n"}
+
+
 def test_a_healthy_desktop_is_read_whole(tmp_path: Path, home: str) -> None:
     SysfsTree(tmp_path).host()
     found, unread = read_host_facts(tmp_path, disk_status=lambda path: status(10, 4))
@@ -145,12 +150,10 @@ CASES = [
         ("performance", "powersave"),
         id="two governors",
     ),
-    pytest.param(
-        "cpu_power_w",
-        {"sys/class/powercap/intel-rapl:1/constraint_0_power_limit_uw": "100000000\n"},
-        262.0,
-        id="two processors",
-    ),
+    pytest.param("cpu_power_w", zone(1, "package-1", 100_000_000), 262.0, id="two processors"),
+    pytest.param("cpu_power_w", zone(1, "psys", 200_000_000), 162.0, id="the whole computer is no processor"),
+    pytest.param("cpu_power_w", zone(0, "package-0", 4_095_000_000), None, id="a board without a limit"),
+    pytest.param("cpu_power_w", zone(1, "package-1", 4_095_000_000), None, id="a limit for one of two processors"),
     pytest.param(
         "listeners",
         {
