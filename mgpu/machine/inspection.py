@@ -136,7 +136,8 @@ class PciDevice:
 
     `acs` is the ACS control word (0x04 request redirect, 0x08 completion redirect, 0x10 upstream forwarding), None
     where it has none or may not be read (`acs_known`). AER counters are totals since boot. `bar_bytes` is the size of
-    its largest memory region. `in_kfd` is whether AMD's compute driver, where it is loaded, lists the card.
+    its largest memory region. `in_kfd` is whether AMD's compute driver, where it is loaded, lists the card, and
+    `kfd_node` the number that it has there.
     """
 
     address: str
@@ -162,6 +163,7 @@ class PciDevice:
     bar_bytes: int | None = None
     atomics: bool | None = None
     in_kfd: bool | None = None
+    kfd_node: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

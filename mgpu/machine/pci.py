@@ -168,10 +168,11 @@ def _atomics(configuration: bytes) -> bool | None:
 
 
 def _with_kfd_atomics(devices: tuple[PciDevice, ...], root: Path) -> tuple[PciDevice, ...]:
-    """AMD's compute driver tells anyone which cards it lists, and whether atomics reach the processor from each: flags
-    4 and 8 of a link say no."""
+    """AMD's compute driver tells anyone which cards it lists, under which numbers, and whether atomics reach the
+    processor from each: flags 4 and 8 of a link say no."""
     nodes = sysfs.children(root / "sys/class/kfd/kfd/topology/nodes", r"\d{1,4}")
     told: dict[str, bool | None] = {}
+    places: dict[str, int] = {}
     for node in nodes:
         fields = sysfs.read_fields(node / "properties", None)
         numbers = [fields.get(key, "") for key in ("location_id", "domain", "gfx_target_version")]
@@ -180,13 +181,18 @@ def _with_kfd_atomics(devices: tuple[PciDevice, ...], root: Path) -> tuple[PciDe
         location, domain = int(numbers[0]), int(numbers[1])
         flags = sysfs.read_fields(node / "io_links/0/properties", None).get("flags", "")
         address = f"{domain:04x}:{location >> 8 & 255:02x}:{location >> 3 & 31:02x}.{location & 7}"
+        places[address] = int(node.name)
         told[address] = not int(flags) & 0b1100 if re.fullmatch(r"\d{1,10}", flags) else None
 
     def joined(device: PciDevice) -> PciDevice:
         if device.vendor != sysfs.AMD or (device.pci_class or 0) >> 8 == _BRIDGE_CLASS or not nodes:
             return device
         atomics = told.get(device.address)
-        listed = device.address in told
-        return dataclasses.replace(device, in_kfd=listed, atomics=device.atomics if atomics is None else atomics)
+        return dataclasses.replace(
+            device,
+            in_kfd=device.address in told,
+            kfd_node=places.get(device.address),
+            atomics=device.atomics if atomics is None else atomics,
+        )
 
     return tuple(map(joined, devices))

@@ -174,6 +174,7 @@ def test_amds_compute_driver_tells_which_cards_it_lists(tmp_path: Path) -> None:
         }
     )
     assert [each.in_kfd for each in read_pci(tmp_path)[0]] == [True, False, None]
+    assert [each.kfd_node for each in read_pci(tmp_path)[0]] == [1, None, None]
 
 
 @pytest.mark.parametrize(("flags", "atomics"), [("1", True), ("9", False), ("13", False), ("x", None)])
