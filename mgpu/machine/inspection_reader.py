@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from mgpu.machine.amd import read_amd
 from mgpu.machine.amd_facts import read_amd_facts
 from mgpu.machine.container import read_container
 from mgpu.machine.descent import is_mgpus
+from mgpu.machine.host import read_host
 from mgpu.machine.host_facts import read_host_facts
 from mgpu.machine.inspection import (
     AmdFacts,
@@ -33,11 +35,11 @@ from mgpu.machine.nvidia_health import INTERVAL_S, SAMPLES, NvidiaCards, may_pas
 from mgpu.machine.nvml import Nvml
 from mgpu.machine.patience import Question
 from mgpu.machine.pci import read_pci
-from mgpu.machine.probe import machine_around
+from mgpu.machine.probe import Nvidia, machine_of
 from mgpu.machine.redaction import redacted
 from mgpu.machine.render_nodes import render_nodes
-from mgpu.machine.snapshot import Driver, Machine
-from mgpu.machine.sysfs import INTEL
+from mgpu.machine.snapshot import Driver, Gpu, Host, Machine
+from mgpu.machine.sysfs import ASLEEP, INTEL, is_asleep, pci_device
 
 _Facts = TypeVar("_Facts")
 # What every other reader may take: some files of /proc and /sys are answered by the driver, and hang with it.
@@ -49,7 +51,7 @@ _NO_ANSWER = -1
 class _Nvidia:
     """What is read while NVML is held."""
 
-    machine: Machine
+    found: Nvidia
     driver: NvidiaDriver
     cards: tuple[CardHealth, ...] = ()
     peers: tuple[PeerAccess, ...] = ()
@@ -70,6 +72,9 @@ def inspect_machine(
     root = root or Path(os.environ.get("MGPU_ROOT") or "/")
     unread: list[Unread] = []
     asked = Question(lambda: _read_nvidia(root))
+    computer = _Asked("the computer", lambda: (read_host(root), ()), Host())
+    no_cards: tuple[Gpu, ...] = ()
+    radeons = _Asked("AMD's cards", lambda: _read_amd(root), no_cards)
     host = _Asked("the host", lambda: read_host_facts(root), HostFacts())
     no_bus: tuple[tuple[PciDevice, ...], bool] = ((), False)
     bus = _Asked("the PCI bus", lambda: _read_bus(root), no_bus)
@@ -84,11 +89,14 @@ def inspect_machine(
         nvidia = _without_nvml(root, str(error))
     unread += nvidia.unread
     pci, pci_known = bus.facts(unread)
+    machine = machine_of(computer.facts(unread), nvidia.found, radeons.facts(unread))
+    nobody: tuple[int, ...] = ()
+    ours = _Asked("mgpu's own processes", lambda: (_mgpu_processes(root, machine), ()), nobody)
     return redacted(
         Inspection(
-            machine=nvidia.machine,
+            machine=machine,
             driver=nvidia.driver,
-            cards=_with_addresses(nvidia.cards, nvidia.machine),
+            cards=_with_addresses(nvidia.cards, machine),
             peers=nvidia.peers,
             pci=pci,
             pci_known=pci_known,
@@ -97,7 +105,7 @@ def inspect_machine(
             amd=amd.facts(unread),
             intel=intel.facts(unread),
             engines=installed.facts(unread),
-            mgpu_processes=_mgpu_processes(root, nvidia.machine),
+            mgpu_processes=ours.facts(unread),
             root=os.geteuid() == 0,
             unread=tuple(unread),
         )
@@ -130,6 +138,13 @@ def _read_bus(root: Path) -> tuple[tuple[tuple[PciDevice, ...], bool], tuple[Unr
     return (devices, known), unread
 
 
+def _read_amd(root: Path) -> tuple[tuple[Gpu, ...], tuple[Unread, ...]]:
+    gpus = read_amd(root)
+    devices = [device for gpu in gpus if gpu.bus_id and (device := pci_device(root, gpu.bus_id))]
+    asleep = [device.name for device in devices if is_asleep(device)]
+    return gpus, tuple(Unread(what=f"/sys/bus/pci/devices/{name}/hwmon", why=ASLEEP) for name in asleep)
+
+
 def _read_intel_facts(root: Path) -> IntelFacts:
     nodes, accessible = render_nodes(root, INTEL)
     return IntelFacts(render_nodes=nodes, render_accessible=accessible)
@@ -143,7 +158,7 @@ def _read_nvidia(root: Path) -> _Nvidia:
             unread.append(Unread(what="NVML", why=reason))
         cards = _safely("the NVIDIA cards", lambda: NvidiaCards(nvml), None, unread) if nvml else None
         samples = [cards.sample()] if cards else []
-        machine = _safely("the machine", lambda: machine_around(read_nvidia(root), root), _NO_MACHINE, unread)
+        found = _safely("NVIDIA's cards", lambda: read_nvidia(root), _NO_NVIDIA, unread)
         driver = _joined(
             "the NVIDIA driver", lambda: read_nvidia_driver(root, nvml=nvml, nvml_error=error), NvidiaDriver(), unread
         )
@@ -154,20 +169,19 @@ def _read_nvidia(root: Path) -> _Nvidia:
         health = cards.health(tuple(samples)) if cards else ()
         peers = cards.peers() if cards else ()
         unread += cards.refused() if cards else ()
-    return _Nvidia(machine=machine, driver=driver, cards=health, peers=peers, unread=tuple(unread))
+    return _Nvidia(found=found, driver=driver, cards=health, peers=peers, unread=tuple(unread))
 
 
 def _without_nvml(root: Path, why: str) -> _Nvidia:
     unread = [Unread(what="NVML", why=why)]
     silent = NvidiaDriver(nvml_error=_NO_ANSWER)
     files = _Asked("the NVIDIA driver", lambda: read_nvidia_driver(root, nvml_error=_NO_ANSWER), silent)
-    machine = _safely("the machine", lambda: machine_around((None, (), ()), root), _NO_MACHINE, unread)
     driver = files.facts(unread)
     hangs = Driver(version=driver.loaded_version, problem="the NVIDIA driver does not answer: reboot")
-    return _Nvidia(machine=dataclasses.replace(machine, driver=hangs), driver=driver, unread=tuple(unread))
+    return _Nvidia(found=(hangs, (), ()), driver=driver, unread=tuple(unread))
 
 
-_NO_MACHINE = Machine(captured_at="", source="probed")
+_NO_NVIDIA: Nvidia = (None, (), ())
 
 
 @contextlib.contextmanager

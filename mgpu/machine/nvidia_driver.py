@@ -109,8 +109,8 @@ def _modules_folder(root: Path) -> Path:
     return root / "lib/modules" / (release if named else "unknown")
 
 
-# "nvidia"; Debian's own packages call it nvidia-current, nvidia-current-open or nvidia-tesla-535, and have modprobe load
-# that in its place. DKMS names its folders alike.
+# "nvidia"; Debian's own packages name it nvidia-current, nvidia-current-open or nvidia-tesla-535, which modprobe then
+# loads in its place. DKMS names its folders alike.
 _MODULE = r"nvidia(?:-current|-tesla)?(?:-\d{3})?(?:-open)?"
 
 

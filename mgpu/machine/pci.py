@@ -23,7 +23,8 @@ def read_pci(root: Path = Path("/")) -> tuple[tuple[PciDevice, ...], bool, tuple
     bus could be listed at all; and what could not be read.
 
     `gen_max` and `width_max` are the device's own (a bridge's are the slot's). Without root the kernel shows 64 bytes
-    of the configuration space, so ACS and atomics stay unknown, and one `Unread` says so for all. Never raises.
+    of the configuration space, so ACS and atomics stay unknown, and one `Unread` says so for all; so they do of devices
+    that are asleep, which are not woken. Never raises.
     """
     try:
         with os.scandir(root / "sys/bus/pci/devices") as entries:
@@ -40,13 +41,15 @@ def read_pci(root: Path = Path("/")) -> tuple[tuple[PciDevice, ...], bool, tuple
                 folder = folder.parent
     devices = tuple(_read_device(folders[name]) for name in sorted(folders))
     devices = _with_kfd_atomics(devices, root)
-    hidden = [device.address for device in devices if not device.acs_known]
-    if not hidden:
-        return devices, True, ()
-    ordinary = os.geteuid() != 0
-    why = f"more than the first 64 bytes may not be read ({len(hidden)} of {len(devices)} devices)"
-    what = f"/sys/bus/pci/devices/{hidden[0]}/config"
-    return devices, True, (Unread(what=what, why=why, needs_root=ordinary),)
+    unknown = [device.address for device in devices if not device.acs_known]
+    asleep = [address for address in unknown if sysfs.is_asleep(folders[address])]
+    hidden = [address for address in unknown if address not in asleep]
+    unread = [Unread(what=f"/sys/bus/pci/devices/{address}/config", why=sysfs.ASLEEP) for address in asleep]
+    if hidden:
+        why = f"more than the first 64 bytes may not be read ({len(hidden)} of {len(devices)} devices)"
+        what = f"/sys/bus/pci/devices/{hidden[0]}/config"
+        unread.insert(0, Unread(what=what, why=why, needs_root=os.geteuid() != 0))
+    return devices, True, tuple(unread)
 
 
 def _is_graphics(folder: Path) -> bool:
@@ -59,7 +62,7 @@ def _is_graphics(folder: Path) -> bool:
 
 
 def _read_device(folder: Path) -> PciDevice:
-    configuration = sysfs.read_bytes(folder / "config", 4096) or b""
+    configuration = b"" if sysfs.is_asleep(folder) else sysfs.read_bytes(folder / "config", 4096) or b""
     capabilities = dict(_extended_capabilities(configuration))
     acs_at = capabilities.get(_ACS_CAPABILITY)
     group = _word(sysfs.link_name(folder / "iommu_group"))

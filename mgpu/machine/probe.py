@@ -16,9 +16,9 @@ from mgpu.machine.integrated import is_integrated
 from mgpu.machine.nvidia import patience_s, read_nvidia, silent_nvidia
 from mgpu.machine.patience import Question
 from mgpu.machine.selection import select_gpus
-from mgpu.machine.snapshot import Driver, EngineDevice, Gpu, Link, Machine
+from mgpu.machine.snapshot import Driver, EngineDevice, Gpu, Host, Link, Machine
 
-__all__ = ["machine_around", "probe", "select_gpus", "with_engine_devices"]
+__all__ = ["machine_of", "probe", "select_gpus", "with_engine_devices"]
 
 
 Nvidia = tuple[Driver | None, tuple[Gpu, ...], tuple[Link, ...]]
@@ -33,32 +33,29 @@ def probe(root: Path | None = None) -> Machine:
     """
     root = root or Path(os.environ.get("MGPU_ROOT") or "/")
     asked = Question(lambda: read_nvidia(root))
-    machine = machine_around((None, (), ()), root)
+    host, amd = read_host(root), read_amd(root)
     try:
         nvidia = asked.answer(patience_s(root))
     except TimeoutError:
         nvidia = silent_nvidia(root)
-    return _with_nvidia(machine, nvidia)
+    return machine_of(host, nvidia, amd)
 
 
-def machine_around(nvidia: Nvidia, root: Path) -> Machine:
-    """Return the machine under `root` that has these NVIDIA cards (as `read_nvidia` returns them). Never raises."""
-    machine = Machine(
-        captured_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        source="probed",
-        host=read_host(root),
-        gpus=tuple(read_amd(root)),
-    )
-    return _with_nvidia(machine, nvidia)
-
-
-def _with_nvidia(machine: Machine, nvidia: Nvidia) -> Machine:
+def machine_of(host: Host, nvidia: Nvidia, amd: tuple[Gpu, ...]) -> Machine:
+    """Return the machine of what `read_host`, `read_nvidia` and `read_amd` returned just now, all cards numbered."""
     driver, cards, links = nvidia
     gpus = (
         dataclasses.replace(gpu, index=index, integrated=is_integrated(gpu.name, gfx=gpu.gfx))
-        for index, gpu in enumerate((*cards, *machine.gpus))
+        for index, gpu in enumerate((*cards, *amd))
     )
-    return dataclasses.replace(machine, driver=driver, gpus=tuple(gpus), links=links)
+    return Machine(
+        captured_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        source="probed",
+        host=host,
+        driver=driver,
+        gpus=tuple(gpus),
+        links=links,
+    )
 
 
 def with_engine_devices(machine: Machine, devices: Sequence[EngineDevice], *, backend: str) -> Machine:

@@ -11,6 +11,7 @@ from mgpu.machine.snapshot import PcieLink
 
 # Makers of cards, as the file `vendor` of a PCI device has them.
 NVIDIA, AMD, INTEL = 0x10DE, 0x1002, 0x8086
+ASLEEP = "it is asleep, and reading would wake it"
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
 # Transfer rates as sysfs writes them ("16.0 GT/s PCIe"), to the PCIe generation.
@@ -126,6 +127,12 @@ def real_directory(path: Path) -> Path | None:
         return path.resolve(strict=True)
     except (OSError, RuntimeError):  # Python 3.11 and 3.12 raise RuntimeError for a loop of links
         return None
+
+
+def is_asleep(device: Path) -> bool:
+    """Return whether a PCI device is suspended to save power: the kernel wakes it for whoever reads its configuration
+    space, as does its driver for its sensors."""
+    return read_text(device / "power/runtime_status", 32) == "suspended"
 
 
 def pcie_link(device: Path) -> PcieLink:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mgpu.machine import inspection_reader
 from mgpu.machine.inspection import Inspection, InstalledEngine, inspection_from_json
 from mgpu.machine.inspection_reader import inspect_machine
-from mgpu.machine.snapshot import to_json
+from mgpu.machine.snapshot import Gpu, GpuProcess, to_json
 from tests.fakes.sysfs_tree import SysfsTree, tree_of_rig
 from tests.machine.conftest import REPOSITORY
 from tests.ordinary_user import as_ordinary_user
@@ -147,6 +147,8 @@ def test_an_ordinary_user_is_told_what_root_could_read() -> None:
 @pytest.mark.parametrize(
     ("reader", "what"),
     [
+        pytest.param("read_host", "the computer", id="the computer"),
+        pytest.param("read_amd", "AMD's cards", id="AMD's cards, whose files ask their driver"),
         pytest.param("read_host_facts", "the host", id="the host"),
         pytest.param("read_pci", "the PCI bus", id="the bus, whose files wake a card"),
         pytest.param("read_container", "the container", id="the container, with the driver's folder"),
@@ -174,6 +176,32 @@ def test_a_reader_that_hangs_costs_its_own_facts(
     assert time.monotonic() - started < 15
     assert [each.why for each in found.unread if each.what == what] == ["no answer in 1.5 s"]
     assert (found.pci_known, found.host.boot_age_s is not None) == (reader != "read_pci", reader != "read_host_facts")
+    assert (found.machine.host.kernel is not None) == (reader != "read_host")
+    assert found.driver.nvml_error != -1
+    assert "does not answer" not in str(found.machine.driver)
+
+
+def test_a_process_whose_command_line_hangs_costs_no_answer(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+
+    def hung(*_: object) -> bool:
+        answer.wait(60)
+        return True
+
+    used_by = (GpuProcess(pid=42, name="python3"),)
+    monkeypatch.setattr(inspection_reader, "_PATIENCE_S", 1.5)
+    monkeypatch.setattr(inspection_reader, "is_mgpus", hung)
+    monkeypatch.setattr(
+        inspection_reader, "read_amd", lambda _: (Gpu(index=0, vendor="amd", name="x", used_by=used_by),)
+    )
+    started = time.monotonic()
+    try:
+        found = inspect_machine(template)
+    finally:
+        answer.set()
+    assert time.monotonic() - started < 15
+    assert (found.mgpu_processes, found.machine.gpus[0].used_by) == ((), used_by)
+    assert "mgpu's own processes" in {each.what for each in found.unread}
 
 
 def test_a_driver_whose_files_hang_with_nvml_is_known_to_be_silent(

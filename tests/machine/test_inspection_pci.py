@@ -107,6 +107,17 @@ def test_acs_is_read_as_far_as_the_kernel_shows_it(
     assert [each.what for each in unread] == ([] if known else [f"/sys/bus/pci/devices/{PORT}/config"])
 
 
+def test_a_card_that_is_asleep_is_not_woken(bus: SysfsTree) -> None:
+    awake = card(bus)
+    bus.files({f"sys/devices/pci0000:00/{PORT}/{CARD}/power/runtime_status": "suspended\n"})
+    (_, asleep), _, unread = read_pci(bus.root)
+    assert asleep == dataclasses.replace(awake, acs_known=False, acs=None, atomics=None)
+    assert [(each.what, each.needs_root) for each in unread] == [(f"/sys/bus/pci/devices/{CARD}/config", False)]
+    assert "asleep" in unread[0].why
+    bus.files({f"sys/devices/pci0000:00/{PORT}/{CARD}/power/runtime_status": "active\n"})
+    assert read_pci(bus.root)[0][1] == awake
+
+
 def test_only_an_ordinary_user_is_told_to_be_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SysfsTree(tmp_path).device(CARD, pci_class=0x030000, configuration=64)
     for user, needs_root in ((0, False), (1000, True)):
