@@ -14,6 +14,8 @@ _LONGEST_TEXT = 4096  # PyTorch's libraries name a dozen folders
 _LOAD, _DYNAMIC, _LOADER = 1, 2, 3
 _NEEDED, _STRING_TABLE, _RPATH, _RUNPATH = 1, 5, 15, 29
 _FATBIN = 0xBA55ED50
+_BUNDLE = b"__CLANG_OFFLOAD_BUNDLE__"
+_LONGEST_BUNDLE_HEADER = 16 * 1024
 _PTX, _MACHINE_CODE = 1, 2
 # Of a library that holds thousands, each built for the same cards; a read of each would take seconds from a slow disk.
 _MOST_FATBINS = 32
@@ -52,10 +54,11 @@ def needs_of(path: Path) -> Needs:
 
 
 def architectures_of(path: Path) -> tuple[str, ...] | None:
-    """Return the cards that the CUDA code in an ELF file was compiled for ("sm_86"; "compute_86" is PTX, for all later
-    ones, too); none where it holds no such code, None where its sections are not listed. Reads headers only.
+    """Return the cards that the code in an ELF file was compiled for: CUDA's ("sm_86"; "compute_86" is PTX, for all
+    later ones, too) and HIP's ("gfx1100"); none where it holds no such code, None where its sections are not listed.
+    Reads headers only; of HIP's bundles, one for each source file, the first.
 
-    Source: the header of a "fat binary" (CUDA's fatbinary_section.h names its magic number), whose entries begin with
+    Sources: the documentation of clang-offload-bundler; the header of a "fat binary" (CUDA's fatbinary_section.h names its magic number), whose entries begin with
     kind, length of the header, length of the code and, at byte 28, the architecture; checked against builds of NCCL
     and llama.cpp. Raises as `needs_of` does.
     """
@@ -63,11 +66,12 @@ def architectures_of(path: Path) -> tuple[str, ...] | None:
         sections = elf.sections()
         if not sections:
             return None
-        if ".nv_fatbin" not in sections:
-            return ()
-        found = {each for entries in elf.fatbins(*sections[".nv_fatbin"]) for each in entries}
+        cuda, hip = (sections.get(name) for name in (".nv_fatbin", ".hip_fatbin"))
+        found = {each for entries in elf.fatbins(*cuda) for each in entries} if cuda else set()
+        bundled = elf.bundled(*hip) if hip else set()
     kinds = {_PTX: "compute", _MACHINE_CODE: "sm"}
-    return tuple(f"{kinds[kind]}_{number}" for number, kind in sorted((n, k) for k, n in found if k in kinds))
+    numbered = sorted((number, kind) for kind, number in found if kind in kinds)
+    return (*(f"{kinds[kind]}_{number}" for number, kind in numbered), *sorted(bundled))
 
 
 def text_in(path: Path, pattern: bytes) -> re.Match[bytes] | None:
@@ -208,6 +212,20 @@ class _Elf:
                 raise ValueError(f"{self._path} holds code for cards in a form that is unknown here")
             yield set(self._entries(place + header_bytes, place + header_bytes + content_bytes))
             place += -(-(header_bytes + content_bytes) // 8) * 8
+
+    def bundled(self, start: int, size: int) -> set[str]:
+        """The cards of the first of HIP's bundles. Raises ValueError for one that is compressed, names and all."""
+        header = self.part(start, min(size, _LONGEST_BUNDLE_HEADER))
+        if not header.startswith(_BUNDLE):
+            raise ValueError(f"{self._path} holds code for cards in a form that is unknown here")
+        (count,), place, found = struct.unpack_from("<Q", header, 24), 32, set[str]()
+        for _ in range(min(count, _MOST_ENTRIES)):
+            _, _, length = struct.unpack_from("<QQQ", header, place)
+            (name,) = struct.unpack_from(f"{min(length, len(header))}s", header, place + 24)
+            if card := re.fullmatch(rb"hip(?:v4)?-amdgcn-amd-amdhsa-[^-]*-(gfx[\w:+-]{1,60})", name):
+                found.add(card[1].decode())
+            place += 24 + length
+        return found
 
     def _entries(self, place: int, end: int) -> Iterator[tuple[int, int]]:
         for _ in range(64):

@@ -117,15 +117,15 @@ def _cuda_of_names(paths: Iterable[Path]) -> int | None:
 
 
 def _llama_cpp(program: Path) -> dict[str, object]:
-    """What its CUDA backend says, a library beside the program or a part of it. Of a build without one it is known that
-    there is no code for certain cards in it, and no NCCL."""
+    """What its CUDA or HIP backend says, a library beside the program or a part of it. Of a build without one it is
+    known that there is no code for certain cards in it, and no NCCL."""
     folder = program.resolve().parent
     for place in (folder, folder.parent / "lib"):
         if any(place.glob("libggml-base.so*")):
-            backend = next(iter(sorted(place.glob("libggml-cuda.so*"))), None)
-            if backend is None:
-                return {"architectures_known": True, "nccl": False}
-            return {"nccl": False, **_cuda_backend(backend)}
+            cuda, hip = (next(iter(sorted(place.glob(f"libggml-{name}.so*"))), None) for name in ("cuda", "hip"))
+            if cuda is not None:
+                return {"nccl": False, **_cuda_backend(cuda)}
+            return {"nccl": False, **(_architectures(hip) if hip is not None else {"architectures_known": True})}
     return _cuda_backend(program.resolve())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mgpu.backends.elf import architectures_of, find_library, missing_library, needs_of, text_in
-from tests.fakes.elf import built, fatbin
+from tests.fakes.elf import built, bundle, fatbin
 
 
 def test_the_libraries_of_a_program_are_read() -> None:
@@ -38,11 +38,28 @@ def test_folders_are_named_from_where_the_file_is(tmp_path: Path) -> None:
             fatbin(("sm", 90), ("sm", 50)) + fatbin(("sm", 100)), ("sm_50", "sm_90", "sm_100"), id="in several parts"
         ),
         pytest.param(None, (), id="no code for cards"),
+        pytest.param(bundle("gfx1100", "gfx90a:xnack-"), ("gfx1100", "gfx90a:xnack-"), id="AMD's cards"),
+        pytest.param(bundle(), (), id="a bundle for the processor alone"),
     ],
 )
 def test_code_for_cards_tells_which(tmp_path: Path, content: bytes | None, expected: tuple[str, ...]) -> None:
-    path = built(tmp_path / "lib.so", sections={".nv_fatbin": content} if content else None)
+    section = ".hip_fatbin" if content and content.startswith(b"__CLANG") else ".nv_fatbin"
+    path = built(tmp_path / "lib.so", sections={section: content} if content else None)
     assert architectures_of(path) == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"CCOB\x02\0\x01\0" + bytes(90), id="compressed"),
+        pytest.param(bundle("gfx1100")[:60], id="cut off"),
+        pytest.param(bundle("gfx1100")[:24] + b"\xff" * 80, id="a name without end"),
+    ],
+)
+def test_a_bundle_of_hip_in_an_unknown_form_is_unknown(tmp_path: Path, content: bytes) -> None:
+    path = built(tmp_path / "lib.so", sections={".hip_fatbin": content})
+    with pytest.raises((ValueError, struct.error)):
+        architectures_of(path)
 
 
 @pytest.mark.parametrize(

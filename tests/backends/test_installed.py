@@ -8,7 +8,7 @@ import pytest
 
 from mgpu.backends.installed import installed_engines
 from mgpu.machine.inspection import InstalledEngine
-from tests.fakes.elf import built, fatbin
+from tests.fakes.elf import built, bundle, fatbin
 
 
 @pytest.fixture
@@ -116,6 +116,23 @@ def test_a_llama_cpp_without_cuda_is_for_no_certain_cards(nothing: Path) -> None
     (nothing / "bin" / "libggml-vulkan.so").touch()
     found = engine("llama.cpp")
     assert (found.architectures, found.architectures_known, found.cuda_runtime) == ((), True, None)
+
+
+@pytest.mark.parametrize(
+    ("code", "architectures", "known"),
+    [
+        pytest.param(bundle("gfx1030", "gfx1100"), ("gfx1030", "gfx1100"), True, id="cards by name"),
+        pytest.param(b"CCOB\x02\0\x01\0" + bytes(90), (), False, id="compressed, which hides them"),
+    ],
+)
+def test_a_llama_cpp_with_hip_tells_its_cards(
+    nothing: Path, code: bytes, architectures: tuple[str, ...], known: bool
+) -> None:
+    install(nothing, "llama-server")
+    (nothing / "bin" / "libggml-base.so").touch()
+    built(nothing / "bin" / "libggml-hip.so", sections={".hip_fatbin": code})
+    found = engine("llama.cpp")
+    assert (found.architectures, found.architectures_known, found.nccl) == (architectures, known, False)
 
 
 def test_a_cuda_backend_that_is_garbage_leaves_all_unknown(nothing: Path) -> None:

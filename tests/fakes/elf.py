@@ -23,6 +23,13 @@ def fatbin(*architectures: tuple[str, int], magic: int = 0xBA55ED50) -> bytes:
     return struct.pack("<IHHQ", magic, 1, 16, len(entries)) + entries
 
 
+def bundle(*cards: str) -> bytes:
+    """Return the header of a bundle as clang writes it for HIP: for the processor, and for each of the cards."""
+    names = ["host-x86_64-unknown-linux-gnu-", *(f"hipv4-amdgcn-amd-amdhsa--{card}" for card in cards)]
+    entries = b"".join(struct.pack("<QQQ", 4096, 24, len(name)) + name.encode() for name in names)
+    return b"__CLANG_OFFLOAD_BUNDLE__" + struct.pack("<Q", len(names)) + entries
+
+
 def built(
     path: Path,
     *,
