@@ -58,9 +58,9 @@ def architectures_of(path: Path) -> tuple[str, ...] | None:
     later ones, too) and HIP's ("gfx1100"); none where it holds no such code, None where its sections are not listed.
     Reads headers only; of HIP's bundles, one for each source file, the first.
 
-    Sources: the documentation of clang-offload-bundler; the header of a "fat binary" (CUDA's fatbinary_section.h names its magic number), whose entries begin with
-    kind, length of the header, length of the code and, at byte 28, the architecture; checked against builds of NCCL
-    and llama.cpp. Raises as `needs_of` does.
+    Sources: the documentation of clang-offload-bundler; the header of a "fat binary" (CUDA's fatbinary_section.h names
+    its magic number), whose entries begin with kind, length of the header, length of the code and, at byte 28, the
+    architecture; checked against builds of NCCL and llama.cpp. Raises as `needs_of` does.
     """
     with _Elf(path) as elf:
         sections = elf.sections()

@@ -18,12 +18,10 @@ def read_amd_facts(root: Path = Path("/")) -> AmdFacts:
     """Return what /dev, /sys and /etc under `root` say of AMD's driver and of this user's rights. Never raises.
 
     `render_nodes` are those of AMD cards; `user_groups` only those of "render" and "video" that this process is in.
-    The module's version is known for AMD's own package, not for the one that comes with the kernel.
     """
     known = sysfs.is_there(root / "dev")
     kfd = root / "dev/kfd"
     nodes, accessible = render_nodes(root, sysfs.AMD)
-    version = sysfs.read_text(root / "sys/module/amdgpu/version", 64)
     override = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
     return AmdFacts(
         kfd_device=sysfs.is_there(kfd) if known else None,
@@ -31,7 +29,6 @@ def read_amd_facts(root: Path = Path("/")) -> AmdFacts:
         render_nodes=nodes,
         render_accessible=accessible,
         user_groups=_groups(root),
-        module_version=version if version and re.fullmatch(r"[\w.+-]{1,40}", version) else None,
         gfx_override=override[:40] if override else None,
     )
 

@@ -98,12 +98,10 @@ class CardHealth:
     temperature_margin_c: int | None = None
     sm_clock_max_mhz: int | None = None
     reserved_bytes: int | None = None
-    used_bytes: int | None = None
     used_by_known: bool = False
     ecc_enabled: bool | None = None
     ecc_uncorrected_volatile: int | None = None
     ecc_uncorrected_aggregate: int | None = None
-    rows_remapped: int | None = None
     remap_pending: bool | None = None
     remap_failed: bool | None = None
     retired_pages_pending: bool | None = None
@@ -113,7 +111,6 @@ class CardHealth:
     fabric_state: int | None = None
     fabric_status: int | None = None
     virtualisation_mode: int | None = None
-    nvlink_speed_mb_s: int | None = None
     readings: tuple[Readings, ...] = ()
 
 
@@ -159,7 +156,6 @@ class PciDevice:
     aer_fatal: int | None = None
     numa_node: int | None = None
     local_cpus: str | None = None
-    bar_sizes: int | None = None
     bar_bytes: int | None = None
     atomics: bool | None = None
     in_kfd: bool | None = None
@@ -215,7 +211,8 @@ class UnitVariable:
 class HostFacts:
     """The computer around the cards, as far as it breaks or slows them.
 
-    `kernel_command_line` holds only the options that matter to cards. `memory_pressure_percent` is the share of the
+    `kernel_command_line` holds only the options that matter to cards; it is for who reads a saved inspection, and no
+    check judges it. `memory_pressure_percent` is the share of the
     last minute in which something waited for memory. `allowed_cpus` counts the processors that this process may use, by
     affinity and quota; `allowed_cpu_list` names those of its affinity ("0-7,16"). `governors` are those in use, each
     once. `environment`, `nccl_configuration` and `unit_variables` hold only the variables that change what engines do
@@ -281,7 +278,6 @@ class AmdFacts:
     render_nodes: tuple[str, ...] = ()
     render_accessible: bool | None = None
     user_groups: tuple[str, ...] = ()
-    module_version: str | None = None
     gfx_override: str | None = None
 
 

@@ -105,7 +105,6 @@ def _health(card: NvmlCard, index: int) -> CardHealth:
     remapped = card.ask("nvmlDeviceGetRemappedRows")  # (corrected, uncorrected, pending, failure)
     memory = card.ask("nvmlDeviceGetMemoryInfo", getattr(card.nvml.pynvml, "nvmlMemory_v2", None))
     fabric = _fabric(card)
-    rows = [_pair(remapped, place) for place in range(2)]
     return CardHealth(
         gpu=index,
         bus_id=pci_address(card.ask("nvmlDeviceGetPciInfo")),
@@ -121,14 +120,12 @@ def _health(card: NvmlCard, index: int) -> CardHealth:
         temperature_margin_c=card.integer("nvmlDeviceGetMarginTemperature"),
         sm_clock_max_mhz=card.integer("nvmlDeviceGetMaxClockInfo", 1),
         reserved_bytes=_integer(getattr(memory, "reserved", None)),
-        used_bytes=_integer(getattr(memory, "used", None)) if hasattr(memory, "reserved") else None,
         used_by_known=any(
             card.ask(f"nvmlDeviceGetComputeRunningProcesses{version}") is not None for version in ("_v3", "_v2")
         ),
         ecc_enabled=_flag(_pair(card.ask("nvmlDeviceGetEccMode"), 0)),
         ecc_uncorrected_volatile=card.integer("nvmlDeviceGetTotalEccErrors", 1, 0),
         ecc_uncorrected_aggregate=card.integer("nvmlDeviceGetTotalEccErrors", 1, 1),
-        rows_remapped=sum(row for row in rows if row is not None) if None not in rows else None,
         remap_pending=_flag(_pair(remapped, 2)),
         remap_failed=_flag(_pair(remapped, 3)),
         retired_pages_pending=_flag(card.integer("nvmlDeviceGetRetiredPagesPendingStatus")),
@@ -138,7 +135,6 @@ def _health(card: NvmlCard, index: int) -> CardHealth:
         fabric_state=fabric[0],
         fabric_status=fabric[1],
         virtualisation_mode=card.integer("nvmlDeviceGetVirtualizationMode"),
-        nvlink_speed_mb_s=_nvlink_speed_mb_s(card),
     )
 
 
@@ -159,11 +155,6 @@ def _fabric(card: NvmlCard) -> tuple[int | None, int | None]:
     if card.ask("nvmlDeviceGetGpuFabricInfoV", ctypes.byref(information)) is None:
         return None, None
     return int(information.state), int(information.status)
-
-
-def _nvlink_speed_mb_s(card: NvmlCard) -> int | None:
-    """One link's: NVML_FI_DEV_NVLINK_GET_SPEED of the first, or what older drivers say of all alike (field 90)."""
-    return card.field(164, 0) or card.field(90) or None
 
 
 def _active_ports(card: NvmlCard) -> tuple[int, ...]:

@@ -66,9 +66,9 @@ class NvmlCard:
         answer = answer.decode("utf-8", "replace") if isinstance(answer, bytes) else answer
         return "".join(filter(str.isprintable, answer)).strip() or None if isinstance(answer, str) else None
 
-    def field(self, field: int, port: int | None = None) -> int | None:
-        """Return one of NVML's numbered fields, of one of the card's NVLink ports where that is given."""
-        return self.fields((field, port))[0]
+    def field(self, field: int) -> int | None:
+        """Return one of NVML's numbered fields of the card."""
+        return self.fields((field, None))[0]
 
     def fields(self, *wanted: tuple[int, int | None]) -> tuple[int | None, ...]:
         """Return several fields, each of the card or of one of its NVLink ports, in one call."""

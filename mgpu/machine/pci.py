@@ -88,7 +88,6 @@ def _read_device(folder: Path) -> PciDevice:
         aer_fatal=_aer_total(folder / "aer_dev_fatal"),
         numa_node=sysfs.read_int(folder / "numa_node"),
         local_cpus=None if is_bridge else _word(sysfs.read_text(folder / "local_cpulist", 4096)),
-        bar_sizes=None if is_bridge else _resizable_sizes(folder),
         bar_bytes=None if is_bridge else _largest_bar_bytes(folder),
         atomics=_atomics(configuration),
     )
@@ -101,14 +100,6 @@ def _word(text: str | None) -> str | None:
 def _aer_total(path: Path) -> int | None:
     total = re.search(r"^TOTAL_ERR_\w+ (\d{1,18})$", sysfs.read_text(path, 4096) or "", re.M)
     return int(total[1]) if total else None
-
-
-def _resizable_sizes(folder: Path) -> int | None:
-    """The sizes that the memory's window may take, as bits (bit 0 is 1 MiB): NVIDIA's is BAR 1, Intel's 2, AMD's 0."""
-    for bar in (1, 2, 0):
-        if sizes := sysfs.read_int(folder / f"resource{bar}_resize", 16):
-            return sizes
-    return None
 
 
 def _largest_bar_bytes(folder: Path) -> int | None:

@@ -53,7 +53,6 @@ def test_a_card_and_the_bridge_above_it_are_read_whole(bus: SysfsTree) -> None:
         aer_fatal=1,
         numa_node=0,
         local_cpus="0-31",
-        bar_sizes=None,
         bar_bytes=32 * 1024**3,
         atomics=True,
     )
@@ -220,13 +219,6 @@ def test_a_file_that_holds_nonsense_costs_its_own_fact(bus: SysfsTree, field: st
     name, content = UNKNOWN[field]
     bus.files({f"sys/devices/pci0000:00/{PORT}/{CARD}/{name}": content})
     assert read_pci(bus.root)[0][-1] == dataclasses.replace(whole, **{field: None})  # type: ignore[arg-type]
-
-
-def test_the_sizes_of_a_resizable_window_are_read_for_every_maker(bus: SysfsTree) -> None:
-    assert card(bus).bar_sizes is None
-    for bar in (0, 2, 1):
-        bus.files({f"sys/devices/pci0000:00/{PORT}/{CARD}/resource{bar}_resize": f"{1 << (8 + bar):016x}\n"})
-        assert read_pci(bus.root)[0][-1].bar_sizes == 1 << (8 + bar)
 
 
 @pytest.mark.parametrize(
