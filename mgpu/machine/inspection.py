@@ -132,9 +132,10 @@ class PciDevice:
     """A graphics card, or a bridge above one. `parent` is the address of the bridge above, None at the root.
 
     `acs` is the ACS control word (0x04 request redirect, 0x08 completion redirect, 0x10 upstream forwarding), None
-    where it has none or may not be read (`acs_known`). AER counters are totals since boot. `bar_bytes` is the size of
-    its largest memory region. `in_kfd` is whether AMD's compute driver, where it is loaded, lists the card, and
-    `kfd_node` the number that it has there.
+    where it has none or may not be read (`acs_known`). AER counters are totals since boot, and `aer_fresh` is how many
+    of the corrected errors came within half a second of now. `bar_bytes` is the size of its largest memory region.
+    `in_kfd` is whether AMD's compute driver, where it is loaded, lists the card, and `kfd_node` the number that it has
+    there.
     """
 
     address: str
@@ -154,6 +155,7 @@ class PciDevice:
     aer_correctable: int | None = None
     aer_nonfatal: int | None = None
     aer_fatal: int | None = None
+    aer_fresh: int | None = None
     numa_node: int | None = None
     local_cpus: str | None = None
     bar_bytes: int | None = None
@@ -271,14 +273,14 @@ class ContainerFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AmdFacts:
-    """AMD's side: the compute driver's device, who may open it, and settings that change what it does."""
+    """AMD's side: the compute driver's device, who may open it, and the version of its module."""
 
     kfd_device: bool | None = None
     kfd_accessible: bool | None = None
     render_nodes: tuple[str, ...] = ()
     render_accessible: bool | None = None
     user_groups: tuple[str, ...] = ()
-    gfx_override: str | None = None
+    module_version: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

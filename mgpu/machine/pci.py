@@ -6,7 +6,8 @@ import dataclasses
 import os
 import re
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mgpu.machine import sysfs
@@ -18,13 +19,20 @@ _ACCELERATOR_CLASS, _BRIDGE_CLASS = 0x1200, 0x0604
 _EXPRESS_CAPABILITY, _ACS_CAPABILITY = 0x10, 0x000D
 
 
-def read_pci(root: Path = Path("/")) -> tuple[tuple[PciDevice, ...], bool, tuple[Unread, ...]]:
+# Long enough for a link that counts errors by the hundred each second, and no longer than NVML takes meanwhile.
+_WATCH_S = 0.5
+
+
+def read_pci(
+    root: Path = Path("/"), *, pause: Callable[[float], object] = time.sleep
+) -> tuple[tuple[PciDevice, ...], bool, tuple[Unread, ...]]:
     """Return every graphics card under `root` and every bridge above one, in the order of their addresses; whether the
     bus could be listed at all; and what could not be read.
 
     `gen_max` and `width_max` are the device's own (a bridge's are the slot's). Without root the kernel shows 64 bytes
     of the configuration space, so ACS and atomics stay unknown, and one `Unread` says so for all; so they do of devices
-    that are asleep, which are not woken. Never raises.
+    that are asleep, which are not woken. Where errors of a link were corrected it is looked at again after a `pause` of
+    half a second. Never raises.
     """
     try:
         with os.scandir(root / "sys/bus/pci/devices") as entries:
@@ -40,6 +48,9 @@ def read_pci(root: Path = Path("/")) -> tuple[tuple[PciDevice, ...], bool, tuple
                 folders[folder.name] = folder
                 folder = folder.parent
     devices = tuple(_read_device(folders[name]) for name in sorted(folders))
+    if any(device.aer_correctable for device in devices):
+        pause(_WATCH_S)
+        devices = tuple(_looked_at_again(device, folders[device.address]) for device in devices)
     devices = _with_kfd_atomics(devices, root)
     unknown = [device.address for device in devices if not device.acs_known]
     asleep = [address for address in unknown if sysfs.is_asleep(folders[address])]
@@ -91,6 +102,11 @@ def _read_device(folder: Path) -> PciDevice:
         bar_bytes=None if is_bridge else _largest_bar_bytes(folder),
         atomics=_atomics(configuration),
     )
+
+
+def _looked_at_again(device: PciDevice, folder: Path) -> PciDevice:
+    first, last = device.aer_correctable, _aer_total(folder / "aer_dev_correctable")
+    return dataclasses.replace(device, aer_fresh=None if first is None or last is None else max(last - first, 0))
 
 
 def _word(text: str | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mgpu.doctor.check import Check, Finding, Purpose
+from mgpu.doctor.check import Check, Finding, Purpose, Skip
 from mgpu.doctor.checks.pcie import (
     pcie_aer,
     pcie_gen_degraded,
@@ -65,6 +65,10 @@ def virtual(inspection: Inspection) -> Inspection:
 
 
 NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fatal": None}
+
+
+def errors(fresh: int | None) -> Inspection:
+    return changed_pci(healthy(), PORT, aer_correctable=700, aer_fresh=fresh)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,10 @@ NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fa
             id="more than one corrected a second",
         ),
         pytest.param(pcie_aer, changed_pci(healthy(), PORT, aer_correctable=700), {}, "info", id="few corrected"),
+        pytest.param(pcie_aer, errors(10), {}, "warn", id="few since the start, many now"),
+        pytest.param(pcie_aer, errors(9), {}, "info", id="a few at once"),
+        pytest.param(pcie_aer, changed(errors(10), host={"boot_age_s": None}), {}, "warn", id="many now, at any time"),
+        pytest.param(pcie_aer, changed(errors(0), host={"boot_age_s": None}), {}, "info", id="none now"),
         pytest.param(pcie_aer, healthy(), {}, "", id="none"),
         pytest.param(pcie_aer, changed_pci(healthy(), **NO_AER), {}, "skip", id="AER is off"),
         pytest.param(pcie_aer, virtual(changed_pci(healthy(), **NO_AER)), {}, "", id="a virtual machine has none"),
@@ -133,6 +141,13 @@ NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fa
 )
 def test_what_is_said_of_a_link(check: Check, inspection: Inspection, purpose: dict[str, Any], expected: str) -> None:
     assert verdict(check, inspection, **purpose) == expected
+
+
+def test_errors_whose_rate_nobody_knows_are_said_and_the_rate_is_skipped() -> None:
+    said = list(pcie_aer.run(changed(errors(None), host={"boot_age_s": None}), Purpose()))
+    assert [type(each).__name__ for each in said] == ["Finding", "Skip"]
+    assert isinstance(said[1], Skip)
+    assert said[1].reason == "since when errors are counted of GPU1 could not be read"
 
 
 def test_a_riser_under_load_at_gen_1_is_one_finding() -> None:

@@ -51,6 +51,7 @@ def test_a_card_and_the_bridge_above_it_are_read_whole(bus: SysfsTree) -> None:
         aer_correctable=210,
         aer_nonfatal=2,
         aer_fatal=1,
+        aer_fresh=0,
         numa_node=0,
         local_cpus="0-31",
         bar_bytes=32 * 1024**3,
@@ -200,6 +201,26 @@ def test_amds_compute_driver_tells_an_ordinary_user_of_atomics(
         }
     )
     assert read_pci(tmp_path)[0][0].atomics is atomics
+
+
+@pytest.mark.parametrize(
+    ("later", "fresh"),
+    [pytest.param(330, 120, id="more"), pytest.param(210, 0, id="as many"), pytest.param(3, 0, id="counted anew")],
+)
+def test_corrected_errors_are_counted_once_more(bus: SysfsTree, later: int, fresh: int) -> None:
+    card(bus, aer=(210, 0, 0))
+    counter: dict[str, str | bytes] = {
+        f"sys/devices/pci0000:00/{PORT}/{CARD}/aer_dev_correctable": f"TOTAL_ERR_COR {later}\n"
+    }
+    devices, _, _ = read_pci(bus.root, pause=lambda _: bus.files(counter))
+    assert [each.aer_fresh for each in devices] == [0, fresh]
+
+
+def test_without_errors_nothing_is_waited_for(bus: SysfsTree) -> None:
+    card(bus)
+    pauses: list[float] = []
+    devices, _, _ = read_pci(bus.root, pause=pauses.append)
+    assert (pauses, [each.aer_fresh for each in devices]) == ([], [None, None])
 
 
 UNKNOWN = {

@@ -221,12 +221,13 @@ def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
 def pcie_aer(inspection: Inspection, _purpose: Purpose) -> Said:
     """The kernel counted errors on a card's link.
 
-    Read from aer_dev_fatal, _nonfatal and _correctable of the card and of the port above it, since the machine started.
-    Any fatal or non-fatal error is a warning, and so is more than one corrected error a second (a bad gen 3 cable gave
-    210 to 240); fewer are only said. The log shows a fraction of them. Do not hide them with pci=noaer.
+    Read from aer_dev_fatal, _nonfatal and _correctable of the card and of the port above it, since the machine started,
+    and once more half a second later. Any fatal or non-fatal error is a warning; so are corrected ones where ten come
+    in that half second, or more than one a second since the start (a bad gen 3 cable gave 210 to 240); fewer are only
+    said. The log shows a fraction of them. Do not hide them with pci=noaer.
     """
     boot_s = inspection.host.boot_age_s
-    unknown = []
+    unknown, unrated = [], []
     for gpu, _ in nvidia_cards(inspection):
         ends = [end for end in (device(inspection, gpu.bus_id), *bridges_above(inspection, gpu.bus_id)[:1]) if end]
         if all(_aer(end) is None for end in ends):
@@ -236,7 +237,10 @@ def pcie_aer(inspection: Inspection, _purpose: Purpose) -> Said:
         soft = max((end.aer_correctable or 0 for end in ends), default=0)
         if not hard and not soft:
             continue
-        often = boot_s is not None and boot_s > 0 and soft / boot_s > 1
+        fresh = max((end.aer_fresh for end in ends if end.aer_fresh is not None), default=None)
+        often = (fresh or 0) >= _MANY_FRESH_ERRORS or (boot_s is not None and soft > boot_s > 0)
+        if soft and not often and fresh is None and boot_s is None:
+            unrated.append(gpu.index)
         said = f"{hard} uncorrected" if hard else f"{soft} corrected"
         yield Finding(
             severity=Severity.warn if hard or often else Severity.info,
@@ -250,14 +254,21 @@ def pcie_aer(inspection: Inspection, _purpose: Purpose) -> Said:
                     ("correctable", end.aer_correctable),
                 )
                 if value
-            ),
+            )
+            + ((Evidence(path="of these, in half a second", value=str(fresh)),) if fresh else ()),
             fix=_CLEAN_LINK if hard or often else (),
             gpus=(gpu.index,),
         )
-    if unknown and not is_virtual(inspection):
+    if is_virtual(inspection):
+        return
+    if unknown:
         yield unread(inspection, "the error counters (AER)", "aer", of=unknown)
+    elif unrated:
+        yield unread(inspection, "since when errors are counted", "uptime", of=unrated)
 
 
+# Two or three may come at once on a link that is well for the rest of the day.
+_MANY_FRESH_ERRORS = 10
 _CLEAN_LINK = ("reseat the card, replace its riser or cable", "BIOS: set the slot's PCIe speed one generation lower")
 
 
