@@ -237,12 +237,13 @@ def _report(
     proof: Proof | None,
 ) -> Report:
     from mgpu.doctor.catalogue import replaced
+    from mgpu.doctor.checks.peers import proved_checks
     from mgpu.doctor.diagnosis import diagnose
     from mgpu.doctor.plans import plan_checks
     from mgpu.doctor.proof import proof_checks
     from mgpu.doctor.report import Report
 
-    checks = replaced(checks, (*proof_checks(proof), *plan_checks(plan)))
+    checks = replaced(checks, (*proof_checks(proof), *proved_checks(proof), *plan_checks(plan)))
     if plan is None:
         unplanned = {each.id for each in plan_checks(None)}
         checks = tuple(each for each in checks if each.id not in unplanned)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mgpu.doctor.check import Skip
+from mgpu.doctor.check import Evidence, Skip
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
-from mgpu.machine.layout import cards, health, in_container, is_wsl
+from mgpu.machine.layout import cards, health, in_container, is_wsl, pairs
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import MIB
 
@@ -38,9 +38,10 @@ def settings(inspection: Inspection) -> Iterator[Setting]:
     """Yield the variables of the environment, of NCCL's files and of the engines' services."""
     host = inspection.host
     for name, value in host.environment:
-        yield Setting(name=name, value=value, place="the environment", path="environment", removal=(f"unset {name}",))
+        removal = (f"unset {shlex.quote(name)}",)
+        yield Setting(name=name, value=value, place="the environment", path="environment", removal=removal)
     for name, value in host.nccl_configuration:
-        removal = (f"take {name} out of nccl.conf",)
+        removal = (f"take {shlex.quote(name)} out of nccl.conf",)
         yield Setting(name=name, value=value, place="nccl.conf", path="nccl.conf", removal=removal)
     for each in host.unit_variables:
         control = "systemctl --user" if each.user else "sudo systemctl"
@@ -50,10 +51,38 @@ def settings(inspection: Inspection) -> Iterator[Setting]:
             place=each.unit,
             path=each.path,
             removal=(
-                f"take {each.name} out of {each.path}",
-                f"{control} daemon-reload && {control} restart {each.unit}",
+                f"take {shlex.quote(each.name)} out of {shlex.quote(each.path)}",
+                f"{control} daemon-reload && {control} restart {shlex.quote(each.unit)}",
             ),
         )
+
+
+def unread_settings(inspection: Inspection) -> Iterator[Skip]:
+    """Yield the Skip for files of variables that are there and could not be read; nothing where all could."""
+    if missed := [each for each in inspection.unread if "nccl.conf" in each.what or ".service" in each.what]:
+        yield unread(inspection, missed[0].what, "nccl.conf", ".service")
+
+
+def without_peers(inspection: Inspection) -> str:
+    """Return the setting that keeps NCCL from peer access over PCIe, and leaves NVLink bridges in use."""
+    return (
+        "export NCCL_P2P_LEVEL=NVL" if any(pair.nvlink for pair in pairs(inspection)) else "export NCCL_P2P_DISABLE=1"
+    )
+
+
+def seen(path: str, value: str | None) -> tuple[Evidence, ...]:
+    """Return the evidence of a value, none where it is unknown."""
+    return () if value is None else (Evidence(path=path, value=value),)
+
+
+def on_pci(address: str | None) -> str:
+    """Return the folder of a device on the PCI bus."""
+    return f"/sys/bus/pci/devices/{address or 'unknown'}"
+
+
+def is_promised(inspection: Inspection) -> bool:
+    """Return whether this is a container that was to have NVIDIA cards."""
+    return in_container(inspection) and inspection.container.visible_devices not in (None, "", "void", "none")
 
 
 def usable_cards(inspection: Inspection, *vendors: str) -> tuple[Gpu, ...]:

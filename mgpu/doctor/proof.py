@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
+from mgpu.doctor.facts import without_peers
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
 
 # Raw GB/s of one lane in one direction, by PCIe generation: transfer rate times coding.
@@ -57,13 +59,24 @@ class Proof:
     torch: str | None = None
     problem: str | None = None
 
+    def shows_peers(self, gpus: Collection[int]) -> bool:
+        """Return whether all copies between these cards, both ways, arrived, and all sums over them and others."""
+        arrived = {(each.a, each.b) for each in self.pairs if each.outcome == "right"}
+        sums = [each for each in self.collectives if not each.control]
+        return (
+            len(gpus) > 1
+            and arrived.issuperset(itertools.permutations(gpus, 2))
+            and all(each.outcome == "right" for each in sums)
+            and any(set(gpus) <= set(each.gpus) for each in sums)
+        )
+
 
 def proof_checks(proof: Proof | None) -> tuple[Check, ...]:
     """Return the checks of a probe; without one they say nothing."""
 
-    def arrives(_: Inspection, __: Purpose) -> Said:
+    def arrives(inspection: Inspection, _: Purpose) -> Said:
         if proof:
-            yield from _arrives(proof)
+            yield from _arrives(proof, without_peers(inspection))
 
     def is_fast(_: Inspection, __: Purpose) -> Said:
         if proof:
@@ -88,8 +101,8 @@ def with_links_under_load(inspection: Inspection, proof: Proof) -> Inspection:
     return replace(inspection, cards=tuple(map(busy, inspection.cards)))
 
 
-def _arrives(proof: Proof) -> Iterator[Finding | Skip]:
-    yield from _bad_pairs(proof)
+def _arrives(proof: Proof, without: str) -> Iterator[Finding | Skip]:
+    yield from _bad_pairs(proof, without)
     runs = {(each.gpus, each.control): each for each in proof.collectives}
     for (gpus, control), run in runs.items():
         if control or run.outcome == "right":
@@ -101,14 +114,14 @@ def _arrives(proof: Proof) -> Iterator[Finding | Skip]:
             yield _collective(
                 run,
                 f"all-reduce over {_cards(gpus)} {_WORDS[run.outcome]}; without peer access it is right",
-                ("export NCCL_P2P_DISABLE=1", "mgpu doctor --explain p2p-grant-unsafe"),
+                (without, "mgpu doctor --explain p2p-grant-unsafe"),
                 other,
             )
         elif other is None or other.outcome == "unfinished":
             yield _collective(
                 run,
                 f"all-reduce over {_cards(gpus)} {_WORDS[run.outcome]}; the control run was not finished",
-                ("export NCCL_P2P_DISABLE=1", "mgpu doctor --probe --only p2p-proof"),
+                (without, "mgpu doctor --probe --only p2p-proof"),
                 other,
             )
         else:
@@ -123,7 +136,7 @@ def _arrives(proof: Proof) -> Iterator[Finding | Skip]:
         yield Skip(reason=f"not proved: {proof.problem}")
 
 
-def _bad_pairs(proof: Proof) -> Iterator[Finding]:
+def _bad_pairs(proof: Proof, without: str) -> Iterator[Finding]:
     for outcome, words in (("wrong", "arrives wrong"), ("hang", "never arrives")):
         bad = [pair for pair in proof.pairs if pair.outcome == outcome]
         if bad:
@@ -132,7 +145,7 @@ def _bad_pairs(proof: Proof) -> Iterator[Finding]:
                 severity=Severity.fail,
                 summary=f"what GPU{first.a} copies to GPU{first.b} {words}{more}",
                 evidence=tuple(Evidence(path=f"copy GPU{p.a} to GPU{p.b}, read on GPU{p.b}", value=words) for p in bad),
-                fix=("export NCCL_P2P_DISABLE=1", "mgpu doctor --explain p2p-grant-unsafe"),
+                fix=(without, "mgpu doctor --explain p2p-grant-unsafe"),
                 gpus=tuple(sorted({gpu for pair in bad for gpu in (pair.a, pair.b)})),
                 confidence="probed",
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mgpu.doctor.check import Purpose
-from mgpu.doctor.facts import usable_cards
+from mgpu.doctor.facts import is_promised, usable_cards
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import cards, in_container, is_virtual, nvidia_on_bus, on_bus
 from mgpu.machine.sysfs import INTEL
@@ -16,6 +16,11 @@ def nvidia(inspection: Inspection, _: Purpose) -> bool:
     listed = any(gpu.vendor == "nvidia" for gpu in inspection.machine.gpus)
     answers = inspection.driver.nvml_error not in (None, _NO_DRIVER, _NO_LIBRARY)
     return listed or answers or bool(nvidia_on_bus(inspection) or inspection.container.host_gpus)
+
+
+def nvidia_or_promised(inspection: Inspection, purpose: Purpose) -> bool:
+    """Return whether there is such a sign, or a container that was to have NVIDIA cards."""
+    return nvidia(inspection, purpose) or is_promised(inspection)
 
 
 def nvidia_card(inspection: Inspection, _: Purpose) -> bool:
@@ -69,8 +74,10 @@ def containers(inspection: Inspection, purpose: Purpose) -> bool:
 
 
 def nvswitch(inspection: Inspection, _: Purpose) -> bool:
-    """Return whether switches join the cards."""
-    return bool(inspection.driver.nvswitch)
+    """Return whether switches join the cards, or may: a link leads to no card, and whether to a switch is unknown."""
+    if inspection.driver.nvswitch is not None:
+        return inspection.driver.nvswitch
+    return any(port.active and not port.remote_bus_id for gpu in cards(inspection) for port in gpu.nvlink)
 
 
 def nvlink(inspection: Inspection, _: Purpose) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import dataclass
 
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice, PeerAccess
@@ -105,6 +104,13 @@ def bridges_between(inspection: Inspection, a: str | None, b: str | None) -> tup
     return tuple(each for each in (*one, *other) if not (each in one and each in other))
 
 
+def bridges_are_known(inspection: Inspection, a: str | None, b: str | None) -> bool:
+    """Return whether `bridges_between` has them all: both paths were read up to their root ports, or to where they
+    meet."""
+    one, other = bridges_above(inspection, a), bridges_above(inspection, b)
+    return any(each in other for each in one) or all(path and path[-1].parent is None for path in (one, other))
+
+
 def is_translated(inspection: Inspection, address: str | None) -> bool | None:
     """Return whether an IOMMU translates what a device addresses, None where that was not read.
 
@@ -149,22 +155,6 @@ def is_laptop(gpu: Gpu) -> bool:
     workstation cards of lower power, which are no laptop's."""
     name = gpu.name.lower()
     return "laptop" in name or "mobile" in name or ("max-q" in name and "workstation" not in name)
-
-
-_PROFESSIONAL = re.compile(
-    r"\b(Tesla|Quadro|RTX A\d{3,4}|RTX PRO|RTX \d000|A\d{1,3}[GX]?|[BHV]\d{2,3}|L\d{1,2}S?|T4G?|G[BH][23]00)\b"
-)
-
-
-def is_professional(gpu: Gpu) -> bool:
-    """Return whether a card is known as one for workstations or datacentres, to whose equals the driver grants peer
-    access; mining cards (P102-100, CMP) and whatever is not known are none."""
-    return not is_geforce(gpu) and _PROFESSIONAL.search(gpu.name) is not None
-
-
-def is_geforce(gpu: Gpu) -> bool:
-    """Return whether a card is a GeForce or a TITAN, to which the driver grants less than to others."""
-    return "geforce" in gpu.name.lower() or "titan" in gpu.name.lower()
 
 
 def _pair(a: Gpu, b: Gpu, link: Link | None, peer: PeerAccess | None) -> Pair:

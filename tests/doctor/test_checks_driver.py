@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mgpu.doctor.check import Check, Finding, Purpose
+from mgpu.doctor.check import Check, Finding, Purpose, Skip
 from mgpu.doctor.checks.driver import (
     driver_lib_mismatch,
     driver_not_loaded,
@@ -17,9 +17,11 @@ from mgpu.doctor.checks.driver import (
     uvm_missing,
 )
 from mgpu.doctor.checks.driver_fit import driver_flavour, driver_too_new_for_gpu, driver_too_old
-from mgpu.machine.inspection import Inspection, InstalledEngine, LogEntry, PciDevice
+from mgpu.machine.inspection import Inspection, InstalledEngine, LogEntry, PciDevice, Unread
+from mgpu.machine.snapshot import Gpu
 from tests.doctor.inspections import H100, bare, changed, changed_gpu, changed_machine, changed_pci, healthy, verdict
 
+GT_710 = 0x128B
 P40, RTX_5090 = "Tesla P40", "NVIDIA GeForce RTX 5090"
 
 
@@ -55,6 +57,21 @@ def engine(backend: str = "vllm", cuda: int | None = 13000, **facts: Any) -> tup
 
 def without_node(**driver: Any) -> Inspection:
     return healthy(driver={"uvm_device": False, **driver})
+
+
+def kepler(**driver: Any) -> Inspection:
+    """A GT 710 that nouveau has, and nothing else."""
+    return changed_pci(undriven(**driver), "0000:10:00.0", driver="nouveau", device=GT_710)
+
+
+def beside_kepler(inspection: Inspection) -> Inspection:
+    card = PciDevice(address="0000:90:00.0", vendor=0x10DE, device=GT_710, pci_class=0x030000, driver="nouveau")
+    return changed(inspection, pci=(*inspection.pci, card))
+
+
+def with_graphics(inspection: Inspection) -> Inspection:
+    inside = Gpu(index=9, vendor="amd", name="AMD Radeon Graphics", integrated=True)
+    return changed_machine(inspection, gpus=(*inspection.machine.gpus, inside))
 
 
 def logged(kind: str, text: str = "NVRM: it went wrong") -> dict[str, Any]:
@@ -124,6 +141,25 @@ IN_DOCKER = {"visible_devices": "all"}
         ),
         pytest.param(gpu_missing, without_last(healthy(3)), {}, "fail", id="the bus has one more than the driver"),
         pytest.param(gpu_missing, healthy(3), {"expected_gpus": 4}, "warn", id="fewer than expected"),
+        pytest.param(gpu_missing, healthy(3), {"expected_gpus": 3}, "", id="as many as expected"),
+        pytest.param(
+            gpu_missing,
+            with_graphics(healthy(1)),
+            {"expected_gpus": 2},
+            "warn",
+            id="a processor's graphics do not count",
+        ),
+        pytest.param(
+            gpu_missing,
+            changed_gpu(healthy(2), 1, problem="needs a reset"),
+            {"expected_gpus": 2},
+            "warn",
+            id="nor does a card that cannot be used",
+        ),
+        pytest.param(gpu_missing, beside_kepler(healthy(2)), {}, "", id="a GT 710 for the screen is not missing"),
+        pytest.param(driver_not_loaded, kepler(), {}, "info", id="a GT 710 alone needs no driver for engines"),
+        pytest.param(driver_too_new_for_gpu, kepler(on_disk_version="580.95.05"), {}, "", id="nor is 580 its last"),
+        pytest.param(driver_flavour, beside_kepler(healthy(2)), {}, "", id="nor the closed module what it needs"),
         *(
             pytest.param(
                 gpu_missing,
@@ -150,13 +186,6 @@ IN_DOCKER = {"visible_devices": "all"}
         ),
         pytest.param(gpu_missing, healthy(2, pci_known=False), {}, "skip", id="the bus could not be read"),
         pytest.param(uvm_missing, without_node(node_maker=False), {}, "fail", id="nobody makes /dev/nvidia-uvm"),
-        pytest.param(
-            uvm_missing,
-            healthy(driver={"control_device": False, "node_maker": False}),
-            {},
-            "fail",
-            id="nobody makes /dev/nvidiactl",
-        ),
         pytest.param(uvm_missing, without_node(), {}, "info", id="the first program makes it"),
         pytest.param(uvm_missing, without_node(uvm_loaded=False), {}, "info", id="and loads its module"),
         pytest.param(
@@ -267,6 +296,7 @@ IN_DOCKER = {"visible_devices": "all"}
             id="HMM is off already",
         ),
         pytest.param(hmm_kaslr, healthy(2, RTX_5090, host={"log_known": False}), {}, "skip", id="log unread"),
+        pytest.param(hmm_kaslr, healthy(1, RTX_5090, host={"log_known": False}), {}, "skip", id="log unread, one card"),
         pytest.param(hmm_kaslr, healthy(2, host={"log_known": False}), {}, "", id="not with cards before Blackwell"),
     ],
 )
@@ -385,6 +415,25 @@ def test_what_to_do_about_a_missing_card_fits_its_cause(
     assert isinstance(finding, Finding)
     assert steps in "\n".join(finding.fix)
     assert not_said not in "\n".join(finding.fix)
+
+
+def test_a_card_before_maxwell_does_not_have_nouveau_taken_from_another() -> None:
+    (finding,) = driver_not_loaded.run(beside_kepler(undriven(on_disk=True)), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.severity == "fail"
+    assert "nouveau" not in finding.summary + "".join(finding.fix)
+
+
+def test_who_could_read_the_log_is_said() -> None:
+    """Root in a container cannot; a user on a host could as root."""
+    hidden = changed_machine(healthy(1, RTX_5090, host={"log_known": False}), host={"container": "docker"})
+    (skip,) = hmm_kaslr.run(hidden, Purpose())
+    assert isinstance(skip, Skip)
+    assert not skip.needs_root
+    denied = (Unread(what="/dev/kmsg", why="not permitted", needs_root=True),)
+    (skip,) = hmm_kaslr.run(healthy(1, RTX_5090, host={"log_known": False}, unread=denied), Purpose())
+    assert isinstance(skip, Skip)
+    assert skip.needs_root
 
 
 def test_cards_kept_for_virtual_machines_are_no_failure() -> None:

@@ -29,6 +29,14 @@ def bridged(up: int = 4, cards: int = 2) -> Inspection:
     return inspection
 
 
+def switched(state: int | None = 3, **driver: Any) -> Inspection:
+    """Eight H100 behind switches, whose fabric is in that state."""
+    inspection = healthy(8, H100, driver=driver)
+    for index in range(8):
+        inspection = changed_card(inspection, index, fabric_state=state)
+    return inspection
+
+
 def in_unit(name: str, value: str) -> Inspection:
     variable = UnitVariable(unit="vllm.service", path="/etc/vllm.env", name=name, value=value)
     return changed(bridged(), host={"unit_variables": (variable,)})
@@ -53,14 +61,22 @@ def setting(name: str, value: str, where: str = "environment", inspection: Inspe
 @pytest.mark.parametrize(
     ("check", "inspection", "expected"),
     [
-        pytest.param(fabric_manager, healthy(8, H100, driver={"fabric_manager": "inactive"}), "fail", id="not running"),
+        pytest.param(fabric_manager, switched(state=None, fabric_manager="inactive"), "fail", id="not running"),
+        pytest.param(fabric_manager, switched(state=0, fabric_manager="inactive"), "fail", id="not running, A100"),
         pytest.param(
-            fabric_manager, healthy(8, H100, driver={"fabric_manager_version": "580.95.05"}), "fail", id="other version"
+            fabric_manager, switched(state=None, fabric_manager_version="580.95.05"), "fail", id="other version"
+        ),
+        pytest.param(fabric_manager, switched(fabric_manager="inactive"), "", id="run by another than systemd"),
+        pytest.param(
+            fabric_manager,
+            changed_card(switched(fabric_manager="inactive"), 5, fabric_status=1),
+            "fail",
+            id="not running, one card not set up",
         ),
         pytest.param(fabric_manager, changed_card(healthy(8, H100), 3, fabric_state=2), "fail", id="not set up yet"),
         pytest.param(fabric_manager, healthy(8, H100), "", id="running, of the driver's version"),
         pytest.param(fabric_manager, healthy(driver={"fabric_manager": "failed"}), "", id="no switch needs none"),
-        pytest.param(fabric_manager, healthy(8, H100, driver={"fabric_manager": None}), "skip", id="state unread"),
+        pytest.param(fabric_manager, switched(state=None, fabric_manager=None), "skip", id="state unread"),
         pytest.param(fabric_manager, healthy(8, H100, driver={"nvswitch": None}), "skip", id="switch unread"),
         pytest.param(fabric_manager, healthy(driver={"nvswitch": None}), "", id="no links, no switch to ask of"),
         pytest.param(nvlink_inactive, bridged(up=2), "fail", id="half of the ports"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +18,10 @@ from mgpu.doctor.checks.peers import (
     p2p_grant_unsafe,
     p2p_none,
     patched_p2p_risk,
+    proved_checks,
     vllm_p2p_cache_stale,
 )
+from mgpu.doctor.proof import Collective, PairCopy, Proof
 from mgpu.machine.inspection import Inspection
 from tests.doctor.inspections import (
     DAY_S,
@@ -49,6 +56,22 @@ def granted(**facts: Any) -> Inspection:
 
 def refused(**facts: Any) -> Inspection:
     return board(healthy(2), **facts)
+
+
+def unread_branch() -> Inspection:
+    """Two cards, and of the bridges only GPU0's: it does not redirect."""
+    whole = granted()
+    return changed(whole, pci=tuple(each for each in whole.pci if each.address != PORTS[1]))
+
+
+def proof(cards: int = 2, **outcomes: str) -> Proof:
+    """What a probe finds where all arrives, but for the `pair` from GPU1 to GPU0 and the last all-reduce (`sum`)."""
+    pairs = [PairCopy(a=a, b=b, outcome="right") for a, b in itertools.permutations(range(cards), 2)]
+    pairs[cards - 1] = dataclasses.replace(pairs[cards - 1], outcome=outcomes.get("pair", "right"))
+    sizes = [size for size in (2, 4) if size <= cards]
+    sums = [Collective(gpus=tuple(range(size)), control=False, outcome="right") for size in sizes]
+    sums[-1] = dataclasses.replace(sums[-1], outcome=outcomes.get("sum", "right"))
+    return Proof(pairs=tuple(pairs), collectives=tuple(sums))
 
 
 def virtual(inspection: Inspection) -> Inspection:
@@ -114,6 +137,15 @@ BRIDGED = changed_pair(healthy(2, RTX_3090), 0, 1, kind="NVLink", read=0, write=
         pytest.param(acs_redirect, granted(), TP2, "", id="no redirection"),
         pytest.param(acs_redirect, granted(acs=None), TP2, "", id="bridges without ACS"),
         pytest.param(acs_redirect, granted(root=False), TP2, "skip", id="only root may read it"),
+        pytest.param(acs_redirect, unread_branch(), TP2, "skip", id="one card's bridge was not read"),
+        pytest.param(p2p_grant_unsafe, unread_branch(), TP2, "skip", id="nor what would make its grant unsafe"),
+        pytest.param(
+            acs_redirect,
+            changed(granted(acs=0x1D), host={"vfio_in_use": None}),
+            TP2,
+            "warn",
+            id="whether vfio is in use is unknown",
+        ),
         pytest.param(p2p_none, healthy(), {}, "info", id="normal on GeForce"),
         pytest.param(p2p_none, changed_pair(healthy(2, PRO), 0, 1, read=1, write=1), {}, "warn", id="A6000 without"),
         pytest.param(
@@ -203,6 +235,90 @@ def test_the_kernels_options_are_changed_as_the_distribution_does_it(family: str
     (finding,) = iommu_translated.run(translated, Purpose())
     assert isinstance(finding, Finding)
     assert step in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("id", "inspection", "found", "expected"),
+    [
+        pytest.param("patched-p2p-risk", FORCED, None, "warn", id="patched, not probed"),
+        pytest.param("patched-p2p-risk", FORCED, proof(), "info", id="patched, all arrives"),
+        pytest.param("patched-p2p-risk", FORCED, proof(pair="wrong"), "warn", id="patched, a copy arrives wrong"),
+        pytest.param("patched-p2p-risk", FORCED, proof(sum="hang"), "warn", id="patched, an all-reduce hangs"),
+        pytest.param("patched-p2p-risk", FORCED, Proof(problem="no PyTorch"), "warn", id="patched, nothing probed"),
+        pytest.param(
+            "patched-p2p-risk", FORCED, dataclasses.replace(proof(), collectives=()), "warn", id="patched, copies alone"
+        ),
+        pytest.param("p2p-grant-unsafe", granted(iommu="DMA-FQ", acs=0x1D), None, "fail", id="all three, not probed"),
+        pytest.param(
+            "p2p-grant-unsafe", granted(iommu="DMA-FQ", acs=0x1D), proof(), "info", id="all three, all arrives"
+        ),
+        pytest.param(
+            "p2p-grant-unsafe",
+            granted(iommu="DMA-FQ", acs=0x1D),
+            proof(sum="wrong"),
+            "fail",
+            id="all three, wrong sums",
+        ),
+        pytest.param("p2p-grant-unsafe", granted(root=False), proof(), "", id="ACS unread, all arrives"),
+        pytest.param(
+            "p2p-grant-unsafe", granted(root=False), proof(pair="hang"), "skip", id="ACS unread, a copy hangs"
+        ),
+    ],
+)
+def test_what_a_probe_saw_arrive_is_no_longer_feared(
+    id: str,  # noqa: A002
+    inspection: Inspection,
+    found: Proof | None,
+    expected: str,
+) -> None:
+    (check,) = (each for each in proved_checks(found) if each.id == id)
+    assert verdict(check, inspection) == expected
+
+
+def test_a_proof_of_two_cards_says_nothing_of_four() -> None:
+    (check,) = (each for each in proved_checks(proof(2)) if each.id == "p2p-grant-unsafe")
+    four = changed_pci(healthy(4, PRO), iommu_type="DMA-FQ", acs=0x1D, acs_known=True)
+    assert verdict(check, four) == "fail"
+    (check,) = (each for each in proved_checks(proof(4)) if each.id == "p2p-grant-unsafe")
+    assert verdict(check, four) == "info"
+
+
+@pytest.mark.parametrize(
+    ("inspection", "expected"),
+    [
+        pytest.param(healthy(), "export NCCL_P2P_DISABLE=1", id="no bridge"),
+        pytest.param(
+            changed_pair(healthy(4, RTX_3090), 0, 1, kind="NVLink", read=0, write=0),
+            "export NCCL_P2P_LEVEL=NVL",
+            id="a bridged pair beside another",
+        ),
+        pytest.param(
+            changed_pci(changed_pair(healthy(4, PRO), 0, 1, kind="NVLink"), iommu_type="DMA-FQ", acs=0x1D),
+            "export NCCL_P2P_LEVEL=NVL",
+            id="a bridged pair, and an unsafe grant over PCIe",
+        ),
+    ],
+)
+def test_what_turns_peer_access_off_leaves_bridges_in_use(inspection: Inspection, expected: str) -> None:
+    said = [*p2p_none.run(inspection, Purpose()), *p2p_grant_unsafe.run(inspection, Purpose())]
+    steps = [step for item in said if isinstance(item, Finding) for step in item.fix if "NCCL_P2P" in step]
+    assert steps
+    assert all(step.startswith(expected) for step in steps)
+
+
+def test_vllms_answer_is_deleted_where_vllm_keeps_it(tmp_path: Path) -> None:
+    (finding,) = vllm_p2p_cache_stale.run(cached(2 * DAY_S), Purpose())
+    assert isinstance(finding, Finding)
+    for variables in ({"VLLM_CACHE_ROOT": "{}/v"}, {"XDG_CACHE_HOME": "{}/x"}, {"HOME": "{}/a home"}):
+        (name, place), *_ = variables.items()
+        folder = Path(place.format(tmp_path)) / {"HOME": ".cache/vllm", "XDG_CACHE_HOME": "vllm"}.get(name, "")
+        folder.mkdir(parents=True)
+        answer, other = folder / "gpu_p2p_access_cache_for_0,1.json", folder / "config.json"
+        answer.touch()
+        other.touch()
+        subprocess.run(["sh", "-c", finding.fix[0]], check=True, env={"PATH": os.defpath, name: place.format(tmp_path)})
+        assert not answer.exists()
+        assert other.exists()
 
 
 def test_what_only_root_can_read_says_so() -> None:

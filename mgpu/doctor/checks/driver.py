@@ -6,6 +6,7 @@ from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.checks.driver_fit import (
     driver_steps,
+    is_before_maxwell,
     is_blackwell,
     is_too_old,
     needs_other_module,
@@ -13,12 +14,15 @@ from mgpu.doctor.checks.driver_fit import (
 )
 from mgpu.doctor.checks.not_loaded import is_held_by_nouveau, why_not_loaded, without_nouveau
 from mgpu.doctor.commands import Task, steps
+from mgpu.doctor.facts import is_promised, on_pci, seen, unread
 from mgpu.machine.inspection import Inspection, PciDevice
+from mgpu.machine.integrated import is_discrete
 from mgpu.machine.layout import cards, in_container, is_passed_on, nvidia_on_bus, on_bus
 from mgpu.machine.sysfs import AMD, INTEL, NVIDIA
 
 _LIBRARY_MISMATCH, _NOT_LOADED, _NO_LIBRARY, _UNKNOWN = 18, 9, 12, 999
 _NO_ANSWER = -1  # as the inspection calls it
+_UVM = "/dev/nvidia-uvm"
 
 _RELOAD = "sudo rmmod nvidia_drm nvidia_modeset nvidia_uvm nvidia && sudo modprobe -a nvidia nvidia_uvm"
 
@@ -32,7 +36,7 @@ def no_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     no power, or is turned off in the BIOS; a virtual machine or a container sees only the cards that it was given.
     """
     refused = inspection.driver.nvml_error not in (None, 0, _NOT_LOADED, _NO_LIBRARY)  # so there is a driver
-    if inspection.machine.gpus or nvidia_on_bus(inspection) or _promised(inspection) or refused:
+    if inspection.machine.gpus or nvidia_on_bus(inspection) or is_promised(inspection) or refused:
         return
     if not inspection.pci_known:
         yield Skip(reason="the PCI bus could not be read, so whether a card is there is unknown")
@@ -61,12 +65,16 @@ def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
             summary="the NVIDIA library and the loaded module differ: nothing new can start",
             evidence=(
                 Evidence(path="nvmlInit", value="18 (driver/library version mismatch)"),
-                *_seen("/sys/module/nvidia/version", driver.loaded_version),
-                *_seen("libnvidia-ml.so.1", driver.library_version),
+                *seen("/sys/module/nvidia/version", driver.loaded_version),
+                *seen("libnvidia-ml.so.1", driver.library_version),
             ),
             fix=("sudo reboot", f"{_RELOAD}  # instead, once all GPU programs are stopped"),
         )
-    elif not _nvidia(inspection) or driver.nvml_error in (_NOT_LOADED, _NO_LIBRARY) or inspection.host.wsl:
+    elif (
+        driver.nvml_error in (_NOT_LOADED, _NO_LIBRARY)
+        or inspection.host.wsl
+        or not (cards(inspection) or nvidia_on_bus(inspection))
+    ):
         return
     elif driver.loaded_version is None:
         yield Skip(reason="/sys/module/nvidia/version could not be read")
@@ -80,15 +88,15 @@ def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.warn,
             summary=f"driver {newer} is installed, but {driver.loaded_version} is still loaded"[:90],
             evidence=(
-                *_seen("/sys/module/nvidia/version", driver.loaded_version),
-                *_seen("modinfo -F version nvidia", driver.on_disk_version),
-                *_seen("libnvidia-ml.so.1", driver.library_version),
+                *seen("/sys/module/nvidia/version", driver.loaded_version),
+                *seen("modinfo -F version nvidia", driver.on_disk_version),
+                *seen("libnvidia-ml.so.1", driver.library_version),
             ),
             fix=("sudo reboot",),
         )
 
 
-@check("driver-not-loaded", Area.driver, "A", about=(subjects.nvidia,))
+@check("driver-not-loaded", Area.driver, "A", about=(subjects.nvidia_or_promised,))
 def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
     """An NVIDIA card is there, but the NVIDIA driver is not loaded.
 
@@ -96,12 +104,22 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
     the kernel's log and Secure Boot's state. A failure, with the cause named: nouveau holds the card, the kernel
     refused a module signed with an unknown key, the card needs the open module (RTX 50) or the closed one, there is no
     module for this kernel, or it is merely not loaded. Secure Boot is the cause only where the log says that a key was
-    rejected. Only said where all cards are kept for virtual machines (vfio-pci, pci-stub); nothing without a card on
-    the bus; a driver that is there and answers with another error is a failure everywhere.
+    rejected. Only said where all cards are kept for virtual machines (vfio-pci, pci-stub), or older than Maxwell;
+    nothing without a card on the bus; a driver that is there and answers with another error is a failure everywhere.
     """
-    driver, bus = inspection.driver, nvidia_on_bus(inspection)
+    driver, everything = inspection.driver, nvidia_on_bus(inspection)
+    bus = tuple(each for each in everything if not is_before_maxwell(each))
     refuses = driver.nvml_error not in (None, _NOT_LOADED, _NO_LIBRARY)  # so there is a driver, whatever the bus says
-    if not (bus or refuses or _promised(inspection)) or driver.nvml_error in (0, _LIBRARY_MISMATCH):
+    if not (everything or refuses or is_promised(inspection)) or driver.nvml_error in (0, _LIBRARY_MISMATCH):
+        return
+    if everything and not bus and not refuses:
+        yield Finding(
+            severity=Severity.info,
+            summary="the NVIDIA cards here are older than Maxwell: no engine runs on them",
+            evidence=tuple(
+                Evidence(path=on_pci(each.address), value=f"device {each.device or 0:#06x}") for each in everything
+            ),
+        )
         return
     if driver.nvml_error is None:
         yield Skip(reason="NVML could not be asked whether the driver is loaded")
@@ -125,13 +143,13 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
         summary=f"the NVIDIA driver is not loaded: {cause}",
         evidence=(
             Evidence(path="nvmlInit", value=f"{driver.nvml_error} ({_NVML_WORDS[driver.nvml_error or 0]})"),
-            *(Evidence(path=f"{_pci(each)}/driver", value=each.driver or "none") for each in bus),
+            *(Evidence(path=f"{on_pci(each.address)}/driver", value=each.driver or "none") for each in bus),
             *(
                 Evidence(path="kernel log", value=entry.text[:120])
                 for entry in inspection.host.log
                 if entry.kind in ("key", "init")
             ),
-            *_seen("Secure Boot", "on" if driver.secure_boot else None),
+            *seen("Secure Boot", "on" if driver.secure_boot else None),
         )[:6],
         fix=fix,
     )
@@ -143,16 +161,18 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
 
     Compares the display controllers of NVIDIA on the bus with the cards that NVML lists; cards kept for virtual
     machines (vfio-pci, pci-stub) are only said, and in a container the bus is not compared. Fewer is a failure, fewer
-    than --expect-gpus (or expect_gpus in ~/.config/mgpu/config.yaml) a warning. RTX 50 cards fail so with "Above 4G
-    Decoding" or Resizable BAR off, or with the closed module; nouveau may hold a card; the kernel's log
-    (RmInitAdapter) often says why.
+    than --expect-gpus (or expect_gpus in ~/.config/mgpu/config.yaml) a warning, for which graphics inside the processor
+    and cards that cannot be used do not count. RTX 50 cards fail so with "Above 4G Decoding" or Resizable BAR off, or
+    with the closed module; nouveau may hold a card; the kernel's log (RmInitAdapter) often says why.
     """
     listed = [gpu for gpu in inspection.machine.gpus if gpu.vendor == "nvidia"]
-    if purpose.expected_gpus is not None and len(inspection.machine.gpus) < purpose.expected_gpus:
+    here = sum(is_discrete(gpu) and not gpu.problem for gpu in inspection.machine.gpus)
+    if purpose.expected_gpus is not None and here < purpose.expected_gpus:
+        said = f"{here} GPU{'s' * (here != 1)}"
         yield Finding(
             severity=Severity.warn,
-            summary=f"{len(inspection.machine.gpus)} GPUs are here, {purpose.expected_gpus} are expected",
-            evidence=(Evidence(path="mgpu gpus", value=f"{len(inspection.machine.gpus)} GPUs"),),
+            summary=f"{said} can be used, {purpose.expected_gpus} are expected",
+            evidence=(Evidence(path="mgpu gpus, without integrated ones", value=said),),
             fix=("lspci -nn | grep -i nvidia  # not listed: check the card's seat and power cables",),
         )
     if inspection.driver.nvml_error != 0 or in_container(inspection):
@@ -166,12 +186,17 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
         yield Finding(
             severity=Severity.info,
             summary=f"{len(kept)} of the NVIDIA cards {'is' if len(kept) == 1 else 'are'} kept for virtual machines",
-            evidence=tuple(Evidence(path=f"{_pci(each)}/driver", value=each.driver or "") for each in kept[:4]),
+            evidence=tuple(
+                Evidence(path=f"{on_pci(each.address)}/driver", value=each.driver or "") for each in kept[:4]
+            ),
         )
     bus = [
         each
         for each in nvidia_on_bus(inspection)
-        if each not in kept and not is_too_old(each, inspection) and not needs_other_module(each, inspection)
+        if each not in kept
+        and not is_before_maxwell(each)
+        and not is_too_old(each, inspection)
+        and not needs_other_module(each, inspection)
     ]
     if len(listed) >= len(bus):
         return
@@ -181,7 +206,7 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
         severity=Severity.fail,
         summary=f"{len(bus)} NVIDIA cards are on the PCI bus, the driver has only {len(listed)}",
         evidence=(
-            *(Evidence(path=_pci(each), value=f"driver {each.driver or 'none'}") for each in missing),
+            *(Evidence(path=on_pci(each.address), value=f"driver {each.driver or 'none'}") for each in missing),
             *(Evidence(path="kernel log", value=entry.text[:120]) for entry in log),
         )[:6],
         fix=_missing_fix(inspection, missing),
@@ -210,27 +235,26 @@ def uvm_missing(inspection: Inspection, _purpose: Purpose) -> Said:
     codes 3, 46, 100, 999).
     """
     driver = inspection.driver
-    if driver.nvml_error != 0 or not cards(inspection) or inspection.host.wsl:
+    if driver.nvml_error != 0 or inspection.host.wsl:
         return
     if driver.uvm_device is None:
-        yield Skip(reason="whether /dev/nvidia-uvm exists could not be read")
-    elif not driver.uvm_device or driver.control_device is False:
-        node = "/dev/nvidia-uvm" if not driver.uvm_device else "/dev/nvidiactl"
+        yield Skip(reason=f"whether {_UVM} exists could not be read")
+    elif not driver.uvm_device:
         made = _is_made_on_use(inspection)
         if made is None:
-            yield Skip(reason=f"{node} is missing, and whether nvidia-modprobe would make it could not be read")
+            yield Skip(reason=f"{_UVM} is missing, and whether nvidia-modprobe would make it could not be read")
             return
         loaded = {True: "loaded", False: "not loaded"}.get(driver.uvm_loaded) if driver.uvm_loaded is not None else None
         setuid = {True: "setuid", False: "absent, or not setuid"}.get(bool(driver.node_maker))
         yield Finding(
             severity=Severity.info if made else Severity.fail,
-            summary=f"{node} is missing: the first CUDA program makes it"
+            summary=f"{_UVM} is missing: the first CUDA program makes it"
             if made
-            else f"{node} is missing: CUDA cannot start, though nvidia-smi works",
+            else f"{_UVM} is missing: CUDA cannot start, though nvidia-smi works",
             evidence=(
-                Evidence(path=node, value="missing"),
-                *_seen("/sys/module/nvidia_uvm", loaded),
-                *(() if in_container(inspection) else _seen("/usr/bin/nvidia-modprobe", setuid)),
+                Evidence(path=_UVM, value="missing"),
+                *seen("/sys/module/nvidia_uvm", loaded),
+                *(() if in_container(inspection) else seen("/usr/bin/nvidia-modprobe", setuid)),
             ),
             fix=_node_fix(inspection, made=made),
         )
@@ -247,7 +271,7 @@ def _is_made_on_use(inspection: Inspection) -> bool | None:
 
 def _node_fix(inspection: Inspection, *, made: bool) -> tuple[str, ...]:
     if in_container(inspection):
-        return ("pass /dev/nvidia-uvm and /dev/nvidiactl to the container",)
+        return (f"pass {_UVM} to the container",)
     if made:
         return ("sudo nvidia-modprobe -c0 -u  # to have it now",)
     if not inspection.driver.uvm_loaded and inspection.driver.uvm_on_disk is False:
@@ -267,7 +291,7 @@ def hmm_kaslr(inspection: Inspection, _purpose: Purpose) -> Said:
     more addresses than the kernel's randomised layout leaves. A failure where the line is there and HMM is still on;
     nothing otherwise. Turn HMM off for the nvidia_uvm module.
     """
-    if not cards(inspection) or inspection.driver.uvm_disable_hmm:
+    if inspection.driver.uvm_disable_hmm:
         return
     lines = [entry for entry in inspection.host.log if entry.kind == "hmm"]
     if lines:
@@ -276,35 +300,18 @@ def hmm_kaslr(inspection: Inspection, _purpose: Purpose) -> Said:
             summary="CUDA cannot start: HMM and the kernel's random layout collide",
             evidence=(
                 Evidence(path="kernel log", value=lines[-1].text[:120]),
-                *_seen("uvm_disable_hmm", {False: "N"}.get(bool(inspection.driver.uvm_disable_hmm))),
+                *seen("uvm_disable_hmm", {False: "N"}.get(bool(inspection.driver.uvm_disable_hmm))),
             ),
             fix=(
                 *steps(inspection, Task.module_option, module="nvidia_uvm", option="uvm_disable_hmm=1"),
                 "sudo rmmod nvidia_uvm && sudo modprobe nvidia_uvm",
             ),
         )
-    elif not inspection.host.log_known and sum(is_blackwell(each) for each in nvidia_on_bus(inspection)) > 1:
-        yield Skip(reason="the kernel's log could not be read", needs_root=True)
+    elif not inspection.host.log_known and any(is_blackwell(each) for each in nvidia_on_bus(inspection)):
+        yield unread(inspection, "the kernel's log", "kmsg")
 
 
 _NVML_WORDS = {_NOT_LOADED: "driver not loaded", _NO_LIBRARY: "library not found"}
-
-
-def _nvidia(inspection: Inspection) -> bool:
-    return bool(cards(inspection) or nvidia_on_bus(inspection))
-
-
-def _promised(inspection: Inspection) -> bool:
-    """Whether a container was to have cards."""
-    return in_container(inspection) and inspection.container.visible_devices not in (None, "", "void", "none")
-
-
-def _pci(device: PciDevice) -> str:
-    return f"/sys/bus/pci/devices/{device.address}"
-
-
-def _seen(path: str, value: str | None) -> tuple[Evidence, ...]:
-    return () if value is None else (Evidence(path=path, value=value),)
 
 
 CHECKS: tuple[Check, ...] = (

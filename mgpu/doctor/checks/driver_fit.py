@@ -7,11 +7,13 @@ import re
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.commands import LAST_BRANCH_FOR_OLD_CARDS, Task, install_driver, steps
+from mgpu.doctor.facts import on_pci, seen
 from mgpu.machine.inspection import Inspection, InstalledEngine, PciDevice
 from mgpu.machine.layout import cards, is_passed_on, nvidia_on_bus
 
-# NVIDIA numbers its chips upwards: TU102, the first Turing, is 0x1e02; GB100, the first Blackwell, is 0x2901.
-_FIRST_TURING, _FIRST_BLACKWELL = 0x1E00, 0x2900
+# NVIDIA numbers its chips upwards: the first Maxwell (GM108) is 0x1340, the first Turing (TU102) 0x1e02, the first
+# Blackwell (GB100) 0x2901.
+_FIRST_MAXWELL, _FIRST_TURING, _FIRST_BLACKWELL = 0x1340, 0x1E00, 0x2900
 _WANTS_OPEN = "requires use of the NVIDIA open kernel modules"
 
 
@@ -32,8 +34,8 @@ def driver_too_new_for_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
         yield Skip(reason="the driver's version could not be read")
         return
     evidence = (
-        *_seen("driver", _version(inspection)),
-        *(Evidence(path=_pci(each), value=f"device {each.device:#06x}") for each in old if each.device is not None),
+        *seen("driver", _version(inspection)),
+        *(Evidence(path=on_pci(each.address), value=f"device {each.device or 0:#06x}") for each in old),
     )
     hold = steps(inspection, Task.hold_driver, branch=LAST_BRANCH_FOR_OLD_CARDS)
     if major >= 590:
@@ -66,8 +68,6 @@ def driver_too_old(inspection: Inspection, purpose: Purpose) -> Said:
     """
     installed = [engine for engine in inspection.engines if purpose.backend in (None, engine.backend)]
     wanting = [engine for engine in installed if not engine.cpu_build]
-    if not wanting or not cards(inspection):
-        return
     version = _version(inspection)
     if _numbers(version) is None:
         yield Skip(reason="the driver's version could not be read")
@@ -83,9 +83,9 @@ def driver_too_old(inspection: Inspection, purpose: Purpose) -> Said:
             severity=Severity.fail,
             summary=f"{engine.backend} needs driver {needed} or newer; {version} is installed"[:90],
             evidence=(
-                *_seen("driver", version),
-                *_seen("CUDA of the driver", _cuda(inspection.driver.cuda_version)),
-                *_seen(f"CUDA of {engine.backend}", _runtime(engine.cuda_runtime)),
+                *seen("driver", version),
+                *seen("CUDA of the driver", _cuda(inspection.driver.cuda_version)),
+                *seen(f"CUDA of {engine.backend}", _runtime(engine.cuda_runtime)),
             ),
             fix=(
                 *driver_steps(inspection),
@@ -118,7 +118,7 @@ def driver_flavour(inspection: Inspection, _purpose: Purpose) -> Said:
     yield Finding(
         severity=Severity.fail,
         summary=f"the {now} NVIDIA module is loaded, but a card here needs the {needed} one",
-        evidence=tuple(Evidence(path=_pci(each), value=f"device {each.device or 0:#06x}") for each in wrong),
+        evidence=tuple(Evidence(path=on_pci(each.address), value=f"device {each.device or 0:#06x}") for each in wrong),
         fix=(*driver_steps(inspection), "sudo reboot"),
         gpus=tuple(gpu.index for gpu in cards(inspection) if gpu.bus_id in {each.address for each in wrong}),
     )
@@ -149,6 +149,12 @@ def wants_open_module(inspection: Inspection) -> bool:
     return any(_WANTS_OPEN in entry.text for entry in inspection.host.log)
 
 
+def is_before_maxwell(device: PciDevice) -> bool:
+    """Return whether a card on the bus is a Kepler or older (GT 710, K80), by its number: 470 was the last driver for
+    one, and no engine of today runs on it, so that it is nothing but a display."""
+    return device.device is not None and device.device < _FIRST_MAXWELL
+
+
 def is_blackwell(device: PciDevice) -> bool:
     """Return whether a card on the bus is a Blackwell or newer, by its number."""
     return device.device is not None and device.device >= _FIRST_BLACKWELL
@@ -168,12 +174,13 @@ def needs_other_module(device: PciDevice, inspection: Inspection) -> bool:
 
 
 def _own(inspection: Inspection) -> tuple[PciDevice, ...]:
-    """The cards on the bus without those that are kept for virtual machines."""
-    return tuple(each for each in nvidia_on_bus(inspection) if not is_passed_on(each))
+    """The cards on the bus without those that are kept for virtual machines, or too old for any engine."""
+    bus = nvidia_on_bus(inspection)
+    return tuple(each for each in bus if not (is_passed_on(each) or is_before_maxwell(each)))
 
 
 def _is_before_turing(device: PciDevice) -> bool:
-    return device.device is not None and device.device < _FIRST_TURING
+    return device.device is not None and _FIRST_MAXWELL <= device.device < _FIRST_TURING
 
 
 def _version(inspection: Inspection) -> str | None:
@@ -211,14 +218,6 @@ def _least_driver(engine: InstalledEngine, inspection: Inspection) -> str | None
         return "570" if old else "550"
     major = None if engine.cuda_runtime is None else engine.cuda_runtime // 1000
     return {12: "525.60.13", 13: "580"}.get(major or 0)
-
-
-def _pci(device: PciDevice) -> str:
-    return f"/sys/bus/pci/devices/{device.address}"
-
-
-def _seen(path: str, value: str | None) -> tuple[Evidence, ...]:
-    return () if value is None else (Evidence(path=path, value=value),)
 
 
 CHECKS: tuple[Check, ...] = (driver_too_new_for_gpu, driver_too_old, driver_flavour)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.commands import install_fabric_manager
-from mgpu.doctor.facts import named, nvidia_cards, settings, unread
+from mgpu.doctor.facts import named, nvidia_cards, settings, unread, unread_settings
+from mgpu.machine.families import family
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import cards, pairs
-from mgpu.machine.snapshot import Gpu
 from mgpu.units import seconds
 
 _FABRIC_COMPLETED = 3
@@ -25,13 +24,14 @@ def fabric_manager(inspection: Inspection, _purpose: Purpose) -> Said:
     Read from /proc/driver/nvidia-nvswitch, the service's state, its version and each card's fabric state (3 is done).
     On HGX machines (A100, H100, H200, B200 SXM) CUDA says "system not yet initialized" (802) until it has set up the
     switches, and it only talks to the driver of exactly its own version: a failure. Without a switch the service has
-    nothing to do, and is not mentioned.
+    nothing to do, and is not mentioned; nor is it where every card says that its fabric is done, for then a manager
+    runs that is no service here (a container's, as in Kubernetes).
     """
     driver = inspection.driver
-    switched = [port for gpu in cards(inspection) for port in gpu.nvlink if port.active and not port.remote_bus_id]
-    if driver.nvswitch is None and switched:
+    if driver.nvswitch is None:
         yield unread(inspection, "whether there is an NVSwitch", "nvswitch")
-    if not driver.nvswitch or not cards(inspection):
+        return
+    if all((card.fabric_state, card.fabric_status) == (_FABRIC_COMPLETED, 0) for _, card in nvidia_cards(inspection)):
         return
     version = driver.loaded_version or (inspection.machine.driver.version if inspection.machine.driver else None)
     install = install_fabric_manager(inspection, version)
@@ -87,7 +87,7 @@ def nvlink_inactive(inspection: Inspection, _purpose: Purpose) -> Said:
     unbridged = []
     for gpu in able:
         up, all_ports = sum(port.active for port in gpu.nvlink), len(gpu.nvlink)
-        if up == all_ports or (up and _takes_several_bridges(gpu)):
+        if up == all_ports or (up and family(gpu.name).several_bridges):
             continue
         if not up and not inspection.driver.nvswitch:
             unbridged.append(gpu)
@@ -174,12 +174,7 @@ def nvlink_unused(inspection: Inspection, _purpose: Purpose) -> Said:
                 evidence=(Evidence(path=each.path, value=f"{each.name}={each.value}"[:120]),),
                 fix=(*each.removal, "export NCCL_P2P_LEVEL=NVL"),
             )
-    if missed := [each for each in inspection.unread if "nccl.conf" in each.what or ".service" in each.what]:
-        yield unread(inspection, missed[0].what, "nccl.conf", ".service")
-
-
-def _takes_several_bridges(gpu: Gpu) -> bool:
-    return re.search(r"PCIe|NVL\b|GV100", gpu.name, re.IGNORECASE) is not None
+    yield from unread_settings(inspection)
 
 
 CHECKS: tuple[Check, ...] = (fabric_manager, nvlink_inactive, nvlink_errors, nvlink_unused)

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.commands import Task, steps
-from mgpu.doctor.facts import HOST_ONLY, named, unread
+from mgpu.doctor.facts import HOST_ONLY, named, on_pci, unread, without_peers
+from mgpu.doctor.proof import Proof
+from mgpu.machine.families import family
 from mgpu.machine.inspection import Inspection, PciDevice
 from mgpu.machine.layout import (
     Pair,
+    bridges_are_known,
     bridges_between,
     cards,
     device,
     in_container,
-    is_geforce,
-    is_professional,
     is_translated,
     is_virtual,
     pairs,
 )
+from mgpu.machine.snapshot import Gpu
 from mgpu.units import seconds
 
 _REQUEST_REDIRECT, _COMPLETION_REDIRECT = 0x04, 0x08
-_WITHOUT_PEERS = "export NCCL_P2P_DISABLE=1  # until then, and vLLM with --disable-custom-all-reduce"
 
 
 @check("p2p-grant-unsafe", Area.p2p, "A", about=(subjects.nvidia_pair, subjects.bare_metal))
@@ -35,11 +38,10 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
     group translates addresses (DMA or DMA-FQ), and a bridge between them redirects peer traffic (ACS, bits 2 and 3).
     All three are a failure: peer writes are not acknowledged, so they vanish, and vLLM with two cards hangs after NCCL
     has started. A translating IOMMU alone is a warning, and a failure for vLLM or --tensor-parallel; redirection alone
-    is a warning there and only said elsewhere. What is only claimed can be proved with --probe. Two cards hang where
-    four do not: NCCL uses peers across host bridges of AMD processors only up to two.
+    is a warning there and only said elsewhere. What is only claimed can be proved with --probe: where all values
+    arrive, it is only said. Two cards hang where four do not: NCCL uses peers across host bridges of AMD processors
+    only up to two.
     """
-    if is_virtual(inspection):
-        return
     wanted = _peers_wanted(purpose)
     worst: dict[tuple[Severity, bool, bool | None], list[Pair]] = {}
     unknown = []
@@ -71,7 +73,7 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
                 *(steps(inspection, Task.kernel_option, option="iommu=pt") if translated else ()),
                 *(_acs_off(inspection, found) if redirected else ()),
                 *(("sudo mgpu doctor --only acs-redirect  # whether ACS redirects too",) if redirected is None else ()),
-                _WITHOUT_PEERS,
+                f"{without_peers(inspection)}  # until then, and vLLM with --disable-custom-all-reduce",
             ),
             gpus=_members(found),
             confidence="read" if severity is Severity.fail and redirected else "inferred",
@@ -96,8 +98,6 @@ def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
     (vfio), it is only said.
     """
     gpus = cards(inspection)
-    if len(gpus) < 2:
-        return
     found = {gpu.index: is_translated(inspection, gpu.bus_id) for gpu in gpus}
     translated = [gpu for gpu in gpus if found[gpu.index]]
     if translated:
@@ -111,7 +111,7 @@ def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
                 else "the IOMMU translates GPU addresses: slower, and can hang tensor parallel"
             ),
             evidence=tuple(
-                Evidence(path=f"{_path(gpu.bus_id)}/iommu_group/type", value=_type(inspection, gpu.bus_id))
+                Evidence(path=f"{on_pci(gpu.bus_id)}/iommu_group/type", value=_type(inspection, gpu.bus_id))
                 for gpu in translated[:4]
             ),
             fix=() if is_virtual(inspection) else steps(inspection, Task.kernel_option, option="iommu=pt"),
@@ -130,20 +130,17 @@ def acs_redirect(inspection: Inspection, purpose: Purpose) -> Said:
     --tensor-parallel): a warning then, as the slow or hanging all-reduce of NCCL has it for its cause; only said
     elsewhere. Virtual machines need ACS, so nothing is advised in one, nor where vfio is in use.
     """
-    if is_virtual(inspection) or len(cards(inspection)) < 2:
-        return
     found = [pair for pair in pairs(inspection) if not pair.nvlink and _redirected(inspection, pair)]
     if found:
         granted = [pair for pair in found if pair.granted]
         joined = any(is_translated(inspection, gpu.bus_id) for pair in granted for gpu in (pair.a, pair.b))
-        keep = inspection.host.vfio_in_use is not False
         warn = granted and _peers_wanted(purpose) and not inspection.host.vfio_in_use and not joined
         said = "peer access is slow or hangs" if granted else "harmless without peer access"
         yield Finding(
             severity=Severity.warn if warn else Severity.info,
             summary=f"ACS redirects traffic between {named(_members(found))}: {said}",
             evidence=_acs_words(inspection, found[0]),
-            fix=_acs_off(inspection, found) if granted and not keep else (),
+            fix=_acs_off(inspection, granted) if granted and not inspection.host.vfio_in_use else (),
             gpus=_members(found),
         )
     unknown = [pair for pair in pairs(inspection) if not pair.nvlink and _redirected(inspection, pair) is None]
@@ -196,7 +193,7 @@ def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
                 )
                 for pair in found[:4]
             ),
-            fix=("BIOS: enable Above 4G Decoding and Re-Size BAR",) if unexpected else ("export NCCL_P2P_DISABLE=1",),
+            fix=("BIOS: enable Above 4G Decoding and Re-Size BAR",) if unexpected else (without_peers(inspection),),
             gpus=_members(found),
         )
     if unknown and not inspection.host.wsl:
@@ -207,11 +204,11 @@ def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
 def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
     """GeForce cards have peer access over PCIe, which only a patched or forced driver grants.
 
-    Read from NVML: GeForce, no NVLink, and peer access OK; the patch itself leaves no mark. A warning until --probe has
-    seen values arrive: vLLM's custom all-reduce returned wrong data on two Intel rigs while NCCL's own path was fine,
-    and RTX 50 need RMForceStaticBar1=1 and PeerMappingOverride=1 or they hang.
+    Read from NVML: GeForce, no NVLink, and peer access OK; the patch itself leaves no mark. A warning, and only said
+    once --probe has seen all values arrive: vLLM's custom all-reduce returned wrong data on two Intel rigs while NCCL's
+    own path was fine, and RTX 50 need RMForceStaticBar1=1 and PeerMappingOverride=1 or they hang.
     """
-    both = [pair for pair in pairs(inspection) if is_geforce(pair.a) and is_geforce(pair.b) and not pair.nvlink]
+    both = [pair for pair in pairs(inspection) if _is_geforce(pair.a) and _is_geforce(pair.b) and not pair.nvlink]
     found = [pair for pair in both if pair.granted]
     if found:
         dwords = inspection.driver.registry_dwords
@@ -229,7 +226,7 @@ def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
             fix=(
                 "mgpu doctor --probe",
                 "vllm serve --disable-custom-all-reduce",
-                "export NCCL_P2P_DISABLE=1  # if it hangs",
+                f"{without_peers(inspection)}  # if it hangs",
             ),
             gpus=_members(found),
             confidence="inferred",
@@ -244,10 +241,12 @@ def vllm_p2p_cache_stale(inspection: Inspection, purpose: Purpose) -> Said:
 
     Compares the age of ~/.cache/vllm/gpu_p2p_access_cache_for_*.json with the time since boot: a new driver, BIOS or
     slot changes the answer, and the file is named by card numbers only. A warning for vLLM, or where
-    VLLM_SKIP_P2P_CHECK=0 has it read; only said otherwise, since vLLM believes the driver by default. Delete it.
+    VLLM_SKIP_P2P_CHECK=0 has it read; only said otherwise, since vLLM believes the driver by default. When the driver
+    was installed is not asked: the dates of its files are often those of its making, and it takes effect when it is
+    loaded, which is at boot but for those who reload it by hand. Delete the answer.
     """
     age_s, boot_s = inspection.host.vllm_p2p_cache_age_s, inspection.host.boot_age_s
-    if age_s is None or len(cards(inspection)) < 2:
+    if age_s is None:
         return
     if boot_s is None:
         yield Skip(reason="the time since boot could not be read, so the age of vLLM's answer means nothing")
@@ -257,11 +256,11 @@ def vllm_p2p_cache_stale(inspection: Inspection, purpose: Purpose) -> Said:
             severity=Severity.warn if read else Severity.info,
             summary="vLLM's saved answer about peer access is older than the last boot",
             evidence=(
-                Evidence(path="~/.cache/vllm/gpu_p2p_access_cache_for_*.json", value=f"{seconds(age_s)} old"),
+                Evidence(path="gpu_p2p_access_cache_for_*.json in vLLM's cache", value=f"{seconds(age_s)} old"),
                 Evidence(path="since boot", value=seconds(max(boot_s, 0))),
             ),
             fix=(
-                "rm ~/.cache/vllm/gpu_p2p_access_cache_for_*.json",
+                'rm "${VLLM_CACHE_ROOT:-${XDG_CACHE_HOME:-$HOME/.cache}/vllm}"/gpu_p2p_access_cache_for_*.json',
                 "export VLLM_SKIP_P2P_CHECK=0  # for the next start of vLLM",
             ),
         )
@@ -273,11 +272,41 @@ _UNEXPECTED = "missing, though these cards support it"
 def _why_none(pair: Pair) -> str:
     if pair.a.name != pair.b.name:
         return "not possible between unlike cards, which is normal"
-    if is_geforce(pair.a):
+    if _is_geforce(pair.a):
         return "not granted to GeForce, which is normal"
     if pair.kind == "SYS":
         return "not possible between sockets, which is normal"
-    return _UNEXPECTED if is_professional(pair.a) else "not known to be granted to such cards"
+    return _UNEXPECTED if family(pair.a.name).peers else "not known to be granted to such cards"
+
+
+def proved_checks(proof: Proof | None) -> tuple[Check, ...]:
+    """Return the checks of a claim that a probe can prove: what it saw arrive is only said, and no longer unproven."""
+    return tuple(replace(each, run=partial(_proved, each, proof)) for each in (p2p_grant_unsafe, patched_p2p_risk))
+
+
+def _proved(claimed: Check, proof: Proof | None, inspection: Inspection, purpose: Purpose) -> Said:
+    for said in claimed.run(inspection, purpose):
+        gpus = said.gpus if isinstance(said, Finding) else tuple(gpu.index for gpu in cards(inspection))
+        if proof is None or not proof.shows_peers(gpus):
+            yield said
+        elif isinstance(said, Finding):
+            summary, fix = _PROVED[claimed.id]
+            evidence = (*said.evidence, Evidence(path="copies and all-reduce", value="right"))
+            info = replace(said, severity=Severity.info, summary=summary, evidence=evidence, fix=fix)
+            yield replace(info, confidence="probed")
+
+
+_PROVED: dict[str, tuple[str, tuple[str, ...]]] = {
+    p2p_grant_unsafe.id: ("peer access works as probed, though the IOMMU or ACS is in its way", ()),
+    patched_p2p_risk.id: (
+        "GeForce cards have peer access by a patched driver; probed, and values arrive",
+        ("vllm serve --disable-custom-all-reduce  # if vLLM alone errs: the probe sums with NCCL",),
+    ),
+}
+
+
+def _is_geforce(gpu: Gpu) -> bool:
+    return family(gpu.name).geforce
 
 
 def _peers_wanted(purpose: Purpose) -> bool:
@@ -285,10 +314,9 @@ def _peers_wanted(purpose: Purpose) -> bool:
 
 
 def _redirected(inspection: Inspection, pair: Pair) -> bool | None:
-    bridges = bridges_between(inspection, pair.a.bus_id, pair.b.bus_id)
-    if not bridges:
-        return None
-    return _either(_redirects(bridge) for bridge in bridges)
+    ends = pair.a.bus_id, pair.b.bus_id
+    known = [_redirects(bridge) for bridge in bridges_between(inspection, *ends)]
+    return _either(known if known and bridges_are_known(inspection, *ends) else (*known, None))
 
 
 def _redirects(bridge: PciDevice) -> bool | None:
@@ -330,7 +358,7 @@ def _acs_words(inspection: Inspection, pair: Pair) -> tuple[Evidence, ...]:
 
 def _group_types(inspection: Inspection, pair: Pair) -> tuple[Evidence, ...]:
     return tuple(
-        Evidence(path=f"{_path(gpu.bus_id)}/iommu_group/type", value=_type(inspection, gpu.bus_id))
+        Evidence(path=f"{on_pci(gpu.bus_id)}/iommu_group/type", value=_type(inspection, gpu.bus_id))
         for gpu in (pair.a, pair.b)
     )
 
@@ -338,10 +366,6 @@ def _group_types(inspection: Inspection, pair: Pair) -> tuple[Evidence, ...]:
 def _type(inspection: Inspection, bus_id: str | None) -> str:
     found = device(inspection, bus_id)
     return (found.iommu_type if found else None) or "unknown"
-
-
-def _path(bus_id: str | None) -> str:
-    return f"/sys/bus/pci/devices/{bus_id or 'unknown'}"
 
 
 def _named(pair: Pair) -> str:
