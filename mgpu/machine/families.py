@@ -50,7 +50,7 @@ _FAMILIES = (
     (r"\b(A10G?|A40|L4|L40|P40)\b", Family(peers=True, whole_window=True)),
     # Small windows for ever (T4, A2, A16), or one that a mode of the card makes large (RTX A6000).
     (
-        r"\b(Tesla|Quadro|RTX A\d{3,4}|RTX PRO|RTX \d000|A\d{1,3}[GX]?|[BHV]\d{2,3}|L\d{1,2}S?|T4G?)\b",
+        r"\b(Tesla|Quadro|RTX A\d{3,4}|RTX PRO|RTX \d[05]00|A\d{1,3}[GX]?|[BHV]\d{2,3}|L\d{1,2}S?|T4G?)\b",
         Family(peers=True),
     ),
 )
