@@ -1,4 +1,4 @@
-"""Who may use AMD's cards, and settings that change what ROCm makes of them."""
+"""Who may use AMD's cards, and which driver has them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ def read_amd_facts(root: Path = Path("/")) -> AmdFacts:
     """Return what /dev, /sys and /etc under `root` say of AMD's driver and of this user's rights. Never raises.
 
     `render_nodes` are those of AMD cards; `user_groups` only those of "render" and "video" that this process is in.
+    The module's version is known for AMD's own package, not for the one that comes with the kernel.
     """
     known = sysfs.is_there(root / "dev")
     kfd = root / "dev/kfd"
     nodes, accessible = render_nodes(root, sysfs.AMD)
-    override = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
+    version = sysfs.read_text(root / "sys/module/amdgpu/version", 64)
     return AmdFacts(
         kfd_device=sysfs.is_there(kfd) if known else None,
         kfd_accessible=may_use(kfd) if sysfs.is_there(kfd) else None,
         render_nodes=nodes,
         render_accessible=accessible,
         user_groups=_groups(root),
-        gfx_override=override[:40] if override else None,
+        module_version=version if version and re.fullmatch(r"[\w.+-]{1,40}", version) else None,
     )
 
 
