@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mgpu.doctor.check import Evidence, Skip
+from mgpu.machine.families import family
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
-from mgpu.machine.layout import cards, health, in_container, is_wsl, pairs
+from mgpu.machine.layout import cards, device, health, in_container, is_wsl, pairs
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import MIB
 
@@ -19,6 +21,8 @@ _LONGEST_REASON = 160
 HOST_ONLY = "a container is not shown it: run mgpu doctor on the host"
 _WINDOWS_ONLY = "WSL2 does not show it: the driver, the board and the log are those of Windows"
 _MOST_NAMED = 4
+# Cards of one model differ by a few MiB, and by a sixteenth where one of them corrects errors (ECC) in GDDR memory.
+_SAME_SIZE = 0.93
 # What NVIDIA's driver keeps for itself: 450 to 640 MiB where it was read.
 _MOST_RESERVED_BYTES = 640 * MIB
 
@@ -92,6 +96,16 @@ def usable_cards(inspection: Inspection, *vendors: str) -> tuple[Gpu, ...]:
     return tuple(gpu for gpu in answering if gpu.integrated is not True)
 
 
+def rocm_cards(inspection: Inspection) -> tuple[Gpu, ...]:
+    """Return AMD's usable cards without those that another driver than amdgpu has: the old one, radeon, shows pictures
+    and computes nothing."""
+    return tuple(
+        gpu
+        for gpu in usable_cards(inspection, "amd")
+        if not (found := device(inspection, gpu.bus_id)) or found.driver in (None, "amdgpu")
+    )
+
+
 def nvidia_cards(inspection: Inspection) -> tuple[tuple[Gpu, CardHealth], ...]:
     """Return NVIDIA's usable cards, each with its health: one of unknowns where it was not asked. Lost cards are left
     out, because another check speaks of them."""
@@ -122,6 +136,30 @@ def is_busy(reading: Readings, limit_w: float | None) -> bool | None:
     if reading.pstate is not None and reading.power_w is not None and limit_w:
         return reading.pstate <= 2 and reading.power_w > BUSY_SHARE * limit_w
     return None if reading.utilisation_percent is None else False
+
+
+def at_work(gpu: Gpu, card: CardHealth) -> bool | None:
+    """Return whether the card worked at one reading at least; None where that cannot be told."""
+    answers = [is_busy(reading, gpu.power_limit_w) for reading in card.readings]
+    if any(answers):
+        return True
+    return None if None in answers or not answers else False
+
+
+def keeps_link_speed(gpu: Gpu) -> bool:
+    """Return whether the card is one whose PCIe link stays fast while it rests."""
+    return family(gpu.name).keeps_link_speed
+
+
+def of_one_size(cards: Iterable[Gpu]) -> list[list[Gpu]]:
+    """Return cards in groups of about one size of memory, largest first."""
+    groups: list[list[Gpu]] = []
+    for gpu in sorted(cards, key=lambda gpu: (-(gpu.total_bytes or 0), gpu.index)):
+        if groups and (gpu.total_bytes or 0) >= _SAME_SIZE * (groups[-1][0].total_bytes or 0):
+            groups[-1].append(gpu)
+        else:
+            groups.append([gpu])
+    return groups
 
 
 def in_use_bytes(gpu: Gpu, card: CardHealth) -> int | None:

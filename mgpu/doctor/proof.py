@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import without_peers
+from mgpu.doctor.pcie_rates import lane_gb_s
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
 
-# Raw GB/s of one lane in one direction, by PCIe generation: transfer rate times coding.
-_LANE_GB_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.97, 5: 3.94, 6: 7.56}
-# Packet headers leave 80 to 88 % of that; a copy below this share of it has another reason.
+# Packet headers leave 80 to 88 % of what the lanes carry; a copy below this share of it has another reason.
 _LEAST_SHARE = 0.65
 
 
@@ -171,7 +170,7 @@ def _slow_copies(proof: Proof) -> Iterator[Finding | Skip]:
     if proof.problem and not proof.copies:
         yield Skip(reason=f"not proved: {proof.problem}")
     for copy in proof.copies:
-        lane = _LANE_GB_S.get(copy.pcie_gen or 0)
+        lane = lane_gb_s(copy.pcie_gen)
         if lane is None or not copy.pcie_width:
             yield Skip(reason=f"GPU{copy.gpu} copies at {copy.gb_s:.1f} GB/s, but its link could not be read meanwhile")
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mgpu.doctor.check import Purpose
-from mgpu.doctor.facts import is_promised, usable_cards
+from mgpu.doctor.facts import at_work, is_promised, keeps_link_speed, nvidia_cards, rocm_cards, usable_cards
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import cards, in_container, is_virtual, nvidia_on_bus, on_bus
 from mgpu.machine.sysfs import INTEL
@@ -26,6 +26,21 @@ def nvidia_or_promised(inspection: Inspection, purpose: Purpose) -> bool:
 def nvidia_card(inspection: Inspection, _: Purpose) -> bool:
     """Return whether an NVIDIA card answers."""
     return bool(cards(inspection))
+
+
+def busy(inspection: Inspection, _: Purpose) -> bool:
+    """Return whether an NVIDIA card works; whether it does being unknown counts as working."""
+    return any(at_work(gpu, card) is not False for gpu, card in nvidia_cards(inspection))
+
+
+def fast_link(inspection: Inspection, _: Purpose) -> bool:
+    """Return whether an NVIDIA card's PCIe link ought to be at its full speed: while it works, or always."""
+    return any(at_work(gpu, card) is not False or keeps_link_speed(gpu) for gpu, card in nvidia_cards(inspection))
+
+
+def watched(inspection: Inspection, _: Purpose) -> bool:
+    """Return whether an NVIDIA card was read more than once, which cards at rest are not; or could not be read."""
+    return any(len(card.readings) != 1 for _, card in nvidia_cards(inspection))
 
 
 def nvidia_pair(inspection: Inspection, _: Purpose) -> bool:
@@ -51,6 +66,11 @@ def expected_cards(inspection: Inspection, purpose: Purpose) -> bool:
 def amd(inspection: Inspection, _: Purpose) -> bool:
     """Return whether there is an AMD card that can be used."""
     return bool(usable_cards(inspection, "amd"))
+
+
+def rocm(inspection: Inspection, _: Purpose) -> bool:
+    """Return whether there is an AMD card that can compute."""
+    return bool(rocm_cards(inspection))
 
 
 def intel(inspection: Inspection, _: Purpose) -> bool:

@@ -31,6 +31,23 @@ def disk(role: str = "Hugging Face cache", **changes: Any) -> Inspection:
     return healthy(host={"disks": (DiskSpace(role=role, path="/models", **facts),)})
 
 
+def folder(role: str, free_bytes: int) -> DiskSpace:
+    return DiskSpace(
+        role=role, path=f"/{role}", free_bytes=free_bytes, total_bytes=999 * GIB, file_system="ext4", rotational=False
+    )
+
+
+FOLDERS = healthy(
+    host={
+        "disks": (
+            folder("Hugging Face cache", 900 * GIB),
+            folder("Ollama models", 10 * GIB),
+            folder("Docker images", 30 * GIB),
+        )
+    }
+)
+
+
 def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> Inspection:
     host = {"swap_total_bytes": total, "swap_free_bytes": total - used, "memory_pressure_percent": pressure}
     return healthy(host=host)
@@ -126,6 +143,14 @@ def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> In
             ["fail"],
             id="a tenth is wanted more",
         ),
+        *(
+            pytest.param("disk-models", FOLDERS, Purpose(backend=backend, missing_bytes=40 * GIB), expected, id=words)
+            for backend, expected, words in (
+                ("llama.cpp", [], "only the folder that is fetched to must hold it"),
+                (None, ["warn"], "whatever the engine, Ollama's folder holds none of it"),
+                ("ollama", ["fail"], "Ollama's folder must hold it for Ollama"),
+            )
+        ),
         pytest.param("disk-models", disk(free_bytes=15 * GIB), Purpose(), ["warn"], id="15 GiB are little"),
         pytest.param(
             "disk-models",
@@ -203,6 +228,11 @@ ENGINE = GpuProcess(pid=4711, name="llama-server", bytes=9 * GIB)
             changed(taken(9 * GIB, ENGINE), mgpu_processes=(4711,)),
             ("end llama-server (process 4711) with Ctrl-C in the terminal of its mgpu run",),
             id="an engine of mgpu, which would start it again",
+        ),
+        pytest.param(
+            taken(9 * GIB, *(GpuProcess(pid=pid, name="ollama", bytes=9 * GIB // 2) for pid in (77, 78))),
+            ("ollama stop MODEL  # ollama ps lists them; or all of it: sudo systemctl stop ollama",),
+            id="Ollama, whose service starts them again",
         ),
         *(
             pytest.param(

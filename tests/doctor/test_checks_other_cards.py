@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from mgpu.doctor.check import Finding, Purpose
 from mgpu.doctor.checks import amd, intel
-from mgpu.machine.inspection import AmdFacts, Inspection, InstalledEngine, IntelFacts, PciDevice
+from mgpu.machine.inspection import AmdFacts, Inspection, InstalledEngine, IntelFacts, PciDevice, UnitVariable
 from mgpu.machine.snapshot import Gpu, PcieLink
 from tests.doctor.inspections import GIB, MIB, bare, changed, changed_gpu, changed_machine, changed_pci, healthy
 from tests.doctor.said import said
@@ -16,6 +17,7 @@ from tests.doctor.said import said
 CHECKS = (*amd.CHECKS, *intel.CHECKS)
 ALLOWED = AmdFacts(kfd_device=True, kfd_accessible=True, render_accessible=True, user_groups=("render", "video"))
 OLLAMA = InstalledEngine(backend="ollama", architectures=("gfx1030", "gfx1100"), architectures_known=True)
+VLLM = InstalledEngine(backend="vllm", architectures=("gfx1030", "gfx942"), architectures_known=True)
 
 
 def radeons(*gfx: str, **changes: Any) -> Inspection:
@@ -33,6 +35,8 @@ def radeons(*gfx: str, **changes: Any) -> Inspection:
             pci_class=0x030000,
             driver="amdgpu",
             parent=f"0000:00:01.{index}",
+            in_kfd=True,
+            kfd_node=index + 1,
             iommu_group=str(14 + index),
             iommu_type="identity",
             atomics=True,
@@ -67,6 +71,28 @@ def override(inspection: Inspection, **variables: str) -> Inspection:
     return changed(inspection, host={"environment": tuple(variables.items())})
 
 
+def of_service(inspection: Inspection, **variables: str) -> Inspection:
+    path = "/etc/systemd/system/ollama.service.d/override.conf"
+    found = tuple(
+        UnitVariable(unit="ollama.service", path=path, name=name, value=value) for name, value in variables.items()
+    )
+    return changed(inspection, host={"unit_variables": found})
+
+
+def of_package(version: str | None) -> Inspection:
+    """Radeons with a module of that version, and Ollama."""
+    return changed(TWO, engines=(OLLAMA,), amd={"module_version": version})
+
+
+def beside_nvidia(inspection: Inspection) -> Inspection:
+    """The Radeons behind two 4090, with the numbers that the machine's list then gives to them."""
+    radeons = [dataclasses.replace(gpu, index=gpu.index + 2) for gpu in inspection.machine.gpus]
+    return changed_machine(inspection, gpus=(*healthy().machine.gpus, *radeons))
+
+
+BESIDE = beside_nvidia(radeons("gfx1031"))
+
+
 @pytest.mark.parametrize(
     ("check", "inspection", "purpose", "expected"),
     [
@@ -83,13 +109,42 @@ def override(inspection: Inspection, **variables: str) -> Inspection:
             id="render closed",
         ),
         pytest.param("amd-kfd-access", changed(TWO, amd={"kfd_accessible": None}), Purpose(), ["skip"], id="unread"),
+        pytest.param(
+            "amd-kfd-access",
+            changed_pci(changed(BESIDE, amd={"kfd_device": False}), FIRST, driver="radeon"),
+            Purpose(),
+            ["info 2"],
+            id="an old card that shows pictures",
+        ),
+        pytest.param(
+            "amd-kfd-access",
+            changed(BESIDE, amd={"kfd_device": False}),
+            Purpose(),
+            ["info 2"],
+            id="no kfd beside 4090s",
+        ),
+        pytest.param(
+            "amd-kfd-access", of_package("6.12.12"), Purpose(backend="ollama"), ["warn 0,1"], id="of ROCm 6.4"
+        ),
+        pytest.param(
+            "amd-kfd-access", of_package("6.12.12"), Purpose(), ["info 0,1"], id="of ROCm 6.4, Ollama is here"
+        ),
+        pytest.param("amd-kfd-access", of_package("6.14.14"), Purpose(backend="ollama"), [], id="of ROCm 7"),
+        pytest.param("amd-kfd-access", of_package(None), Purpose(backend="ollama"), [], id="the kernel's own"),
+        pytest.param("amd-multi-gpu", changed_pci(TRANSLATED, driver="radeon"), Purpose(), [], id="old cards"),
         pytest.param("amd-multi-gpu", TWO, Purpose(), [], id="equal slots of the processor"),
         pytest.param("amd-multi-gpu", CHIPSET, Purpose(), ["warn 1"], id="a slot of AMD's chipset"),
         pytest.param("amd-multi-gpu", INTEL_CHIPSET, Purpose(), ["warn 0"], id="a slot of Intel's chipset"),
         pytest.param(
             "amd-multi-gpu", changed_gpu(TWO, 1, pcie={"slot_width": 4}), Purpose(), ["warn 0,1"], id="unequal widths"
         ),
-        pytest.param("amd-multi-gpu", changed_pci(TWO, FIRST, atomics=False), Purpose(), ["fail 0"], id="no atomics"),
+        pytest.param(
+            "amd-multi-gpu",
+            changed_pci(TWO, FIRST, atomics=False, in_kfd=False),
+            Purpose(),
+            ["fail 0"],
+            id="no atomics",
+        ),
         pytest.param(
             "amd-multi-gpu",
             changed_pci(TWO, FIRST, atomics=False, in_kfd=True),
@@ -168,6 +223,27 @@ def override(inspection: Inspection, **variables: str) -> Inspection:
             [],
             id="one override for like cards",
         ),
+        pytest.param(
+            "amd-gfx-override",
+            of_service(radeons("gfx1031", engines=(OLLAMA,)), HSA_OVERRIDE_GFX_VERSION="10.3.0"),
+            Purpose(backend="ollama"),
+            [],
+            id="overridden in Ollama's unit",
+        ),
+        pytest.param(
+            "amd-gfx-override",
+            of_service(radeons("gfx1031", engines=(VLLM,)), HSA_OVERRIDE_GFX_VERSION="10.3.0"),
+            Purpose(backend="vllm"),
+            ["fail 0"],
+            id="Ollama's unit says nothing to vLLM",
+        ),
+        pytest.param(
+            "amd-gfx-override",
+            of_service(radeons("gfx1031", "gfx1100"), HSA_OVERRIDE_GFX_VERSION="10.3.0"),
+            Purpose(),
+            ["warn 0,1"],
+            id="one override for unlike cards in a unit",
+        ),
         pytest.param("amd-gfx-override", WITH_INTEGRATED, Purpose(), ["info 2"], id="integrated graphics beside cards"),
         pytest.param(
             "amd-gfx-override", WITH_INTEGRATED, Purpose(tensor_parallel=2), ["warn 2"], id="integrated when cutting"
@@ -216,3 +292,63 @@ def test_the_kernels_option_is_set_as_the_distribution_does_it() -> None:
     assert isinstance(finding, Finding)
     assert finding.fix[0] == "sudo grubby --update-kernel=ALL --args=iommu=pt && sudo reboot"
     assert [each.value for each in finding.evidence] == ["DMA-FQ"]
+
+
+def fixes(inspection: Inspection) -> list[str]:
+    found = (item for item in amd.amd_gfx_override.run(inspection, Purpose()) if isinstance(item, Finding))
+    return [line for item in found for line in item.fix if "export" in line or "instead set" in line]
+
+
+NEAREST = "  # the nearest version that is in the list"
+
+
+@pytest.mark.parametrize(
+    ("inspection", "expected"),
+    [
+        pytest.param(
+            radeons("gfx1031", engines=(OLLAMA,)),
+            [f"export HSA_OVERRIDE_GFX_VERSION=10.3.0{NEAREST}"],
+            id="the only card of AMD's",
+        ),
+        pytest.param(
+            beside_nvidia(radeons("gfx1100", "gfx1101", engines=(OLLAMA,))),
+            [f"export HSA_OVERRIDE_GFX_VERSION_2=11.0.0{NEAREST}"],
+            id="by AMD's number, of the card's own generation",
+        ),
+        pytest.param(radeons("gfx1201", engines=(OLLAMA,)), [], id="no version of its generation is in the list"),
+        pytest.param(radeons("gfx90a", engines=(VLLM,)), [], id="before RDNA none runs another's code"),
+        pytest.param(
+            changed_pci(radeons("gfx1031", "gfx1031", engines=(OLLAMA,)), kfd_node=None), [], id="AMD's number unread"
+        ),
+        pytest.param(
+            override(radeons("gfx1100", "gfx1031"), HSA_OVERRIDE_GFX_VERSION="10.3.0; x"),
+            ["instead set HSA_OVERRIDE_GFX_VERSION_2='10.3.0; x'"],
+            id="one override becomes that of the card that it fits",
+        ),
+    ],
+)
+def test_an_override_is_one_that_the_card_can_run(inspection: Inspection, expected: list[str]) -> None:
+    assert fixes(inspection) == expected
+
+
+@pytest.mark.parametrize(
+    ("uuids", "expected"),
+    [
+        pytest.param(("GPU-a", "GPU-b"), "export ROCR_VISIBLE_DEVICES=GPU-a,GPU-b", id="by UUID"),
+        pytest.param(
+            (None, None), "export ROCR_VISIBLE_DEVICES=0,1", id="by ROCm's numbers, which begin with AMD's cards"
+        ),
+        pytest.param(("GPU-a; x", "GPU-b"), "export ROCR_VISIBLE_DEVICES='GPU-a; x,GPU-b'", id="quoted for a shell"),
+    ],
+)
+def test_amds_cards_are_named_as_rocm_does(uuids: tuple[str | None, ...], expected: str) -> None:
+    inspection = beside_nvidia(WITH_INTEGRATED)
+    for index, uuid in enumerate(uuids):
+        inspection = changed_gpu(inspection, index + 2, uuid=uuid)
+    assert fixes(inspection) == [expected]
+
+
+def test_numbers_are_not_guessed_where_some_cards_are_left_out() -> None:
+    inspection = beside_nvidia(WITH_INTEGRATED)
+    left = changed_machine(inspection, gpus=inspection.machine.gpus[3:])
+    assert fixes(left) == ["export ROCR_VISIBLE_DEVICES=UUIDS  # rocminfo | grep Uuid lists them"]

@@ -97,13 +97,15 @@ def errors(fresh: int | None) -> Inspection:
         pytest.param(pcie_x1_riser, width(1, slot=1), {}, "warn", id="riser, layers"),
         pytest.param(pcie_x1_riser, width(1), TP2, "fail", id="riser and a model that is cut"),
         pytest.param(pcie_x1_riser, width(4, slot=4), TP2, "", id="four lanes are no riser"),
+        pytest.param(pcie_x1_riser, virtual(width(1, slot=1)), TP2, "", id="lanes that a virtual machine is shown"),
         pytest.param(pcie_x1_riser, width(None), {}, "skip", id="width unread"),
         pytest.param(pcie_gen_degraded, generation(3, busy=True), {}, "warn", id="one generation less under load"),
         pytest.param(pcie_gen_degraded, generation(1, busy=True), {}, "fail", id="three less under load"),
         pytest.param(pcie_gen_degraded, generation(4, busy=True), {}, "", id="full speed under load"),
         pytest.param(pcie_gen_degraded, generation(1, busy=False), {}, "", id="gen 1 at idle says nothing"),
         pytest.param(pcie_gen_degraded, generation(4, busy=False, name=H100), {}, "warn", id="an H100 keeps its speed"),
-        pytest.param(pcie_gen_degraded, generation(None, busy=False), {}, "skip", id="generation unread"),
+        pytest.param(pcie_gen_degraded, generation(None, busy=True), {}, "skip", id="generation unread"),
+        pytest.param(pcie_gen_degraded, generation(None, busy=False), {}, "", id="generation unread, at idle"),
         pytest.param(pcie_host_gen, board_gen(3), {}, "info", id="gen 3 board"),
         pytest.param(pcie_host_gen, board_gen(3), TP2, "info", id="gen 3 board, x16, a model that is cut"),
         pytest.param(pcie_host_gen, board_gen(3, 8), TP2, "warn", id="gen 3 board, x8, a model that is cut"),
@@ -168,4 +170,13 @@ def test_what_was_counted_is_said_with_its_time() -> None:
 def test_the_cards_without_the_riser_are_named() -> None:
     (finding,) = pcie_x1_riser.run(width(2), Purpose(tensor_parallel=2))
     assert isinstance(finding, Finding)
-    assert finding.fix[-1] == "export CUDA_VISIBLE_DEVICES=0  # leaves it out"
+    assert finding.fix[-1] == "export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0  # leaves it out"
+
+
+def test_links_of_cards_at_rest_are_not_judged_and_not_praised() -> None:
+    purpose, rest, once = Purpose(), generation(1, busy=False), replays(9)
+    assert not pcie_gen_degraded.applies(rest, purpose)
+    assert pcie_gen_degraded.applies(generation(4, busy=True), purpose)
+    assert pcie_gen_degraded.applies(generation(5, busy=False, name=H100), purpose)
+    assert not pcie_replay_rate.applies(changed_card(once, 0, readings=once.cards[1].readings), purpose)
+    assert pcie_replay_rate.applies(replays(9, 9), purpose)

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from mgpu.doctor.check import Finding, Purpose, Skip
+from mgpu.doctor.check import Check, Finding, Purpose, Skip
 from mgpu.doctor.checks import power
-from mgpu.machine.inspection import Inspection, Unread
+from mgpu.machine.inspection import Inspection, PciDevice, Unread
 from tests.doctor.inspections import GIB, H100, bare, changed, changed_card, changed_gpu, healthy
 from tests.doctor.said import said
 
@@ -31,6 +31,9 @@ def alternating(**changes: Any) -> Inspection:
     return changed_card(before, 0, readings=(flicker, *others))
 
 
+WITH_ARC = changed(
+    healthy(), pci=(*healthy().pci, PciDevice(address="0000:99:00.0", vendor=0x8086, pci_class=0x030000))
+)
 LAPTOPS = ("NVIDIA GeForce RTX 4090 Laptop GPU", "Quadro T2000 with Max-Q Design", "NVIDIA GeForce GTX 1650 Mobile")
 LOADED = changed_gpu(healthy(), 0, free_bytes=4 * GIB)
 ALL_BUSY = each_card(healthy(3), readings=BUSY)
@@ -138,6 +141,8 @@ ALL_BUSY = each_card(healthy(3), readings=BUSY)
         pytest.param("psu-budget", healthy(), Purpose(psu_w=1000), ["fail"], id="1170 W from 1000"),
         pytest.param("psu-budget", healthy(), Purpose(psu_w=1300), ["warn"], id="1170 W from 1300"),
         pytest.param("psu-budget", healthy(), Purpose(psu_w=1600), [], id="1170 W from 1600"),
+        pytest.param("psu-budget", WITH_ARC, Purpose(psu_w=1600), ["skip"], id="and an Arc, whose limit is not told"),
+        pytest.param("psu-budget", WITH_ARC, Purpose(psu_w=1000), ["fail"], id="too much even without the Arc"),
         pytest.param(
             "clocks-locked",
             changed_card(healthy(1), 0, readings={**BUSY, "sm_clock_mhz": 1500}),
@@ -158,6 +163,34 @@ ALL_BUSY = each_card(healthy(3), readings=BUSY)
             Purpose(),
             ["warn 2"],
             id="one is slower than its busy siblings",
+        ),
+        pytest.param(
+            "clocks-locked",
+            changed_card(ALL_BUSY, 2, readings={"sm_clock_mhz": 2200, "events": 0x04}),
+            Purpose(),
+            [],
+            id="one that has less power than its siblings",
+        ),
+        pytest.param(
+            "clocks-locked",
+            changed_card(healthy(1), 0, readings={**BUSY, "sm_clock_mhz": 2402, "events": 0x02}),
+            Purpose(),
+            ["info 0"],
+            id="held by a setting at 77 %",
+        ),
+        pytest.param(
+            "clocks-locked",
+            changed_card(healthy(1), 0, readings={**BUSY, "sm_clock_mhz": 3000, "events": 0x02}),
+            Purpose(),
+            [],
+            id="held by a setting at nearly all",
+        ),
+        pytest.param(
+            "clocks-locked",
+            changed_card(healthy(1), 0, readings={**BUSY, "sm_clock_mhz": 1500, "events": 0x02}),
+            Purpose(),
+            ["warn 0"],
+            id="held by a setting at half",
         ),
         pytest.param("clocks-locked", healthy(), Purpose(), [], id="idle clocks are not judged"),
         pytest.param(
@@ -262,3 +295,26 @@ def test_a_fix_stays_above_the_lowest_limit_of_the_card() -> None:
     (finding,) = power.thermal.run(hot, Purpose())
     assert isinstance(finding, Finding)
     assert finding.fix[-1] == "sudo nvidia-smi -i 0 -pl 400"
+
+
+@pytest.mark.parametrize(
+    ("limit_w", "commands"),
+    [
+        pytest.param(200.0, ["sudo nvidia-smi -i 0 -pl 160"], id="below the one that was set"),
+        pytest.param(600.0, ["sudo nvidia-smi -i 0 -pl 360"], id="below the default where more was set"),
+        pytest.param(150.0, [], id="none below the lowest that the card takes"),
+    ],
+)
+def test_a_hot_or_braked_card_is_never_told_to_draw_more(limit_w: float, commands: list[str]) -> None:
+    card = changed_gpu(capped(limit_w, power_min_w=150.0), 0, temperature_c=95)
+    for check in (power.thermal, power.hw_slowdown):
+        (finding,) = check.run(changed_card(card, 0, readings={"events": 0x80}), Purpose())
+        assert isinstance(finding, Finding)
+        assert [line.partition("  #")[0] for line in finding.fix if "-pl" in line] == commands
+
+
+@pytest.mark.parametrize("check", [power.sw_power_cap, power.clocks_locked], ids=lambda check: check.id)
+def test_what_is_judged_of_busy_cards_is_no_praise_of_cards_at_rest(check: Check) -> None:
+    assert not check.applies(healthy(), Purpose())
+    assert check.applies(ALL_BUSY, Purpose())
+    assert check.applies(BLIND, Purpose())

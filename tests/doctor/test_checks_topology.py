@@ -136,5 +136,11 @@ def test_what_is_said_of_a_topology(
 def test_the_cards_that_are_not_on_the_chipset_are_named() -> None:
     (finding,) = pcie_chipset.run(on_chipset(healthy(3), 1), Purpose(tensor_parallel=2))
     assert isinstance(finding, Finding)
-    assert finding.fix[-1] == "export CUDA_VISIBLE_DEVICES=0,2  # uses the others instead"
+    assert finding.fix[-1] == "export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0,2  # uses the others instead"
     assert finding.evidence[0].path == "/sys/bus/pci/devices/0000:00:01.1"
+
+
+def test_the_better_set_is_exported_as_cuda_would_count_it() -> None:
+    (finding,) = topo_cross_socket.run(FIVE, Purpose(tensor_parallel=2))
+    assert isinstance(finding, Finding)
+    assert finding.fix == ("export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=1,2",)

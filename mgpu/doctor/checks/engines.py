@@ -7,7 +7,7 @@ import re
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.commands import Task, steps
-from mgpu.doctor.facts import unread, usable_cards
+from mgpu.doctor.facts import settings, unread, usable_cards
 from mgpu.machine.inspection import Inspection, InstalledEngine
 
 _INSTALL = {
@@ -74,10 +74,15 @@ def arch_unsupported(inspection: Inspection, purpose: Purpose) -> Said:
     Do: llama.cpp or Ollama on old cards, a newer engine for new ones.
     """
     cards = [gpu for gpu in usable_cards(inspection, "nvidia") if gpu.compute_capability is not None]
+    # Ollama brings code for everything since Maxwell.
+    engines = [each for each in inspection.engines if not (each.problem or each.cpu_build or each.backend == "ollama")]
+    nameless = [gpu.index for gpu in usable_cards(inspection, "nvidia") if gpu.compute_capability is None]
+    if nameless and engines:
+        yield unread(inspection, "the compute capability", "ComputeCapability", of=nameless)
+    if not cards:
+        return
     unknown: list[str] = []
-    for engine in inspection.engines:
-        if engine.problem or engine.cpu_build or not cards or engine.backend == "ollama":
-            continue  # Ollama brings code for everything since Maxwell
+    for engine in engines:
         if not engine.architectures_known and not _is_new_vllm(engine):
             unknown.append(engine.backend)
             continue
@@ -96,7 +101,7 @@ def arch_unsupported(inspection: Inspection, purpose: Purpose) -> Said:
                 gpus=tuple(gpu.index for gpu in missing),
                 confidence="read" if engine.architectures_known else "inferred",
             )
-    if unknown:
+    if unknown and not nameless:
         yield unread(inspection, f"architectures of {', '.join(unknown)}", "architectures", *unknown)
 
 
@@ -150,23 +155,20 @@ def _other_engine(engine: InstalledEngine) -> str:
 def nccl_version(inspection: Inspection, purpose: Purpose) -> Said:
     """An NCCL that shadows the engine's own, or an old one.
 
-    Read: LD_PRELOAD and VLLM_NCCL_SO_PATH, and the version that is written in the NCCL that llama.cpp would load.
+    Read: LD_PRELOAD and VLLM_NCCL_SO_PATH in the environment and in the units of engines, and the version that is
+    written in the NCCL that llama.cpp would load.
     Rule: warn when either variable names an NCCL; warn below 2.27.5 when llama.cpp is to cut a model over cards.
     Why: a preloaded library of another version hangs or crashes in the first collective; llama.cpp's tensor split gave
     wrong results before 2.27.5.
     Do: unset the variable; pip install -U nvidia-nccl-cu12 and build again.
     """
-    if len(usable_cards(inspection, "nvidia")) < 2:
-        return
-    environment = dict(inspection.host.environment)
-    for name in ("LD_PRELOAD", "VLLM_NCCL_SO_PATH"):
-        value = environment.get(name, "")
-        if "nccl" in value:
+    for each in settings(inspection):
+        if each.name in ("LD_PRELOAD", "VLLM_NCCL_SO_PATH") and "nccl" in each.value:
             yield Finding(
                 severity=Severity.warn,
-                summary=f"{name} puts another NCCL before the engine's own",
-                evidence=(Evidence(path=name, value=value[:200]),),
-                fix=(f"unset {name}",),
+                summary=f"{each.name} in {each.place[:24]} puts another NCCL before the engine's own",
+                evidence=(Evidence(path=each.path, value=f"{each.name}={each.value[:200]}"),),
+                fix=each.removal,
             )
     if purpose.backend != "llama.cpp" or (purpose.tensor_parallel or 1) < 2:
         return
@@ -186,7 +188,7 @@ def nccl_version(inspection: Inspection, purpose: Purpose) -> Said:
 
 
 @check("llama-no-nccl", Area.engines, "B", about=(subjects.nvidia_pair, subjects.for_llama_cpp, subjects.cut))
-def llama_no_nccl(inspection: Inspection, purpose: Purpose) -> Said:
+def llama_no_nccl(inspection: Inspection, _purpose: Purpose) -> Said:
     """A llama.cpp without NCCL that is to cut every layer over several cards.
 
     Read: whether the CUDA backend of the installed llama.cpp was linked to libnccl.
@@ -194,10 +196,6 @@ def llama_no_nccl(inspection: Inspection, purpose: Purpose) -> Said:
     Why: it says "multi GPU performance will be suboptimal" itself: sums then pass through copies between the cards.
     Do: build with -DGGML_CUDA_NCCL=ON, or give each card whole layers.
     """
-    if purpose.backend != "llama.cpp" or (purpose.tensor_parallel or 1) < 2:
-        return
-    if len(usable_cards(inspection, "nvidia")) < 2:
-        return
     for engine in inspection.engines:
         if engine.backend != "llama.cpp" or engine.problem or engine.cpu_build:
             continue
@@ -223,7 +221,7 @@ def custom_allreduce_gate(inspection: Inspection, purpose: Purpose) -> Said:
     Do: nothing; --disable-custom-all-reduce silences it.
     """
     cards = {gpu.index for gpu in usable_cards(inspection, "nvidia")}
-    if purpose.backend != "vllm" or min(len(cards), purpose.tensor_parallel or len(cards)) < 3:
+    if min(len(cards), purpose.tensor_parallel or len(cards)) < 3:
         return
     links = [link for link in inspection.machine.links if link.a in cards and link.b in cards]
     if not links or any(link.kind == "unknown" for link in links):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import is_hosts, named, unread, usable_cards
+from mgpu.machine.host_facts import ENGINE_PORTS
 from mgpu.machine.inspection import Inspection, Unread
 from mgpu.machine.layout import in_container, is_wsl
 from mgpu.machine.sysfs import ranges
 from mgpu.units import MIB
 
 _ENOUGH_LOCKED_BYTES = 64 * MIB
-_ENGINES_PORTS = (8000, 8080, 11434)
 _MOST_LISTED = 6
 
 
@@ -27,7 +27,7 @@ def memlock(inspection: Inspection, _purpose: Purpose) -> Said:
     computer do without, so it is never a warning.
     Do: docker run --ulimit memlock=-1, or LimitMEMLOCK=infinity in the unit.
     """
-    if len(usable_cards(inspection)) < 2 or inspection.host.memlock_unlimited:
+    if inspection.host.memlock_unlimited:
         return
     limit = inspection.host.memlock_bytes
     if limit is None:
@@ -55,8 +55,6 @@ def numa_affinity(inspection: Inspection, _purpose: Purpose) -> Said:
     limit that taskset, numactl or a cpuset sets; sudo sysctl kernel.numa_balancing=0.
     """
     cards, nodes, host = usable_cards(inspection), inspection.machine.host.numa_nodes, inspection.host
-    if not cards:
-        return
     if nodes is None:
         yield unread(inspection, "NUMA nodes", "system/node", "numa")
         return
@@ -197,7 +195,7 @@ def port_exposed(inspection: Inspection, purpose: Purpose) -> Said:
             fix=(f"ss -ltnp 'sport = :{purpose.port}'  # shows by which",),
         )
     wide = sorted({listener.port for listener in host.listeners if listener.everywhere})
-    for port in (port for port in wide if port in (*_ENGINES_PORTS, purpose.port)):
+    for port in (port for port in wide if port in (*ENGINE_PORTS, purpose.port)):
         yield Finding(
             severity=Severity.info,
             summary=f"port {port} is open to the whole network",

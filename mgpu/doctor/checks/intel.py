@@ -23,8 +23,9 @@ def intel_xe(inspection: Inspection, _purpose: Purpose) -> Said:
     Rule: fail when neither i915 nor xe has the card (info when it is handed to a virtual machine), or when the render
     node may not be opened; warn when the region is 256 MiB or less on bare metal; info for several cards without
     ONEAPI_DEVICE_SELECTOR.
-    Why: Arc needs Resizable BAR: without, every copy is cut into small windows. Peers behind different root ports reach
-    each other only over bridges that the kernel knows, and llama.cpp cuts over Arc by whole layers alone.
+    Why: Arc needs Resizable BAR: without, every copy is cut into small windows. llama.cpp cuts over
+    Arc by whole layers alone. Whether peers behind different root ports reach each other is not judged: that is up to a
+    list of host bridges inside the kernel, which it shows to nobody.
     Do: Re-Size BAR and Above 4G Decoding in the BIOS; sudo usermod -aG render $USER.
     """
     cards = on_bus(inspection, INTEL)

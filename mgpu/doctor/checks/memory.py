@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import BUSY_PERCENT, BUSY_SHARE, in_use_bytes, named, unread, usable_cards
+from mgpu.machine.families import family
 from mgpu.machine.inspection import DiskSpace, Inspection
 from mgpu.machine.layout import health, in_container
 from mgpu.machine.snapshot import Gpu
@@ -16,8 +18,6 @@ _WORTH_SAYING_BYTES = 256 * MIB
 _LOW_DISK_BYTES = 20 * GIB
 _PRESSED_PERCENT = 5.0
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "fuse.rclone", "fuse.s3fs", "ceph", "glusterfs")
-# Cards with HBM keep ECC's bits beside the data: it costs them no capacity.
-_HBM = ("A100", "A30", "H100", "H200", "H800", "B200", "B300", "GH200", "GB200", "V100", "P100")
 
 
 @check("vram-in-use", Area.memory, "B", about=(subjects.card,))
@@ -30,8 +30,9 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
     when an engine is named that is to have the cards, else info from 256 MiB. Info too, whatever the size, where the
     driver lists no processes at all (WSL2, some containers): what is in use may be anybody's, and may go.
     Why: vLLM ends at once when less is free than its share of the card, the most common failure on local machines.
-    Do: end the processes that are named, an engine of mgpu's with Ctrl-C in its terminal; sudo fuser -v /dev/nvidia*
-    finds those that NVML does not list.
+    Do: end the processes that are named, an engine of mgpu's with Ctrl-C in its terminal, Ollama's with ollama stop;
+    sudo fuser -v /dev/nvidia* finds those that NVML does not list. Intel's cards are not judged: their drivers tell how
+    much is in use to programs that compute on them alone.
     """
     unknown: list[int] = []
     untold: dict[int, int] = {}
@@ -74,26 +75,30 @@ _DESKTOP = re.compile(
     r"(?i)X|X(org|wayland)(\.bin)?|(gnome|kwin|plasma|ksm|kde|xfwm|xfce|cinnamon|budgie|cosmic|mate-|xdg|gdm|sddm|lightdm)"
     r"\S*|mutter\S*|sway|hyprland|weston|niri|wayfire|labwc|river|marco|muffin|picom|compiz|gamescope\S*"
 )
+_OLLAMA = re.compile(r"(?i)ollama([-_. ].*)?")
 _DESKTOP_PROGRAM = re.compile(
     r"(?i)(firefox|chrom(e|ium)|brave|msedge|electron|code|thunderbird|steam|discord|slack|obs)([-_. ].*)?"
 )
 
 
 def _ended(gpu: Gpu, own: tuple[int, ...]) -> tuple[str, ...]:
-    """How each process is ended: one of mgpu's by its mgpu, which would start it again; a desktop never by force."""
+    """How each process is ended: one of mgpu's by its mgpu and one of Ollama's by its service, which would start it
+    again; a desktop never by force."""
     lines: list[str] = []
     for process in gpu.used_by[:8]:
         name = process.name or ""
         if process.pid in own:
             called = name or "the engine"
             lines.append(f"end {called} (process {process.pid}) with Ctrl-C in the terminal of its mgpu run")
+        elif _OLLAMA.fullmatch(name):
+            lines.append("ollama stop MODEL  # ollama ps lists them; or all of it: sudo systemctl stop ollama")
         elif _DESKTOP_PROGRAM.fullmatch(name):
             lines.append(f"close {name} (process {process.pid})")
         elif not _DESKTOP.fullmatch(name):
-            lines.append(f"kill {process.pid}" + (f"  # {name}" if name else ""))
+            lines.append(f"kill {process.pid}" + (f"  # {shlex.quote(name)}" if name else ""))
     if any(_DESKTOP.fullmatch(process.name or "") for process in gpu.used_by):
         lines.append("plug the monitor into the mainboard, or log out of the desktop")
-    return tuple(lines) or (_WHO if gpu.vendor == "nvidia" else ())
+    return tuple(dict.fromkeys(lines)) or (_WHO if gpu.vendor == "nvidia" else ())
 
 
 def _works(gpu: Gpu) -> bool:
@@ -168,7 +173,8 @@ def ecc_vram(inspection: Inspection, _purpose: Purpose) -> Said:
     """
     unknown: list[int] = []
     for gpu in usable_cards(inspection, "nvidia"):
-        if any(word in gpu.name for word in ("GeForce", "TITAN", *_HBM)):
+        kind = family(gpu.name)
+        if kind.geforce or kind.hbm:
             continue
         enabled = health(inspection, gpu).ecc_enabled
         if enabled is None:
@@ -254,18 +260,19 @@ def disk_models(inspection: Inspection, purpose: Purpose) -> Said:
     """A folder for models on a disk that is full, far away, or turns.
 
     Read: statvfs of the folders that models are kept in, the file system's type, /sys/block/*/queue/rotational.
-    Rule: fail when less is free than 1.1 times the weights that the named engine still has to fetch; warn under 20 GiB,
-    on a network file system, or on a disk that turns (info in a container, nothing in a virtual machine: its disks say
-    so at random).
+    Rule: fail when less is free than 1.1 times the weights that are still to be fetched, in the folder that they are
+    fetched to (Ollama's for Ollama, else Hugging Face's); warn under 20 GiB, on a network file system, or on a disk
+    that turns (info in a container, nothing in a virtual machine: its disks say so at random).
     Why: every start reads all weights: 40 GB take 10 s from NVMe, 4 minutes from a hard disk.
     Do: point HF_HOME, OLLAMA_MODELS or mgpu's folder to another disk.
     """
     disks = _disks(inspection, purpose)
     if not disks:
         yield unread(inspection, "the folders that models are kept in", "statvfs", "disk", "mounts")
-    needed = (purpose.missing_bytes or 0) * 11 // 10
+    fetched = (purpose.missing_bytes or 0) * 11 // 10
     unknown: list[str] = []
     for disk in disks:
+        needed = fetched if _FETCHED_TO.get(purpose.backend or "", "hugging") in disk.role.lower() else 0
         if disk.free_bytes is None:
             unknown.append(disk.path)
         elif disk.free_bytes < max(needed, _LOW_DISK_BYTES):
@@ -275,16 +282,21 @@ def disk_models(inspection: Inspection, purpose: Purpose) -> Said:
                 summary=f"{gib(disk.free_bytes)} are free for the {disk.role[:30]}"
                 + (f", what is to be fetched needs {gib(needed)}" if short else ""),
                 evidence=(Evidence(path=disk.path, value=f"{gib(disk.free_bytes)} free"),),
-                fix=(_move(disk), f"du -xsh {disk.path}/* | sort -h | tail"),
+                fix=(_move(disk), f"du -xsh {shlex.quote(disk.path)}/* | sort -h | tail"),
             )
         yield from _slow(disk, inspection)
     if unknown:
         yield unread(inspection, f"free space of {', '.join(unknown)}", *unknown)
 
 
+# Words of the roles of folders: the ones that an engine reads models from, and the one that they are fetched to.
+_FOLDERS = {"vllm": ("hugging",), "ollama": ("ollama",), "llama.cpp": ("hugging", "mgpu")}
+_FETCHED_TO = {"ollama": "ollama"}
+
+
 def _disks(inspection: Inspection, purpose: Purpose) -> tuple[DiskSpace, ...]:
     """One folder for each disk, of those that the named engine keeps models in."""
-    own = {"vllm": ("hugging",), "ollama": ("ollama",)}.get(purpose.backend or "")
+    own = _FOLDERS.get(purpose.backend or "")
     folders = [disk for disk in inspection.host.disks if not own or any(word in disk.role.lower() for word in own)]
     return tuple({(d.free_bytes, d.total_bytes, d.file_system, d.rotational): d for d in reversed(folders)}.values())
 
@@ -309,7 +321,7 @@ def _move(disk: DiskSpace) -> str:
     for word, variable in (("hugging", "HF_HOME"), ("ollama", "OLLAMA_MODELS")):
         if word in role:
             return f"export {variable}=/path/on/another/disk"
-    return f"move {disk.path} to another disk, and put a link in its place"
+    return f"move {shlex.quote(disk.path)} to another disk, and put a link in its place"
 
 
 CHECKS: tuple[Check, ...] = (vram_in_use, display_on_gpu, ecc_vram, ram_swap, disk_models)

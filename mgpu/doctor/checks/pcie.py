@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
-from mgpu.doctor.facts import is_busy, nvidia_cards, unread
+from mgpu.doctor.facts import at_work, is_busy, keeps_link_speed, nvidia_cards, unread
+from mgpu.doctor.pcie_rates import TRANSFERS_GT_S
+from mgpu.doctor.visibility import cuda_sees_only
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice
 from mgpu.machine.layout import bridges_above, device, is_virtual
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import seconds
 
-_TRANSFERS_GT_S = {1: 2.5, 2: 5.0, 3: 8.0, 4: 16.0, 5: 32.0, 6: 64.0}
 _RISER_LANES = 2
 
 
@@ -26,8 +26,6 @@ def pcie_width_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
     is wired for fewer lanes is no fault. The usual causes are dust on the contacts, a riser, a bent pin, or an M.2 disk
     that shares the lanes.
     """
-    if is_virtual(inspection):
-        return
     unknown = []
     for gpu, card in nvidia_cards(inspection):
         width, slot = _width(gpu, card), gpu.pcie.slot_width
@@ -65,8 +63,6 @@ def pcie_slot_limited(inspection: Inspection, purpose: Purpose) -> Said:
     only said, and a warning with --tensor-parallel: 3090s on gen 4 x4 were 2 % slower in decode and 8 % in prefill than
     on x16, four cards up to 30 % in prefill. A split by layers does not notice. One or two lanes are a riser's.
     """
-    if is_virtual(inspection):
-        return
     unknown = []
     for gpu, card in nvidia_cards(inspection):
         width, slot = _width(gpu, card), gpu.pcie.slot_width
@@ -84,7 +80,7 @@ def pcie_slot_limited(inspection: Inspection, purpose: Purpose) -> Said:
         yield unread(inspection, "the width of the slot", "link_width", "LinkWidth", of=unknown)
 
 
-@check("pcie-x1-riser", Area.pcie, "B", about=(subjects.nvidia_card,))
+@check("pcie-x1-riser", Area.pcie, "B", about=(subjects.nvidia_card, subjects.bare_metal))
 def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
     """A card hangs on one or two lanes, as on a mining riser.
 
@@ -100,7 +96,7 @@ def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
             unknown.append(gpu.index)
         elif width <= _RISER_LANES and (gpu.pcie.width_max or 16) > width:
             said = "too slow to cut a model over it" if _cutting(purpose) else "loading is slow, decoding is not"
-            without = (f"export CUDA_VISIBLE_DEVICES={','.join(map(str, others))}  # leaves it out",) if others else ()
+            without = (f"{cuda_sees_only(others)}  # leaves it out",) if others else ()
             yield Finding(
                 severity=Severity.fail if _cutting(purpose) else Severity.warn,
                 summary=f"GPU{gpu.index} has {width} PCIe lane{'s' * (width > 1)}: {said}",
@@ -111,11 +107,11 @@ def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
                 fix=("replace the riser by one with 16 lanes, or reseat the card", *without),
                 gpus=(gpu.index,),
             )
-    if unknown and not is_virtual(inspection):
+    if unknown:
         yield unread(inspection, "the link width", "link_width", "LinkWidth", of=unknown)
 
 
-@check("pcie-gen-degraded", Area.pcie, "B", about=(subjects.nvidia_card, subjects.bare_metal))
+@check("pcie-gen-degraded", Area.pcie, "B", about=(subjects.fast_link, subjects.bare_metal))
 def pcie_gen_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's link is slower under load than card and board can do.
 
@@ -124,10 +120,10 @@ def pcie_gen_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
     nothing. One generation less is a warning, two a failure. A100, H100, H200, B200 and L40S keep their speed at idle,
     so there a slow idle link is a warning too. Set the slot's speed in the BIOS, or use a riser made for gen 4.
     """
-    if is_virtual(inspection):
-        return
     unknown = []
     for gpu, card in nvidia_cards(inspection):
+        if at_work(gpu, card) is False and not keeps_link_speed(gpu):
+            continue
         most, loaded = gpu.pcie.gen_max, _loaded_gen(gpu, card)
         if most is None or (gpu.pcie.gen is None and not any(reading.pcie_gen for reading in card.readings)):
             unknown.append(gpu.index)
@@ -136,7 +132,7 @@ def pcie_gen_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
             (gen for gen in (gpu.pcie.gen, *(each.pcie_gen for each in card.readings)) if gen is not None), default=0
         )
         gen = loaded if loaded is not None else idle
-        if gen >= most or (loaded is None and not _stays_fast(gpu)) or (_width(gpu, card) or 16) <= _RISER_LANES:
+        if gen >= most or (loaded is None and not keeps_link_speed(gpu)) or (_width(gpu, card) or 16) <= _RISER_LANES:
             continue
         when = "under load" if loaded is not None else "at idle, where this card keeps its speed"
         yield Finding(
@@ -161,8 +157,6 @@ def pcie_host_gen(inspection: Inspection, purpose: Purpose) -> Said:
     it is only said; with --tensor-parallel on gen 3 with eight lanes or fewer it is a warning, because 8 GB/s and less
     are felt in prefill. The BIOS may hold the slot back: set its speed from Auto to the generation you expect.
     """
-    if is_virtual(inspection):
-        return
     unknown = []
     for gpu, card in nvidia_cards(inspection):
         most, own = gpu.pcie.gen_max, card.pcie_gen_device
@@ -184,7 +178,7 @@ def pcie_host_gen(inspection: Inspection, purpose: Purpose) -> Said:
         yield unread(inspection, "the PCIe generation of card or board", "LinkGeneration", "link_speed", of=unknown)
 
 
-@check("pcie-replay-rate", Area.pcie, "B", about=(subjects.nvidia_card,))
+@check("pcie-replay-rate", Area.pcie, "B", about=(subjects.watched,))
 def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's link repeats more packets than a clean one does.
 
@@ -195,13 +189,15 @@ def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
+        if len(card.readings) == 1:
+            continue
         counted = [(each.at_s, each.pcie_replays) for each in card.readings if each.pcie_replays is not None]
         gen, width = gpu.pcie.gen_max, _width(gpu, card)
-        if not counted or gen not in _TRANSFERS_GT_S or width is None:
+        if not counted or gen not in TRANSFERS_GT_S or width is None:
             unknown.append(gpu.index)
             continue
         (start_s, first), (end_s, last) = counted[0], counted[-1]
-        a_minute, span = math.ceil(_TRANSFERS_GT_S[gen] * 0.06 * width), seconds(max(end_s - start_s, 0))
+        a_minute, span = math.ceil(TRANSFERS_GT_S[gen] * 0.06 * width), seconds(max(end_s - start_s, 0))
         if last - first > a_minute * max((end_s - start_s) / 60, 1.0):
             yield Finding(
                 severity=Severity.warn,
@@ -286,10 +282,6 @@ def _loaded_gen(gpu: Gpu, card: CardHealth) -> int | None:
     """The link's generation while the card worked, None where it did not."""
     gens = [each.pcie_gen for each in card.readings if each.pcie_gen and is_busy(each, gpu.power_limit_w)]
     return max(gens, default=None)
-
-
-def _stays_fast(gpu: Gpu) -> bool:
-    return re.search(r"\b(A100|A800|H100|H200|H800|B200|L40S)\b", gpu.name) is not None
 
 
 def _aer(end: PciDevice) -> int | None:

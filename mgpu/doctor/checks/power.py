@@ -7,14 +7,16 @@ from statistics import median
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
-from mgpu.doctor.facts import event, in_use_bytes, is_busy, lasting, named, nvidia_cards, unread, usable_cards
+from mgpu.doctor.facts import at_work, event, in_use_bytes, is_busy, lasting, named, nvidia_cards, unread, usable_cards
 from mgpu.doctor.power_limits import default_limit_w, requested_limit_w
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
-from mgpu.machine.layout import health, is_laptop
+from mgpu.machine.layout import health, is_laptop, on_bus
 from mgpu.machine.snapshot import Gpu
+from mgpu.machine.sysfs import INTEL
 from mgpu.units import GIB
 
 _POWER_CAP, _HARDWARE_SLOWDOWN, _THERMAL, _POWER_BRAKE = 0x04, 0x08, 0x20 | 0x40, 0x80
+_CLOCKS_SET = 0x02
 _REASONS_FOR_LOW_CLOCKS = _POWER_CAP | _HARDWARE_SLOWDOWN | _THERMAL | _POWER_BRAKE
 _REST_OF_COMPUTER_W = 100
 # From Ada on, some cards give the distance to the limit (a small or negative number) where others give the limit.
@@ -75,15 +77,19 @@ def _hot(gpu: Gpu, card: CardHealth, severity: Severity, summary: str) -> Findin
         evidence=(*evidence, *_events(gpu, card)),
         fix=("clean the fans and vents",)  # a laptop's limit is not the user's to set
         if is_laptop(gpu)
-        else ("clean the fans and filters, leave a free slot between cards", _lower_limit(gpu, card)),
+        else ("clean the fans and filters, leave a free slot between cards", *_lower_limit(gpu, card)),
         gpus=(gpu.index,),
     )
 
 
-def _lower_limit(gpu: Gpu, card: CardHealth) -> str:
-    limit = card.power_default_w or gpu.power_limit_w
-    watts = f"{max(0.8 * limit, card.power_min_w or 0):.0f}" if limit else "WATTS"
-    return f"sudo nvidia-smi -i {gpu.index} -pl {watts}"
+def _lower_limit(gpu: Gpu, card: CardHealth, until: str = "") -> tuple[str, ...]:
+    """The command that takes a fifth off the limit that holds; none where the card takes no lower one."""
+    command = f"sudo nvidia-smi -i {gpu.index} -pl"
+    limits = [limit for limit in (requested_limit_w(gpu, card), card.power_default_w) if limit]
+    if not limits:
+        return (f"{command} WATTS{until}",)
+    watts = max(0.8 * min(limits), card.power_min_w or 0)
+    return (f"{command} {watts:.0f}{until}",) if watts < min(limits) else ()
 
 
 def _events(gpu: Gpu, card: CardHealth) -> tuple[Evidence, ...]:
@@ -116,7 +122,7 @@ def hw_slowdown(inspection: Inspection, _purpose: Purpose) -> Said:
                 evidence=_events(gpu, card),
                 fix=(
                     "power off, seat the power plugs (12VHPWR up to the stop), one cable for each socket",
-                    f"{_lower_limit(gpu, card)}  # until then",
+                    *_lower_limit(gpu, card, "  # until then"),
                 ),
                 gpus=(gpu.index,),
             )
@@ -126,7 +132,7 @@ def hw_slowdown(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "clock events", "Event", "Throttle", of=unknown)
 
 
-@check("sw-power-cap", Area.power, "B", about=(subjects.nvidia_card,))
+@check("sw-power-cap", Area.power, "B", about=(subjects.busy,))
 def sw_power_cap(inspection: Inspection, _purpose: Purpose) -> Said:
     """A busy card that draws all the power it may have.
 
@@ -138,6 +144,8 @@ def sw_power_cap(inspection: Inspection, _purpose: Purpose) -> Said:
     """
     unknown: list[int] = []
     for gpu, card in nvidia_cards(inspection):
+        if at_work(gpu, card) is False:
+            continue
         limit_w = card.power_enforced_w or gpu.power_limit_w
         capped = lasting(card.readings, partial(_at_limit, limit_w=limit_w))
         if capped:
@@ -225,7 +233,8 @@ def psu_budget(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards that together may draw more than the power supply gives.
 
     Read: the sum of all cards' power limits, the processor's long-term limit (intel-rapl in /sys/class/powercap) and
-    100 W for the rest, against the wattage that you give.
+    100 W for the rest, against the wattage that you give. Intel's cards tell theirs only to who
+    computes on them, so that no sum with one of them is all well.
     Rule: fail above 100 % of the supply, warn above 80 %; without a wattage, info with the sum for two cards or more.
     Why: peaks of milliseconds are far above the limits; a supply that trips on them takes cards off the bus (Xid 79).
     Do: limit the cards (nvidia-smi -pl), or take a larger supply.
@@ -254,6 +263,8 @@ def psu_budget(inspection: Inspection, purpose: Purpose) -> Said:
             ),
             confidence="inferred",
         )
+    elif cards and on_bus(inspection, INTEL):
+        yield unread(inspection, "the power limits of Intel's cards", "power1_cap")
     elif supply_w and processor_w is None and cards:
         yield unread(inspection, "the processor's power limit", "powercap", "rapl")
     elif not supply_w and len(cards) > 1:
@@ -269,19 +280,23 @@ def _limit_w(gpu: Gpu, card: CardHealth) -> float | None:
     return card.power_enforced_w or gpu.power_limit_w
 
 
-@check("clocks-locked", Area.power, "B", about=(subjects.nvidia_card,))
+@check("clocks-locked", Area.power, "B", about=(subjects.busy,))
 def clocks_locked(inspection: Inspection, _purpose: Purpose) -> Said:
     """A busy card whose clock stays low, though nothing makes it.
 
     Read: the SM clock of busy readings against the card's highest, the event bits, and the clocks of busy siblings.
-    Rule: warn when a busy card stays below 70 % of its highest clock without an event bit that explains it, or below
-    85 % of the median of busy cards of its model. Idle cards are not judged.
+    Rule: warn when a busy card stays below 70 % of its highest clock, or below 85 % of the median of busy cards of its
+    model, without an event bit that explains it (power, heat, hardware: other checks say those). Info below 95 % while
+    bit 0x02 lasts, by which the driver itself says that a setting holds the clock: no more, because cards for
+    datacentres are delivered so. Idle cards are not judged.
     Why: a clock that someone locked (nvidia-smi -lgc) stays locked until it is reset, and the slowest card paces all.
-    Do: sudo nvidia-smi -rgc -i CARD.
+    Do: sudo nvidia-smi -rgc -i CARD; -rac where -ac set the clock of applications.
     """
     unknown: list[int] = []
     clocks = {gpu.index: _busy_clock_mhz(gpu, card) for gpu, card in nvidia_cards(inspection)}
     for gpu, card in nvidia_cards(inspection):
+        if at_work(gpu, card) is False:
+            continue
         readings = [(r.utilisation_percent, r.sm_clock_mhz) for r in card.readings]
         if all(use is None for use, _ in readings) or (
             clocks[gpu.index] is None and any((use or 0) >= 50 and clock is None for use, clock in readings)
@@ -295,7 +310,17 @@ def clocks_locked(inspection: Inspection, _purpose: Purpose) -> Said:
         typical = median(value for value in siblings if value is not None)
         explained = lasting(card.readings, event(_REASONS_FOR_LOW_CLOCKS)) is not False
         low = highest is not None and clock < 0.7 * highest and not explained
-        if low or clock < 0.85 * typical:
+        slow = clock < 0.85 * typical and not explained
+        held = highest is not None and clock < 0.95 * highest and lasting(card.readings, event(_CLOCKS_SET)) is True
+        if held and not (low or slow or explained):
+            yield Finding(
+                severity=Severity.info,
+                summary=f"a setting holds {named([gpu.index])} at {clock:.0f} of {highest} MHz",
+                evidence=_events(gpu, card),
+                fix=(f"sudo nvidia-smi -rgc -i {gpu.index}", f"sudo nvidia-smi -rac -i {gpu.index}"),
+                gpus=(gpu.index,),
+            )
+        elif low or slow:
             against = f"of {highest} MHz" if low else f"MHz, its siblings at {typical:.0f} MHz"
             yield Finding(
                 severity=Severity.warn,

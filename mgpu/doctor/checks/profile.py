@@ -6,6 +6,8 @@ from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import unread, usable_cards
 from mgpu.machine.inspection import Inspection
+from mgpu.machine.layout import on_bus
+from mgpu.machine.sysfs import INTEL
 
 _LARGEST_SIZE = 64
 
@@ -21,15 +23,13 @@ def tp_size(inspection: Inspection, purpose: Purpose) -> Said:
     Why: every rank gets an equal part of each matrix; 24 heads over 5 cards end with an error at start.
     Do: the next size that works; spare cards can run a second copy, which gave 3.4 times the throughput on four.
     """
-    size = purpose.tensor_parallel
-    if size is None or size < 2:
-        return
-    cards = usable_cards(inspection)
-    if purpose.backend == "llama.cpp" and cards and all(gpu.vendor == "intel" for gpu in cards):
+    size = purpose.tensor_parallel or 1
+    cards, arcs = usable_cards(inspection), on_bus(inspection, INTEL)
+    if purpose.backend == "llama.cpp" and arcs and not cards:
         yield Finding(
             severity=Severity.info,
             summary="llama.cpp gives Intel cards whole layers: it has no tensor split for them",
-            evidence=(Evidence(path="cards", value=", ".join(gpu.name for gpu in cards[:4])),),
+            evidence=tuple(Evidence(path=f"/sys/bus/pci/devices/{each.address}", value="Intel") for each in arcs[:4]),
             fix=("--split-mode layer",),
         )
     if purpose.backend not in (None, "vllm"):

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
-from mgpu.doctor.facts import named
+from mgpu.doctor.facts import named, of_one_size
+from mgpu.doctor.visibility import cuda_sees_only
 from mgpu.machine.chipset import chipset_bridge
 from mgpu.machine.inspection import Inspection
-from mgpu.machine.layout import Pair, cards, health, is_virtual, pairs
+from mgpu.machine.layout import Pair, cards, health, pairs
 from mgpu.machine.snapshot import Gpu
 
 # What a transfer over each kind of path costs, only so that the kinds can be compared; unknown lies before SYS.
 _COST = {"NVLink": 0, "PIX": 1, "PXB": 2, "PHB": 4, "NODE": 8, "unknown": 12, "SYS": 32}
 _CHIPSET_COST = 6
 _MOST_SETS = 20_000
-_SAME_SIZE = 0.9
 
 
 def best_groups(inspection: Inspection, size: int, *, unequal: bool = False) -> tuple[tuple[int, ...], ...]:
@@ -42,7 +42,9 @@ def best_groups(inspection: Inspection, size: int, *, unequal: bool = False) -> 
         of_pairs = [costs[frozenset(pair)] for pair in itertools.combinations(group, 2)]
         return max(of_pairs), sum(of_pairs), group
 
-    found = sorted((group for alike in _alike(gpus.values()) for group in _sets(alike, size, costs, cost)), key=cost)
+    found = sorted(
+        (group for alike in _of_one_model(gpus.values()) for group in _sets(alike, size, costs, cost)), key=cost
+    )
     if unequal:
         taken = {index for group in found for index in group}
         found += _sets([index for index in sorted(gpus) if index not in taken], size, costs, cost)
@@ -65,7 +67,7 @@ def topo_cross_socket(inspection: Inspection, purpose: Purpose) -> Said:
     sets exist they are only named. Move a card, or keep engine and memory on one node with numactl.
     """
     pcie = [pair for pair in pairs(inspection) if not pair.nvlink]
-    if not pcie or is_virtual(inspection):
+    if not pcie:
         return
     crossing = [pair for pair in pcie if pair.kind == "SYS"]
     wanted = purpose.tensor_parallel or 0
@@ -87,7 +89,7 @@ def topo_cross_socket(inspection: Inspection, purpose: Purpose) -> Said:
                 severity=Severity.info,
                 summary=f"some cards are on different processors; best {size} together: {best}"[:90],
                 evidence=_paths(crossing),
-                fix=(f"CUDA_VISIBLE_DEVICES={','.join(map(str, groups[0]))}",),
+                fix=(cuda_sees_only(groups[0]),),
             )
     elif node := [pair for pair in pcie if pair.kind == "NODE"]:
         yield Finding(
@@ -108,8 +110,6 @@ def pcie_chipset(inspection: Inspection, purpose: Purpose) -> Said:
     four lanes with disks and network: 6.5 GB/s between two cards where processor lanes give 13. A warning where such a
     card is among the best set of --tensor-parallel cards, otherwise only said; a split by layers hardly notices.
     """
-    if is_virtual(inspection) or not cards(inspection):
-        return
     if not inspection.pci_known:
         yield Skip(reason="the PCI bus could not be read, so lanes of chipset and processor look alike")
         return
@@ -133,26 +133,18 @@ def pcie_chipset(inspection: Inspection, purpose: Purpose) -> Said:
             ),
             fix=(
                 "move the card to a slot of the processor",
-                *(
-                    (f"export CUDA_VISIBLE_DEVICES={','.join(map(str, better[0]))}  # uses the others instead",)
-                    if better
-                    else ()
-                ),
+                *((f"{cuda_sees_only(better[0])}  # uses the others instead",) if better else ()),
             ),
             gpus=(gpu.index,),
         )
 
 
-def _alike(gpus: Iterable[Gpu]) -> list[list[int]]:
-    """Cards of one model and size together: there are 3080s of 10 and of 20 GiB. Error correction takes 6 %."""
-    groups: list[list[Gpu]] = []
-    for gpu in sorted(gpus, key=lambda gpu: (gpu.name, -(gpu.total_bytes or 0), gpu.index)):
-        first = groups[-1][0] if groups else None
-        if first and first.name == gpu.name and (gpu.total_bytes or 0) >= _SAME_SIZE * (first.total_bytes or 0):
-            groups[-1].append(gpu)
-        else:
-            groups.append([gpu])
-    return [sorted(gpu.index for gpu in group) for group in groups]
+def _of_one_model(gpus: Iterable[Gpu]) -> list[list[int]]:
+    """Cards of one model and size together: there are 3080s of 10 and of 20 GiB."""
+    same_name: dict[str, list[Gpu]] = {}
+    for gpu in gpus:
+        same_name.setdefault(gpu.name, []).append(gpu)
+    return [sorted(gpu.index for gpu in group) for same in same_name.values() for group in of_one_size(same)]
 
 
 def _sets(

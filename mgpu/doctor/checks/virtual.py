@@ -6,7 +6,6 @@ import re
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
-from mgpu.doctor.facts import nvidia_cards
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import is_virtual, is_wsl
 
@@ -21,7 +20,7 @@ def virtualised(inspection: Inspection, _purpose: Purpose) -> Said:
     there while cards are passed through.
     """
     host = inspection.machine.host
-    if not nvidia_cards(inspection) or is_wsl(inspection):
+    if is_wsl(inspection):
         return
     virtual = is_virtual(inspection)
     if virtual:
