@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Final
 
@@ -48,11 +49,13 @@ def install_driver(inspection: Inspection, *, branch: int, open_module: bool) ->
 
 def install_fabric_manager(inspection: Inspection, version: str | None) -> tuple[str, ...]:
     """Return how the fabric manager of exactly the driver's version is installed; in words where that is unknown."""
-    if version is None:
+    if version is None or not _VERSION.fullmatch(version):
         return ("install NVIDIA's fabric manager: of exactly the driver's version",)
     return steps(inspection, Task.fabric_manager, version=version, branch=version.partition(".")[0])
 
 
+# What is no version gets into no command.
+_VERSION = re.compile(r"\d{3}(\.\d{1,4}){1,3}")
 _GRUB = "add {option} to GRUB_CMDLINE_LINUX_DEFAULT in /etc/default/grub"
 _REBUILD = "sudo nixos-rebuild boot && sudo reboot"
 _BLACKLIST = "echo 'blacklist {module}' | sudo tee /etc/modprobe.d/blacklist-{module}.conf"

@@ -22,7 +22,21 @@ _LONGEST_LIST = 4096
 _OUT_OF_RANGE = 2**63
 _HINT = "make one on the machine in question: mgpu doctor --save FILE"
 
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASS|CREDENTIAL|(^|_)KEY", re.IGNORECASE)
+# What values of fields with these names look like: some of them get into commands. Of pairs the first is a name.
+_VERSION = re.compile(r"\w[\w.+-]{0,63}")
+_ADDRESS = re.compile(r"[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}(\.[0-7])?")
+_NAME = re.compile(r"[A-Za-z_]\w{0,99}", re.ASCII)
+_KINDS = {
+    **dict.fromkeys(("address", "parent", "bus_id", "remote_bus_id"), _ADDRESS),
+    **dict.fromkeys(("loaded_version", "library_version", "on_disk_version", "fabric_manager_version"), _VERSION),
+    **dict.fromkeys(("nccl_version", "module_version", "gfx_override", "gfx"), _VERSION),
+    **dict.fromkeys(("environment", "nccl_configuration"), _NAME),
+    "uuid": re.compile(r"[\w/-]{1,100}", re.ASCII),
+    "unit": re.compile(r"[\w.@:\\-]{1,255}", re.ASCII),
+}
+# The same names mean other things elsewhere.
+_PLACES = {"inspection.machine.driver.version": _VERSION, "inspection.machine.driver.cuda": _VERSION}
+_UNIT_NAME = re.compile(r"inspection\.host\.unit_variables\[\d+\]\.name")
 
 
 def saved_text(inspection: Inspection) -> str:
@@ -34,11 +48,6 @@ def saved_text(inspection: Inspection) -> str:
     data = to_json(anonymous(inspection))
     assert isinstance(data, dict)
     host: Any = data["host"]
-    for key in ("environment", "nccl_configuration"):
-        host[key] = [[name, "(hidden)" if _SECRET_NAME.search(name) else value] for name, value in host[key]]
-    for variable in host["unit_variables"]:
-        if _SECRET_NAME.search(variable["name"]):
-            variable["value"] = "(hidden)"
     if host["kernel_command_line"] is not None:
         host["kernel_command_line"] = kernel_options(host["kernel_command_line"])
     return json.dumps({"schema": SCHEMA, "inspection": data}, indent=1) + "\n"
@@ -112,8 +121,19 @@ def _require_sane(value: object, path: str) -> None:
     for at, entry in _leaves(value, path):
         if isinstance(entry, str) and not entry.isprintable():
             raise ValueError(f"{at}: holds characters that cannot be printed")
+        if isinstance(entry, str) and (kind := _kind(at)) and not kind.fullmatch(entry):
+            raise ValueError(f"{at}: {entry[:60]!r} is not what belongs there")
         if isinstance(entry, int | float) and not -_OUT_OF_RANGE < entry < _OUT_OF_RANGE:
             raise ValueError(f"{at}: out of range")
+
+
+def _kind(place: str) -> re.Pattern[str] | None:
+    """What a text at a place must look like, None where it may be any."""
+    if _UNIT_NAME.fullmatch(place):
+        return _NAME
+    *_, field = place.rsplit(".", 1)
+    pair = re.fullmatch(r"(\w+)\[\d+\]\[0\]", field)
+    return _PLACES.get(place) or _KINDS.get(pair[1] if pair else field)
 
 
 def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:

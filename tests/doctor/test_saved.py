@@ -18,7 +18,7 @@ import pytest
 
 from mgpu.doctor.saved import SCHEMA, replay, save, saved_text
 from mgpu.errors import Missing
-from mgpu.machine.inspection import Inspection, LogEntry, UnitVariable
+from mgpu.machine.inspection import Inspection, LogEntry
 from mgpu.machine.snapshot import GpuProcess
 
 from .inspections import bare, changed, changed_gpu, healthy
@@ -48,8 +48,6 @@ def test_what_was_saved_comes_back(inspection: Inspection, tmp_path: Path) -> No
     ("secret", "kept"),
     [
         pytest.param(UUID.removeprefix("GPU-"), "GPU-00000000-0000-0000-0000-000000000000", id="a card's UUID"),
-        pytest.param("hf_secret", "HF_TOKEN", id="a token"),
-        pytest.param("unit_secret", "API_KEY", id="a key that a service is given"),
         pytest.param("/home/alice", "/home/user/models", id="a home folder"),
         pytest.param("192.168.1.7", "connected to (address)", id="an address of the network"),
         pytest.param("aa:bb:cc:dd:ee:ff", "(address)", id="an address of a network card"),
@@ -65,12 +63,10 @@ def test_what_names_the_owner_is_left_out(secret: str, kept: str, monkeypatch: p
         changed_gpu(healthy(), 0, uuid=UUID),
         host={
             "environment": (
-                ("HF_TOKEN", "hf_secret"),
                 ("HF_HOME", "/home/alice/models"),
                 ("CUDA_VISIBLE_DEVICES", UUID),
             ),
             "kernel_command_line": "root=UUID=3f2b8f5e-1111-2222-3333-444455556666 iommu=pt ip=10.0.0.2 quiet",
-            "unit_variables": (UnitVariable(unit="a.service", path="/etc/a", name="API_KEY", value="unit_secret"),),
             "log": (LogEntry(kind="xid", text=text),),
         },
     )

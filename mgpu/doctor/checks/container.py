@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.commands import Task, steps
@@ -175,7 +177,7 @@ def container_toolkit(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.warn,
             summary="the CDI description of the cards is older than the driver",
             evidence=tuple(Evidence(path=path, value="older than the driver") for path in facts.cdi_files[:4]),
-            fix=(f"sudo nvidia-ctk cdi generate --output={facts.cdi_files[0]}",),
+            fix=(f"sudo nvidia-ctk cdi generate --output={shlex.quote(facts.cdi_files[0])}",),
             needs_root=True,
         )
 
