@@ -310,7 +310,7 @@ def test_amds_driver_and_the_users_rights_are_read(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "getgroups", lambda: [992, 1000])
     monkeypatch.setattr(os, "getegid", lambda: 1000)
     monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "10.3.0")
-    files = {"dev/kfd": "", "dev/dri/renderD128": "", "dev/dri/renderD129": ""}
+    files = {"dev/kfd": "", "dev/dri/renderD128": "", "dev/dri/renderD129": "", "sys/module/amdgpu/version": "6.16.6\n"}
     vendors = {f"sys/class/drm/renderD{128 + n}/device/vendor": vendor for n, vendor in enumerate(["0x8086", "0x1002"])}
     tree = SysfsTree(tmp_path).host().files({**files, **vendors, "etc/group": "ada:x:1000:\nrender:x:992:ada\n"})
     whole = AmdFacts(
@@ -319,7 +319,7 @@ def test_amds_driver_and_the_users_rights_are_read(tmp_path: Path, monkeypatch: 
         render_nodes=("/dev/dri/renderD129",),
         render_accessible=True,
         user_groups=("render",),
-        gfx_override="10.3.0",
+        module_version="6.16.6",
     )
     assert read_amd_facts(tree.root) == whole
     monkeypatch.setattr(os, "access", lambda path, mode: path.name == "kfd")
