@@ -8,8 +8,9 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from mgpu.machine.inspection import DiskSpace, InstalledEngine
 from mgpu.machine.snapshot import GpuProcess
 
 _Value = TypeVar("_Value")
@@ -25,7 +26,8 @@ def redacted(value: _Value) -> _Value:
 def anonymous(value: _Value) -> _Value:
     """Return a dataclass for the eyes of strangers: redacted, and without other people's home folders, the addresses
     and names of computers, and the names of processes that are no well-known program's. UUIDs become numbered ones, the
-    same one the same number everywhere. Doing it again changes nothing."""
+    same one the same number everywhere. Of engines' services the kind is left ("vllm.service"), and of paths outside
+    the system's folders the usual words, every other one is "folder". Doing it again changes nothing."""
     return _changed(value, _Strangers())
 
 
@@ -102,6 +104,18 @@ _PROGRAM = re.compile(
 )
 
 
+_SERVICE = re.compile(r"\b(ollama|vllm|llama|mgpu)[\w.@:\\-]*\.service\b(\.d/[^\s/]+\.conf)?")
+_PATH = re.compile(r"(?<![\w./~)-])~?(?:/[\w.@+~%-]+)+")
+# What is below these is named by those who make systems; below all others everybody may choose.
+_SYSTEM_FOLDERS = {"sys", "proc", "dev", "run", "usr", "lib", "lib64", "bin", "sbin", "boot", "etc"}
+_USUAL_PART = re.compile(
+    r"~?|home|root|user|Users|media|mnt|data|opt|srv|var|lib|lib64|bin|local|share|snap|tmp|folder|disk\d?|nvme\d?|ssd\d?"
+    r"|\.?cache|\.local|\.config|systemd|huggingface|hub|\.?ollama|models?|mgpu|vllm|llama\.cpp|build|docker|containerd"
+    r"|\.?venv|envs?|site-packages|dist-packages|torch|nvidia|nccl|rocm(-[\d.]+)?|cuda(-[\d.]+)?|python[\d.]*|conda"
+    r"|llama-server|rpc-server|\.?nccl\.conf|(vllm|ollama|llama|mgpu)\.service(\.d)?|drop-in\.conf|lib[\w+-]+\.so[\d.]*"
+)
+
+
 class _Strangers:
     """All that `_Names` takes away, and what follows from a text's form alone."""
 
@@ -120,7 +134,9 @@ class _Strangers:
         text = _IPV6.sub(functools.partial(_without_address, parse=ipaddress.IPv6Address), text)
         text = _IPV4.sub(functools.partial(_without_address, parse=ipaddress.IPv4Address), text)
         text = _DOMAIN.sub(lambda match: match[0] if _PUBLIC.fullmatch(match[0]) else "(host)", text)
-        return self._user.sub("user", text) if self._user else text
+        text = self._user.sub("user", text) if self._user else text
+        text = _SERVICE.sub(lambda match: f"{match[1]}.service{'.d/drop-in.conf' if match[2] else ''}", text)
+        return _PATH.sub(lambda match: usual_path(match[0]), text)
 
     def _numbered(self, match: re.Match[str]) -> str:
         number = self._numbers.setdefault(match[0].lower(), len(self._numbers))
@@ -130,6 +146,14 @@ class _Strangers:
 def program_name(name: str) -> str:
     """Return the name of a process where it is a well-known program's, else "program": people name theirs freely."""
     return name if _PROGRAM.fullmatch(name) else "program"
+
+
+def usual_path(path: str) -> str:
+    """Return a path with "folder" for each part of it that only its owner would choose."""
+    parts = path.split("/")
+    if parts[1:2] and parts[1] in _SYSTEM_FOLDERS and not parts[0]:
+        return path
+    return "/".join(part if _USUAL_PART.fullmatch(part) else "folder" for part in parts)
 
 
 def _without_address(match: re.Match[str], parse: Callable[[str], object]) -> str:
@@ -153,8 +177,12 @@ def _each_text(value: object, change: _Change) -> object:
     if isinstance(value, tuple):
         return tuple(_each_text(item, change) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _each_text(getattr(value, field.name), change) for field in dataclasses.fields(value)}
+        fields: dict[str, Any] = {
+            field.name: _each_text(getattr(value, field.name), change) for field in dataclasses.fields(value)
+        }
         if isinstance(value, GpuProcess) and isinstance(change, _Strangers) and value.name is not None:
             fields["name"] = program_name(value.name)
+        if isinstance(value, DiskSpace | InstalledEngine) and isinstance(change, _Strangers) and fields["path"]:
+            fields["path"] = usual_path(fields["path"])  # a path with blanks in it, too
         return dataclasses.replace(value, **fields)
     return value

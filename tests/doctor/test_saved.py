@@ -18,7 +18,7 @@ import pytest
 
 from mgpu.doctor.saved import SCHEMA, replay, save, saved_text
 from mgpu.errors import Missing
-from mgpu.machine.inspection import Inspection, LogEntry
+from mgpu.machine.inspection import DiskSpace, Inspection, InstalledEngine, LogEntry
 from mgpu.machine.snapshot import GpuProcess
 
 from .inspections import bare, changed, changed_gpu, healthy
@@ -89,10 +89,12 @@ SECRETS = {
     "a program": "NVRM: Xid (PCI:0000:01:00): 31, pid=42, name=acme-trainer, Ch 00000008",
     "a program at the end": "name=acme trainer",
     "a card": UUID.upper(),
+    "a service": "vllm-zenith.service and /etc/systemd/system/llama@zenith.service.d/zenith.conf",
+    "a folder": "/data/zenith-secret/models /opt/zeno.smith/bin:/mnt/zenith ~/zenith/x",
 }
 TELLING = (
     r"1324321012345|PHA7|0324518|workstation7|example\.|nas3|corp|gateway|lovelace|hopper|turing|noether"
-    r"|192\.168|2001|fe80|10\.0\.0|dead|de.ad|acme|trainer|3f2b8f5e"
+    r"|zenith|zeno|192\.168|2001|fe80|10\.0\.0|dead|de.ad|acme|trainer|3f2b8f5e"
 )
 
 
@@ -135,6 +137,25 @@ def test_a_text_without_end_is_freed_of_names_in_time(part: str) -> None:
     started = time.monotonic()
     saved_text(changed(healthy(), host={"log": (entry,)}))
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    ("path", "saved"),
+    [
+        pytest.param("/data/acme secret/models", "/data/folder/models", id="a folder with blanks"),
+        pytest.param("/opt/bob.smith/llama.cpp/build/bin/llama-server", "/opt/folder/llama.cpp/build/bin/llama-server"),
+        pytest.param("~/.cache/huggingface/hub", "~/.cache/huggingface/hub", id="the usual one"),
+        pytest.param("/usr/share/ollama/.ollama/models", "/usr/share/ollama/.ollama/models", id="the system's"),
+        pytest.param("/var/lib/docker", "/var/lib/docker", id="Docker's"),
+    ],
+)
+def test_of_folders_the_usual_words_are_left(path: str, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/lovelace")
+    engine = InstalledEngine(backend="llama.cpp", path=path, problem=f"it is at {path.replace(' ', '-')}")
+    inspection = changed(healthy(), host={"disks": (DiskSpace(role="models", path=path),)}, engines=(engine,))
+    found = json.loads(saved_text(inspection))["inspection"]
+    assert found["host"]["disks"][0]["path"] == saved
+    assert (found["engines"][0]["path"], found["engines"][0]["problem"]) == (saved, f"it is at {saved}")
 
 
 def test_a_process_is_named_only_where_it_is_a_known_program() -> None:
