@@ -101,6 +101,7 @@ def doctor(
         output.note(f"saved    {save}")
     inspection = _among(inspection, gpus)
     report = _report(inspection, checks, purpose, plan, proof)
+    report = replace(report, asked=_asked(profile, backend, tensor_parallel, gpus, expect_gpus, psu))
     report = replace(report, whole=only is None, replayed=replay is not None, seconds=time.monotonic() - begun)
     if fix:
         report = _fixed(report, gpus, dry_run=dry_run, yes=yes)
@@ -195,6 +196,26 @@ def _purpose(
     from mgpu.cli.doctor_profile import profile_purpose
 
     return profile_purpose(profile, purpose, gpus, replay)
+
+
+def _asked(
+    profile: str | None,
+    backend: ForBackend | None,
+    tensor_parallel: int | None,
+    gpus: str | None,
+    expect_gpus: int | None,
+    psu: int | None,
+) -> tuple[str, ...]:
+    """The words that say again what to judge for."""
+    options = {
+        "--for": backend.value if backend else None,
+        "--tensor-parallel": tensor_parallel,
+        "--gpus": gpus,
+        "--expect-gpus": expect_gpus,
+        "--psu": psu,
+    }
+    words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    return (profile, *words) if profile is not None else tuple(words)
 
 
 def _look(replay: Path | None, gpus: str | None, *, probe: bool) -> tuple[Inspection, Proof | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Group:
 class Report:
     """One run: what was read, which `checks` ran and what they said. `whole` is False where only some were asked for.
     `outcomes` are those of --fix; `replayed` says that the inspection is a file's. `program` is what sudo finds mgpu
-    by."""
+    by, and `asked` are the words that say what to judge for: a profile, options and their values."""
 
     inspection: Inspection
     checks: tuple[Check, ...]
@@ -44,6 +45,7 @@ class Report:
     outcomes: tuple[Outcome, ...] = ()
     root: bool = False
     program: str = "mgpu"
+    asked: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -67,7 +69,8 @@ class Report:
 
     def rerun(self, *ids: str) -> str:
         """Return the command that lets root read what this user may not."""
-        return f"sudo {self.program} doctor --only {','.join(dict.fromkeys(ids))}"
+        words = (*self.asked, "--only", ",".join(dict.fromkeys(ids)))
+        return f"sudo {self.program} doctor {shlex.join(words)}"
 
 
 def report_data(report: Report) -> dict[str, Any]:

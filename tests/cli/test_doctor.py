@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 
 from mgpu.doctor.saved import save
-from mgpu.machine.inspection import Inspection, InstalledEngine
+from mgpu.machine.inspection import Inspection, InstalledEngine, Unread
 from tests.doctor.inspections import (
     H100,
     MIB,
@@ -176,6 +176,14 @@ def test_only_what_was_asked_for_is_looked_at(mgpu: Mgpu, saved: Saved) -> None:
     screen = mgpu("doctor", "--replay", saved(HANGING), "--only", "shm-small").out
     assert "P2P" not in screen
     assert "Best sets" not in screen
+
+
+def test_what_root_is_to_run_keeps_what_was_asked_for(mgpu: Mgpu, saved: Saved) -> None:
+    closed = Unread(what="/dev/kmsg", why="it may not be read", needs_root=True)
+    machine = saved(changed(healthy(), host={"log_known": False}, unread=(closed,), root=False))
+    data = diagnosis(mgpu("doctor", "--replay", machine, "--for", "vllm", "--tensor-parallel", "2", "--json").json)
+    reruns = {each["id"]: each["rerun"] for each in data["skipped"]}
+    assert reruns["xid-recent"].endswith(" doctor --for vllm --tensor-parallel 2 --only xid-recent")
 
 
 @pytest.mark.parametrize("words", [("--list",), ("--explain", "iommu-translated,p2p-proof,profile-plan")])

@@ -90,6 +90,13 @@ def test_the_report_counts_what_was_said() -> None:
     assert [skip["rerun"] for skip in data["skipped"]] == [None, "sudo mgpu doctor --only skips"]
 
 
+def test_what_root_is_to_run_judges_for_the_same() -> None:
+    said = diagnose(healthy(), ALL, PURPOSE)
+    asked = ("my model", "--for", "vllm", "--gpus", "0,1")
+    report = Report(inspection=healthy(), checks=ALL, diagnosis=said, purpose=PURPOSE, seconds=0.1, asked=asked)
+    assert report.rerun("a", "b", "a") == "sudo mgpu doctor 'my model' --for vllm --gpus 0,1 --only a,b"
+
+
 def test_what_is_not_here_is_not_asked_for_neither_well_nor_counted() -> None:
     said = diagnose(healthy(), (quiet, of_amd), PURPOSE)
     report = Report(inspection=healthy(), checks=(quiet, of_amd), diagnosis=said, purpose=PURPOSE, seconds=0)
