@@ -124,6 +124,8 @@ def _second_on_chipset(root: Path, rig: Path) -> SysfsTree:
     return tree.device("0000:02:00.0", below="0000:04:08.0", pci_class=_CARD_CLASS, driver="nvidia", acs=None, **link)
 
 
+# What the drivers of these rigs leave out, and what the engine, which is a script, does not tell.
+_UNTOLD = ("recovery-action", "display-on-gpu", "arch-unsupported")
 _STOCK = ("persistence-off", "p2p-none", "psu-budget")
 # Who uses the cards, how they reach each other, and what their power limits may be; Windows' desktop has 2 GiB.
 _WINDOWS_HIDES = (
@@ -133,28 +135,32 @@ _WINDOWS_HIDES = (
     "topo.0.1 = !3\np2p.0.1 = !3",
 )
 COMPUTERS = {
-    "2x4090-x670e": Computer(rig="2x4090-x670e", notes=_STOCK),
-    "2x5090-x8": Computer(rig="2x5090-x8", notes=_STOCK),
-    "3xp40": Computer(rig="3xp40", notes=("persistence-off", "psu-budget")),
+    "2x4090-x670e": Computer(rig="2x4090-x670e", notes=_STOCK, hidden=_UNTOLD),
+    "2x5090-x8": Computer(rig="2x5090-x8", notes=_STOCK, hidden=_UNTOLD),
+    "3xp40": Computer(rig="3xp40", notes=("persistence-off", "psu-budget"), hidden=_UNTOLD),
     "2x3090-nvlink": Computer(
         rig="2x3090-nvlink",
         tree=_in_lxc,
         notes=("persistence-off", "bar1-small", "pcie-host-gen", "vram-in-use", "psu-budget", "virtualised"),
+        hidden=_UNTOLD,
     ),
     "4x3090-2nvlink": Computer(
-        rig="4x3090-2nvlink", notes=("bar1-small", "p2p-none", "topo-cross-socket", "psu-budget")
+        rig="4x3090-2nvlink", notes=("bar1-small", "p2p-none", "topo-cross-socket", "psu-budget"), hidden=_UNTOLD
     ),
-    "6000ada-4090": Computer(rig="6000ada-4090", notes=(*_STOCK, "mixed-gpus", "device-order", "topo-cross-socket")),
-    "8xa100-sxm": Computer(rig="8xa100-sxm", notes=("psu-budget",)),
-    "8xh100-sxm": Computer(rig="8xh100-sxm", notes=("psu-budget",)),
+    "6000ada-4090": Computer(
+        rig="6000ada-4090", notes=(*_STOCK, "mixed-gpus", "device-order", "topo-cross-socket"), hidden=_UNTOLD
+    ),
+    "8xa100-sxm": Computer(rig="8xa100-sxm", notes=("psu-budget",), hidden=_UNTOLD),
+    "8xh100-sxm": Computer(rig="8xh100-sxm", notes=("psu-budget",), hidden=_UNTOLD),
     "2x4090-chipset": Computer(
         rig="2x4090-x670e",
         tree=_second_on_chipset,
         lines=("gpu1.pcie.width = 4",),
         notes=(*_STOCK, "pcie-slot-limited", "pcie-chipset"),
+        hidden=_UNTOLD,
     ),
     "2xpro6000-identity": Computer(
-        rig="2xpro6000-p2p-hang", tree=_passed_through, notes=("persistence-off", "psu-budget")
+        rig="2xpro6000-p2p-hang", tree=_passed_through, notes=("persistence-off", "psu-budget"), hidden=_UNTOLD
     ),
     "no-card": Computer(rig="no-driver", tree=_bare, notes=("no-gpu",)),
     "2xpro6000-p2p-hang": Computer(
@@ -162,13 +168,17 @@ COMPUTERS = {
         tree=_remapped,
         finds=("fail p2p-grant-unsafe",),
         notes=("persistence-off", "psu-budget", "iommu-translated", "acs-redirect"),
+        hidden=_UNTOLD,
     ),
     "2x3090-riser-x1": Computer(
         rig="2x3090-riser-x1",
         finds=("warn pcie-x1-riser",),
         notes=(*_STOCK, "bar1-small", "nvlink-inactive"),
+        hidden=(*_UNTOLD, "clocks-locked"),
     ),
-    "2x4090-one-lost": Computer(rig="2x4090-one-lost", finds=("fail gpu-lost",), notes=("persistence-off",)),
+    "2x4090-one-lost": Computer(
+        rig="2x4090-one-lost", finds=("fail gpu-lost",), notes=("persistence-off",), hidden=_UNTOLD
+    ),
     "driver-mismatch": Computer(
         rig="driver-mismatch", tree=_with_older_module, finds=("fail driver-lib-mismatch",), notes=()
     ),
@@ -180,24 +190,36 @@ COMPUTERS = {
         rig="container-lost-cgroup", tree=_with_driver, finds=("fail driver-not-loaded",), notes=()
     ),
     "2x4090-docker": Computer(
-        rig="2x4090-x670e", tree=_in_healthy_docker, notes=_STOCK, hidden=("xid-recent", "acs-redirect")
+        rig="2x4090-x670e", tree=_in_healthy_docker, notes=_STOCK, hidden=(*_UNTOLD, "xid-recent", "acs-redirect")
     ),
     "2x4090-wsl": Computer(
         rig="2x4090-x670e",
         tree=_in_wsl,
         lines=_WINDOWS_HIDES,
         notes=("vram-in-use", "psu-budget", "wsl2"),
-        hidden=("xid-recent", "power-capped"),
+        hidden=(*_UNTOLD, "xid-recent", "power-capped"),
     ),
-    "2x7900xtx": Computer(rig="no-driver", tree=_radeons, notes=("psu-budget",)),
+    "2x7900xtx": Computer(rig="no-driver", tree=_radeons, notes=("psu-budget",), hidden=("display-on-gpu",)),
     "2x7900xtx-translated": Computer(
-        rig="no-driver", tree=_translated_radeons, finds=("warn amd-multi-gpu",), notes=("psu-budget",)
+        rig="no-driver",
+        tree=_translated_radeons,
+        finds=("warn amd-multi-gpu",),
+        notes=("psu-budget",),
+        hidden=("display-on-gpu",),
     ),
     "2x7900xtx-unequal": Computer(
-        rig="no-driver", tree=_unequal_radeons, finds=("warn amd-multi-gpu",), notes=("psu-budget",)
+        rig="no-driver",
+        tree=_unequal_radeons,
+        finds=("warn amd-multi-gpu",),
+        notes=("psu-budget",),
+        hidden=("display-on-gpu",),
     ),
     "2x7900xtx-no-atomics": Computer(
-        rig="no-driver", tree=_radeons_without_atomics, finds=("fail amd-multi-gpu",), notes=("psu-budget",)
+        rig="no-driver",
+        tree=_radeons_without_atomics,
+        finds=("fail amd-multi-gpu",),
+        notes=("psu-budget",),
+        hidden=("display-on-gpu",),
     ),
     "2xb580": Computer(rig="no-driver", tree=_arcs, notes=("intel-xe",)),
     "2xb580-small-bar": Computer(
