@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from mgpu.cli.doctor import _report
+from mgpu.doctor.catalogue import CHECKS, with_ids
 from mgpu.doctor.check import Finding, Purpose, Skip
 from mgpu.doctor.probe import busy, probe, probed_cards, prove, torch_python
 from mgpu.doctor.proof import CardCopy, Collective, PairCopy, Proof, proof_checks, with_links_under_load
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.snapshot import Gpu, GpuProcess
 
-from .inspections import bare, changed_card, changed_gpu, healthy
+from .inspections import bare, changed_card, changed_gpu, changed_pair, healthy
 
 GPUS = (0, 1)
 
@@ -42,6 +44,24 @@ def said(proof: Proof) -> list[str]:
                 assert isinstance(item, Skip)
                 words.append(f"skip: {item.reason}")
     return words
+
+
+def test_a_bridge_stays_in_use_where_peers_over_pcie_fail() -> None:
+    bridged = changed_pair(healthy(4, "NVIDIA GeForce RTX 3090"), 0, 1, kind="NVLink")
+    arrives, _ = proof_checks(Proof(pairs=(PairCopy(a=1, b=2, outcome="wrong"),)))
+    (finding,) = arrives.run(bridged, Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.fix[0] == "export NCCL_P2P_LEVEL=NVL"
+
+
+def test_the_report_of_a_probe_takes_back_what_was_only_claimed() -> None:
+    pairs = tuple(PairCopy(a=a, b=b, outcome="right") for a, b in ((0, 1), (1, 0)))
+    proof = Proof(pairs=pairs, collectives=(run("right"),))
+    granted = changed_pair(healthy(), 0, 1, read=0, write=0)
+    (check,) = with_ids(CHECKS, "patched-p2p-risk", option="--only")
+    for found, severity in ((None, "warn"), (proof, "info")):
+        report = _report(granted, (check,), Purpose(), None, found)
+        assert [each.severity for each in report.diagnosis.findings] == [severity]
 
 
 @pytest.mark.parametrize(
