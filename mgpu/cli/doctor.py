@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -59,10 +60,22 @@ def doctor(
     only: Annotated[str | None, typer.Option("--only", metavar="IDS", help="Run only these checks: a,b.")] = None,
     skip: Annotated[str | None, typer.Option("--skip", metavar="IDS", help="Leave these checks out: a,b.")] = None,
     save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Also save all that was read, without names.")
+        Path | None,
+        typer.Option(
+            "--save",
+            metavar="FILE",
+            readable=False,
+            help="Also save all that was read, without names; -: print only that.",
+        ),
     ] = None,
     replay: Annotated[
-        Path | None, typer.Option("--replay", metavar="FILE", help="Judge a saved machine instead of this one.")
+        Path | None,
+        typer.Option(
+            "--replay",
+            metavar="FILE",
+            readable=False,
+            help="Judge a saved machine instead of this one; -: what is piped in.",
+        ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings, too.")] = False,
     expect_gpus: Annotated[int | None, typer.Option("--expect-gpus", help="Cards there should be.", min=0)] = None,
@@ -80,38 +93,50 @@ def doctor(
     from mgpu.cli.views.doctor import doctor_screen
     from mgpu.doctor.report import report_data
 
-    if list_checks:
-        return _list()
-    if explain is not None:
-        return _explain(explain)
-    _require_sense(fix=fix, dry_run=dry_run, yes=yes, probe=probe, replay=replay)
+    if list_checks or explain is not None:
+        judging = (
+            *(("PROFILE", profile), ("--for", backend), ("--tensor-parallel", tensor_parallel), ("--gpus", gpus)),
+            *(("--probe", probe), ("--fix", fix), ("--dry-run", dry_run), ("--yes", yes), ("--strict", strict)),
+            *(("--only", only), ("--skip", skip), ("--save", save), ("--replay", replay), ("--psu", psu)),
+            *(("--expect-gpus", expect_gpus), ("--verbose", verbose), ("--explain", explain if list_checks else None)),
+        )
+        _require_alone("--list" if list_checks else "--explain", judging)
+        return _list() if explain is None else _explain(explain)
+    _require_sense(fix=fix, dry_run=dry_run, yes=yes, probe=probe, replay=replay, save=save)
     if gpus is not None and expect_gpus is not None:
         raise UsageError("--gpus judges some cards, --expect-gpus counts them all", hint="leave one of them out")
     begun = time.monotonic()
-    checks = _chosen(only, skip, probe=probe)
-    if expect_gpus is None and gpus is None and replay is None:
-        expect_gpus = expected_gpus()
-    purpose, plan = _purpose(profile, backend, tensor_parallel, gpus, replay)
-    purpose = replace(purpose, expected_gpus=expect_gpus, psu_w=psu)
-    inspection, proof = _look(replay, gpus, probe=probe)
+    checks = _chosen(only, skip, probe=probe, planned=profile is not None)
+    saved = _saved(replay)
+    wanted_gpus = expected_gpus() if expect_gpus is None and gpus is None and saved is None else expect_gpus
+    purpose, plan = _purpose(profile, backend, tensor_parallel, gpus, saved)
+    inspection, proof = _look(gpus, probe=probe) if saved is None else (saved, None)
+    if expect_gpus == 0 and inspection.machine.gpus:
+        raise UsageError(
+            f"--expect-gpus 0, and GPUs are here ({len(inspection.machine.gpus)})",
+            hint="--expect-gpus takes how many there should be at least",
+        )
     if save is not None:
-        from mgpu.doctor.saved import save as save_inspection
-
-        save_inspection(inspection, save)
-        output.note(f"saved    {save}")
+        _save(inspection, save)
     inspection = _among(inspection, gpus)
+    if plan is None:
+        from mgpu.doctor.facts import usable_cards
+
+        purpose = purpose.over(len(usable_cards(inspection)))
+    purpose = replace(purpose, expected_gpus=wanted_gpus, psu_w=psu)
     report = _report(inspection, checks, purpose, plan, proof)
     report = replace(report, asked=_asked(profile, backend, tensor_parallel, gpus, expect_gpus, psu))
-    report = replace(report, whole=only is None, replayed=replay is not None, seconds=time.monotonic() - begun)
+    report = replace(report, whole=only is None, replayed=saved is not None, seconds=time.monotonic() - begun)
     if fix:
         report = _fixed(report, gpus, dry_run=dry_run, yes=yes)
     symbols = output.console().encoding.lower().replace("-", "") == "utf8"
+    alone = save is not None and str(save) == "-"
     return Result(
         command="doctor",
         data=report_data(report),
-        screen=lambda width: doctor_screen(report, width, symbols=symbols, verbose=verbose),
+        screen=lambda width: () if alone else doctor_screen(report, width, symbols=symbols, verbose=verbose),
         exit_code=0 if report.healthy(strict=strict) else 1,
-        simulated=replay is not None,
+        simulated=saved is not None,
     )
 
 
@@ -151,26 +176,36 @@ def _check_data(check: Check) -> dict[str, object]:
     }
 
 
-def _require_sense(*, fix: bool, dry_run: bool, yes: bool, probe: bool, replay: Path | None) -> None:
+def _require_alone(option: str, others: Sequence[tuple[str, object]]) -> None:
+    """Refuse what would be ignored beside an option that judges nothing. Raises UsageError."""
+    other = next((name for name, value in others if value is not None and value is not False), None)
+    if other is not None:
+        raise UsageError(f"{option} judges nothing, so {other} says nothing beside it", hint="leave one of them out")
+
+
+def _require_sense(*, fix: bool, dry_run: bool, yes: bool, probe: bool, replay: Path | None, save: Path | None) -> None:
     """Refuse options that contradict each other. Raises UsageError."""
     if (dry_run or yes) and not fix:
         raise UsageError(f"{'--dry-run' if dry_run else '--yes'} belongs to --fix", hint="mgpu doctor --fix --dry-run")
     if dry_run and yes:
         raise UsageError("--dry-run runs nothing, --yes runs everything", hint="leave one of them out")
-    if replay is not None and (probe or fix):
+    if replay is not None and (probe or (fix and not dry_run)):
         raise UsageError(
             f"--replay judges another machine, and {'--probe' if probe else '--fix'} works on this one",
-            hint="leave one of them out",
+            hint="leave one of them out" if probe else "add --dry-run: the commands are printed only",
         )
+    if output.as_json and save is not None and str(save) == "-":
+        raise UsageError("--save - and --json both print JSON", hint="name a file: --save machine.json")
     if fix and not (dry_run or yes) and (output.as_json or not os.isatty(0)):
         raise UsageError(
             "--fix asks before each command, and there is no terminal to ask on", hint="add --dry-run, or --yes"
         )
 
 
-def _chosen(only: str | None, skip: str | None, *, probe: bool) -> tuple[Check, ...]:
-    """The checks to run; those of a probe only with one."""
+def _chosen(only: str | None, skip: str | None, *, probe: bool, planned: bool) -> tuple[Check, ...]:
+    """The checks to run; those of a probe only with one. Raises UsageError where none is left."""
     from mgpu.doctor.catalogue import CHECKS, with_ids, without_ids
+    from mgpu.doctor.plans import plan_checks
     from mgpu.doctor.proof import proof_checks
 
     proofs = {each.id for each in proof_checks(None)}
@@ -178,6 +213,11 @@ def _chosen(only: str | None, skip: str | None, *, probe: bool) -> tuple[Check, 
     checks = without_ids(checks, skip, option="--skip") if skip is not None else checks
     if only is not None and not probe and (asked := sorted({each.id for each in checks} & proofs)):
         raise UsageError(f"{asked[0]} is proved by a probe", hint=f"mgpu doctor --probe --only {asked[0]}")
+    plans = {each.id for each in plan_checks(None)}
+    if only is not None and not planned and (asked := sorted({each.id for each in checks} & plans)):
+        raise UsageError(f"{asked[0]} judges the plan of a profile", hint=f"mgpu doctor PROFILE --only {asked[0]}")
+    if not checks:
+        raise UsageError("--skip leaves no check to run", hint="mgpu doctor --list")
     return checks if probe else tuple(each for each in checks if each.id not in proofs)
 
 
@@ -186,7 +226,7 @@ def _purpose(
     backend: ForBackend | None,
     tensor_parallel: int | None,
     gpus: str | None,
-    replay: Path | None,
+    saved: Inspection | None,
 ) -> tuple[Purpose, ProfilePlan | None]:
     from mgpu.doctor.check import Purpose
 
@@ -195,7 +235,7 @@ def _purpose(
         return purpose, None
     from mgpu.cli.doctor_profile import profile_purpose
 
-    return profile_purpose(profile, purpose, gpus, replay)
+    return profile_purpose(profile, purpose, gpus, saved)
 
 
 def _asked(
@@ -218,12 +258,24 @@ def _asked(
     return (profile, *words) if profile is not None else tuple(words)
 
 
-def _look(replay: Path | None, gpus: str | None, *, probe: bool) -> tuple[Inspection, Proof | None]:
-    """All that there is, and what a probe of the chosen cards proved."""
-    if replay is not None:
-        from mgpu.doctor.saved import replay as read_saved
+def _saved(replay: Path | None) -> Inspection | None:
+    from mgpu.doctor.saved import replay as read_saved
 
-        return read_saved(replay), None
+    return None if replay is None else read_saved(replay)
+
+
+def _save(inspection: Inspection, path: Path) -> None:
+    from mgpu.doctor.saved import STANDARD_STREAM, save, saved_text
+
+    if path == STANDARD_STREAM:
+        output.write_text(saved_text(inspection))
+    else:
+        save(inspection, path)
+        output.note(f"saved    {path}")
+
+
+def _look(gpus: str | None, *, probe: bool) -> tuple[Inspection, Proof | None]:
+    """All that there is, and what a probe of the chosen cards proved."""
     inspection = _inspected()
     if not probe:
         return inspection, None
@@ -294,6 +346,7 @@ def _fixed(report: Report, gpus: str | None, *, dry_run: bool, yes: bool) -> Rep
     """Run what the user agrees to, and diagnose again what then is left."""
     from mgpu.doctor.fixes import Outcome, apply, remedies
 
+    report = replace(report, mending=True)
     outcomes: list[Outcome] = []
     for remedy in remedies(report.inspection, report.diagnosis):
         if remedy.refused:

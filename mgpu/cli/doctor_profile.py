@@ -17,22 +17,25 @@ from mgpu.running.ports import FIRST_PORT
 
 if TYPE_CHECKING:
     from mgpu.cli.prepare import Prepared
+    from mgpu.machine.inspection import Inspection
     from mgpu.models.forms import Weights
+    from mgpu.planning.candidates import Candidate
 
 
-def profile_purpose(model: str, purpose: Purpose, gpus: str | None, replay: Path | None) -> tuple[Purpose, ProfilePlan]:
+def profile_purpose(
+    model: str, purpose: Purpose, gpus: str | None, saved: Inspection | None
+) -> tuple[Purpose, ProfilePlan]:
     """Return the purpose with what the model needs, and its plan on this machine or on a saved one; `gpus` are the
     cards to plan for, as `--gpus` takes them (None: those that a plan takes of itself).
 
-    A plan that cannot be made is part of the diagnosis. Raises UsageError for a profile that is none, and Missing for a
-    saved machine that cannot be read.
+    A plan that cannot be made is part of the diagnosis. Raises UsageError for a profile that is none.
     """
     try:
-        prepared = _prepared(model, purpose, gpus, replay)
+        prepared = _prepared(model, purpose, gpus, saved)
     except UsageError:
         raise
     except MgpuError as error:
-        if error.code in ("replay-unusable", "model-missing"):
+        if error.code == "model-missing":
             raise
         plan = ProfilePlan(
             name=model, backend=purpose.backend or "mgpu", verdict="it cannot be planned", reasons=(error.message,)
@@ -42,11 +45,11 @@ def profile_purpose(model: str, purpose: Purpose, gpus: str | None, replay: Path
     needs = replace(
         purpose,
         backend=purpose.backend or prepared.backend,
-        tensor_parallel=purpose.tensor_parallel or (chosen.tensor_parallel if chosen.tensor_parallel > 1 else None),
+        tensor_parallel=purpose.tensor_parallel or _cut_over(chosen),
         attention_heads=facts.heads,
         kv_heads=facts.kv_heads,
         weights_bytes=facts.file_bytes,
-        missing_bytes=facts.file_bytes if replay else _missing_bytes(prepared),
+        missing_bytes=facts.file_bytes if saved else _missing_bytes(prepared),
         port=FIRST_PORT,
     )
     flags, unasked = _unknown_flags(prepared)
@@ -54,6 +57,7 @@ def profile_purpose(model: str, purpose: Purpose, gpus: str | None, replay: Path
         name=model,
         backend=prepared.backend,
         verdict=chosen.verdict,
+        gpus=tuple(device.gpu for device in chosen.devices),
         reasons=chosen.reasons,
         short_bytes=chosen.short_bytes,
         install=prepared.ways[prepared.backend].install,
@@ -63,20 +67,25 @@ def profile_purpose(model: str, purpose: Purpose, gpus: str | None, replay: Path
     return needs, plan
 
 
-def _prepared(model: str, purpose: Purpose, gpus: str | None, replay: Path | None) -> Prepared:
+def _cut_over(chosen: Candidate) -> int | None:
+    """Over how many cards the plan cuts a tensor: 1 where vLLM has one card, None where cards take whole layers."""
+    if chosen.tensor_parallel > 1 or (chosen.backend == Backend.vllm and len(chosen.devices) == 1):
+        return chosen.tensor_parallel
+    return None
+
+
+def _prepared(model: str, purpose: Purpose, gpus: str | None, saved: Inspection | None) -> Prepared:
     from mgpu.cli.prepare import prepare
 
     cut = purpose.tensor_parallel if purpose.backend in (None, Backend.vllm) else None
     options = PlannerOptions(backend=Backend(purpose.backend or Backend.auto), tensor_parallel=cut, gpus=gpus)
-    if replay is None:
+    if saved is None:
         return prepare(model, options)
     import json
 
-    from mgpu.doctor.saved import replay as read_saved
-
     with tempfile.TemporaryDirectory(prefix="mgpu-doctor-") as folder:
         machine = Path(folder) / "machine.json"
-        machine.write_text(json.dumps(to_json(read_saved(replay).machine)))
+        machine.write_text(json.dumps(to_json(saved.machine)))
         return prepare(model, options, machine=str(machine))
 
 

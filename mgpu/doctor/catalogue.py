@@ -64,7 +64,7 @@ def replaced(checks: Sequence[Check], others: Sequence[Check]) -> tuple[Check, .
 
 
 def _split(ids: str, option: str) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in ids.split(",") if word.strip())
+    words = tuple(word.strip().lower() for word in ids.split(",") if word.strip())
     if not words:
         raise UsageError(f"{option} names no check", hint="mgpu doctor --list")
     return words

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mgpu.machine.inspection import Inspection
@@ -83,6 +83,18 @@ class Purpose:
     weights_bytes: int | None = None
     missing_bytes: int | None = None
     port: int | None = None
+
+    @property
+    def joins_cards(self) -> bool:
+        """Whether cards send each other parts of one model's work: a cut tensor does, and vLLM in all its ways."""
+        return self.backend == "vllm" if self.tensor_parallel is None else self.tensor_parallel > 1
+
+    def over(self, cards: int) -> Purpose:
+        """Return the purpose on a machine with so many cards that can be used: vLLM is to cut a model over all of them
+        where no other number is said."""
+        if self.backend != "vllm" or self.tensor_parallel is not None or cards < 2:
+            return self
+        return replace(self, tensor_parallel=cards)
 
 
 Said = Iterator[Finding | Skip]

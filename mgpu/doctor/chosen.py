@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mgpu.errors import UsageError
+from mgpu.errors import Missing, UsageError
 from mgpu.machine.inspection import Inspection, PciDevice
 from mgpu.machine.selection import select_gpus
 
@@ -14,15 +14,18 @@ _DISPLAY = 3
 def chosen(inspection: Inspection, selection: str) -> Inspection:
     """Return the inspection without the cards that `selection` (as `--gpus` takes it) leaves out, and without what was
     read of them: their links, their places on the bus, their lines in the kernel's log. A card that is lost may be
-    chosen. Where no card is listed at all nothing is left out: what a diagnosis then says is why.
+    chosen.
 
     Raises UsageError and Missing as `select_gpus` does, and UsageError where no card would be left.
     """
     machine = inspection.machine
-    if not machine.gpus:
-        return inspection
     answering = replace(machine, gpus=tuple(replace(gpu, problem=None) for gpu in machine.gpus))
-    indices = {gpu.index for gpu in select_gpus(answering, selection)}
+    try:
+        indices = {gpu.index for gpu in select_gpus(answering, selection)}
+    except Missing as error:
+        if not machine.gpus:
+            error.hint = "mgpu doctor says why no card answers"
+        raise
     if not indices:
         raise UsageError(f"--gpus {selection} leaves no card to judge", hint="mgpu doctor")
     left = {gpu.bus_id for gpu in machine.gpus if gpu.index in indices}

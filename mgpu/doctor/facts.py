@@ -196,5 +196,7 @@ def unread(inspection: Inspection, what: str, *paths: str, of: Iterable[int] = (
     subject = f"{what} of {named(indices)}" if indices else what
     reasons = (each for each in inspection.unread if any(path in each.what for path in paths))
     known = next(reasons, None)
+    if known is None and indices:  # so it was asked for, and nothing refused the question
+        return Skip(reason=f"driver and kernel do not tell it of {named(indices)}")
     reason = f"{subject} could not be read" + (f": {known.why}" if known else "")
     return Skip(reason=reason[:_LONGEST_REASON], needs_root=known is not None and known.needs_root)

@@ -191,18 +191,15 @@ def _slow_copies(proof: Proof) -> Iterator[Finding | Skip]:
 def _proof(_: Inspection, __: Purpose) -> Said:
     """Copies between cards, or sums over them, that finish and do not arrive (only with --probe).
 
-    How it is read: each card copies a pattern to each other card, which compares it in its own memory: reading it back
-    over the same way would show what was sent, not what arrived. Then one process a card sums tensors with NCCL over
-    2, 4 ... all cards and checks every value; and once more with NCCL_P2P_DISABLE=1. It needs the PyTorch of an
-    installed vLLM, lasts 20 s at most, and leaves busy cards alone.
-
-    Rule: wrong or missing data is a failure. Where the control run is right, peer access is to blame; where it is
-    wrong as well, something else is.
-
-    Why: the driver's "peer access: OK" is a claim. Behind an IOMMU that translates, or bridges that redirect, writes
-    to a peer are lost without an error: engines then hang at their first all-reduce, or answer `!!!!` at full speed.
-
-    What to do: NCCL_P2P_DISABLE=1 works at once, and costs little; the cause is in iommu-translated and acs-redirect.
+    Read: each card copies a pattern to each other card, which compares it in its own memory: reading it back over the
+    same way would show what was sent, not what arrived. Then one process a card sums tensors with NCCL over 2, 4 ...
+    all cards and checks every value; and once more with NCCL_P2P_DISABLE=1. It needs the PyTorch of an installed vLLM,
+    lasts 20 s at most, and leaves busy cards alone.
+    Rule: fail for wrong or missing data. Where the control run is right, peer access is to blame; where it is wrong as
+    well, something else is.
+    Why: the driver's "peer access: OK" is a claim. Behind an IOMMU that translates, or bridges that redirect, writes to
+    a peer are lost without an error: engines then hang at their first all-reduce, or answer `!!!!` at full speed.
+    Do: NCCL_P2P_DISABLE=1 works at once, and costs little; the cause is in iommu-translated and acs-redirect.
     """
     yield from ()
 
@@ -211,16 +208,13 @@ def _proof(_: Inspection, __: Purpose) -> Said:
 def _measured(_: Inspection, __: Purpose) -> Said:
     """Copies to a card that are slower than its PCIe link (only with --probe).
 
-    How it is read: 300 ms of copies from pinned host memory to each card; its link's generation and width are read
-    meanwhile, because an idle link is slow on purpose.
-
-    Rule: below 65 % of what the lanes carry (Gen3 0.985, Gen4 1.97, Gen5 3.94 GB/s a lane) is a warning; 80 to 88 % is
-    what packet headers leave.
-
+    Read: 300 ms of copies from pinned host memory to each card; its link's generation and width are read meanwhile,
+    because an idle link is slow on purpose.
+    Rule: warn below 65 % of what the lanes carry (Gen3 0.985, Gen4 1.97, Gen5 3.94 GB/s a lane); 80 to 88 % is what
+    packet headers leave.
     Why: a link that must resend, or host memory on the far socket, slows the loading of models and every exchange
     between cards that goes through the host.
-
-    What to do: look for link errors (pcie-replay-rate, pcie-aer), and try another slot or riser.
+    Do: look for link errors (pcie-replay-rate, pcie-aer), and try another slot or riser.
     """
     yield from ()
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from mgpu.machine.redaction import anonymous, kernel_options
 from mgpu.machine.snapshot import to_json
 
 SCHEMA = "mgpu.inspection/1"
+# As a file's name: what is piped in, or standard output.
+STANDARD_STREAM = Path("-")
 # Hundreds of times what eight cards and a full kernel log need.
 _LARGEST_FILE_BYTES = 8 * 2**20
 _LONGEST_LIST = 4096
@@ -75,14 +78,10 @@ def save(inspection: Inspection, path: Path) -> None:
 
 
 def replay(path: Path) -> Inspection:
-    """Return the inspection that `save` wrote to a file. Raises Missing (code "replay-unusable") for a file that
-    cannot be read, is no such file, or comes from a newer mgpu."""
+    """Return the inspection that `save` wrote to a file, or what is piped in for `STANDARD_STREAM`. Raises Missing
+    (code "replay-unusable") for a file that cannot be read, is no such file, or comes from a newer mgpu."""
     try:
-        # A pipe that nobody writes to must not block.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise _unusable(path, "is no regular file")
-            content = file.read(_LARGEST_FILE_BYTES + 1)
+        content = _piped(path) if path == STANDARD_STREAM else _content(path)
     except (OSError, ValueError) as error:
         raise _unusable(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > _LARGEST_FILE_BYTES:
@@ -97,6 +96,20 @@ def replay(path: Path) -> Inspection:
         raise _unusable(path, "is nested too deeply to be a saved inspection") from None
     except ValueError as error:
         raise _unusable(path, str(error)[:300]) from None
+
+
+def _content(path: Path) -> bytes:
+    # A pipe that nobody writes to must not block.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise _unusable(path, "is no regular file")
+        return file.read(_LARGEST_FILE_BYTES + 1)
+
+
+def _piped(path: Path) -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise _unusable(path, "reads what is piped in, and nothing is")
+    return sys.stdin.buffer.read(_LARGEST_FILE_BYTES + 1)
 
 
 def _inspection(data: object) -> Inspection:

@@ -79,7 +79,7 @@ def ids(data: dict[str, Any], severity: str) -> list[str]:
 def test_a_healthy_machine_has_a_line_an_area(mgpu: Mgpu, saved: Saved, inspection: Inspection) -> None:
     ended = mgpu("doctor", "--replay", saved(inspection), "--strict")
     assert (ended.exit_code, ended.err) == (0, "")
-    assert not re.search(r"\[[!✗]\]|fix|seen", ended.out)
+    assert not re.search(r"(?m)\[[!✗]\]|^ {6}(fix|seen)", ended.out)
     areas = re.findall(r"(?m)^\[[✓i-]\] (\w+)", ended.out)
     assert len(areas) == len(set(areas)), ended.out
     assert areas[0] == "Driver"
@@ -128,7 +128,7 @@ def test_a_finding_has_evidence_a_fix_and_the_way_to_the_reason(mgpu: Mgpu, save
     assert re.search(r"(?m)^      why       mgpu doctor --explain p2p-grant-unsafe$", out)
     summary = out.splitlines()[-1] if out.splitlines()[-1].startswith("1 fail") else out[out.rindex("1 fail") :]
     assert summary.startswith("1 fail (p2p-grant-unsafe), ")
-    assert "Best sets: tp2 = GPU0,1 (PHB)." in out
+    assert "Best sets" not in out
 
 
 @pytest.mark.parametrize("verbose", [pytest.param((), id="short"), pytest.param(("-v",), id="verbose")])
@@ -155,7 +155,8 @@ def test_every_check_is_shown_on_demand(mgpu: Mgpu, saved: Saved) -> None:
     out = mgpu("doctor", "--replay", path, "-v").out
     well = [each["id"] for each in data["checks"] if each["result"] == "ok"]
     assert len(well) > 40
-    assert all(re.search(rf"(?m)^      ok   {name}: ", out) for name in well)
+    shown = re.findall(r"(?m)^      ok        ((?:.*,\n {16})*.*)$", out)
+    assert sorted(re.split(r",\s+", ", ".join(shown))) == sorted(well)
 
 
 def test_a_machine_without_a_card_needs_no_driver_and_is_not_praised_for_it(mgpu: Mgpu, saved: Saved) -> None:
@@ -219,6 +220,11 @@ def test_lists_and_explanations_look_at_nothing(mgpu: Mgpu, tmp_path: Path, word
         pytest.param("--gpus none --replay {machine}", 2, "usage", id="no card to judge"),
         pytest.param("--gpus gpu0 --expect-gpus 2", 2, "usage", id="some cards and all of them"),
         pytest.param("--nonsense", 2, "usage", id="an option that is none"),
+        pytest.param("--gpus 2", 3, "gpu-missing", id="cards where there are none"),
+        pytest.param("--expect-gpus 0 --replay {machine}", 2, "usage", id="no card expected where some are"),
+        pytest.param("--only tp-size --skip tp-size", 2, "usage", id="no check is left"),
+        pytest.param("--only profile-plan", 2, "usage", id="a plan's check without a profile"),
+        pytest.param("/etc/passwd", 3, "model-missing", id="a file that is no model"),
         pytest.param("nosuch", 2, "profile-unknown", id="a profile that is none"),
         pytest.param("--replay {here}/no.json", 3, "replay-unusable", id="a file that is not there"),
         pytest.param("--replay {garbage}", 3, "replay-unusable", id="a file that is none"),
@@ -257,9 +263,8 @@ def test_the_configuration_says_how_many_cards_there_should_be(mgpu: Mgpu, tmp_p
     file.parent.mkdir(parents=True)
     file.write_text("expect_gpus: 2\n")
     mgpu.environment["XDG_CONFIG_HOME"] = str(tmp_path / "configuration")
-    assert "gpu-missing" in ids(diagnosis(mgpu("doctor", "--json").json), "warn")
-    assert "gpu-missing" not in ids(diagnosis(mgpu("doctor", "--expect-gpus", "0", "--json").json), "warn")
-    assert "gpu-missing" not in ids(diagnosis(mgpu("doctor", "--gpus", "gpu0", "--json").json), "warn")
+    assert "gpu-missing" in ids(diagnosis(mgpu("doctor", "--json").json), "fail")
+    assert "gpu-missing" not in ids(diagnosis(mgpu("doctor", "--expect-gpus", "0", "--json").json), "fail")
     file.write_text("expect_gpus: two\n")
     ended = mgpu("doctor", "--json")
     assert (ended.exit_code, ended.json["errors"][0]["code"]) == (2, "configuration-invalid")

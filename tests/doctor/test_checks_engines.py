@@ -241,7 +241,9 @@ def test_equal_cards_are_named_for_vllm() -> None:
 
 def test_llama_cpp_over_intels_cards_alone_is_told_to_keep_whole_layers() -> None:
     arc = PciDevice(address="0000:03:00.0", vendor=0x8086, pci_class=0x030000, driver="xe")
-    assert said(CHECKS, "tp-size", bare(pci=(arc,)), LLAMA) == ["info"]
+    other = PciDevice(address="0000:04:00.0", vendor=0x8086, pci_class=0x030000, driver="xe")
+    assert said(CHECKS, "tp-size", bare(pci=(arc, other)), LLAMA) == ["info"]
+    assert said(CHECKS, "tp-size", bare(pci=(arc,)), LLAMA) == ["info", "fail"]
     assert said(CHECKS, "tp-size", changed(healthy(), pci=(arc,)), LLAMA) == []
 
 

@@ -83,8 +83,10 @@ def test_cards_keep_their_numbers_and_bridges() -> None:
     ]
 
 
-def test_without_any_card_all_is_judged() -> None:
-    assert chosen(bare(), "0,1") == bare()
+def test_without_any_card_the_doctor_says_why() -> None:
+    with pytest.raises(Missing) as refused:
+        chosen(bare(), "2")
+    assert "mgpu doctor" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mgpu.cli.views.words import card_name
 from mgpu.doctor.check import Area
+from mgpu.doctor.facts import named
 from mgpu.doctor.report import Report
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import nvidia_on_bus, on_bus
@@ -41,6 +42,14 @@ def header(report: Report, version: str) -> str:
         "REPLAYED" if report.replayed else None,
     )
     return " · ".join(part for part in parts if part)
+
+
+def judged_for(report: Report) -> str | None:
+    """Return for what the machine is judged, None where nobody said."""
+    engine, size = report.purpose.backend, report.purpose.tensor_parallel
+    parts = (TITLES.get(engine, engine) if engine else None, f"tensor parallel {size}" if size else None)
+    words = ", ".join(part for part in parts if part)
+    return f"judged for {words}" if words else None
 
 
 def _cards(inspection: Inspection) -> str:
@@ -210,9 +219,10 @@ def _engines(report: Report) -> str | None:
 
 def _profile(report: Report) -> str | None:
     plan = report.plan
-    return (
-        f"{plan.name} {plan.verdict.replace('-', ' ')} with {TITLES.get(plan.backend, plan.backend)}" if plan else None
-    )
+    if plan is None:
+        return None
+    place = f"on {named(plan.gpus)}" if plan.gpus else "on the processor, without a card"
+    return f"{plan.name} {plan.verdict.replace('-', ' ')} with {TITLES.get(plan.backend, plan.backend)} {place}"
 
 
 _LINES: dict[Area, Callable[[Report], str | None]] = {

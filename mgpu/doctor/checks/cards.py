@@ -22,11 +22,13 @@ _NO_ANSWER = -1  # as the inspection calls a driver that hangs
 def gpu_lost(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card has fallen off the bus, or must be reset before it answers again.
 
-    Read from NVML's answer to any question about the card: 15, lost; 16, needs a reset; any other refusal is said with
-    its own remedy (4, no permission; 8, no power cable). A failure: every model that is cut over it dies. Power
-    supplies that trip on peaks, risers, an unclean gen 5 link, and heat are the causes of a loss; OCuLink and external
-    boxes are prone to it. A reboot often is not enough: turn the power off, reseat card and cable, then cap power and
-    clocks to see whether it stays.
+    Read: NVML's answer to any question about the card: 15, lost; 16, needs a reset; 4, no permission; 8, no power
+    cable.
+    Rule: fail.
+    Why: every model that is cut over it dies. Power supplies that trip on peaks, risers, an unclean gen 5 link, and
+    heat are the causes of a loss; OCuLink and external boxes are prone to it.
+    Do: turn the power off (a reboot often is not enough), reseat card and cable, then cap power and clocks to see
+    whether it stays; another refusal has its own remedy.
     """
     if inspection.driver.nvml_error == _NO_ANSWER:  # driver-not-loaded says it of all cards
         return
@@ -95,11 +97,12 @@ _XID_WARNS = {
 def xid_recent(inspection: Inspection, _purpose: Purpose) -> Said:
     """The driver logged hardware errors (Xid) since the machine started.
 
-    Read from the kernel's log (root, or membership of adm or systemd-journal). Codes of failing hardware, such as 48,
-    54, 62, 64, 74, 79, 95, 119, 120, 140, 143, 154 and 158, are failures; 63, 92, 94 and 109 are warnings; 13, 31, 32,
-    43, 45, 68 and 69 come from programs that crashed, and like all others are only said; so is a 154 that ends with
-    "None", since the recovery is done. What is older than a day, or of unknown age, never colours: it is said with its
-    age.
+    Read: the kernel's log (root, or membership of adm or systemd-journal).
+    Rule: fail for codes of failing hardware, such as 48, 54, 62, 64, 74, 79, 95, 119, 120, 140, 143, 154 and 158; warn
+    for 63, 92, 94 and 109; info for all others, for a 154 that ends with "None", since the recovery is done, and for
+    what is older than a day or of unknown age.
+    Why: 13, 31, 32, 43, 45, 68 and 69 come from programs that crashed; the others from the card, its power or its slot.
+    Do: reset the card or reboot; where it returns, reseat the card and its cables, and have it replaced in the end.
     """
     log = inspection.host.log
     present = nvidia_on_bus(inspection) or any(gpu.vendor == "nvidia" for gpu in inspection.machine.gpus)
@@ -162,10 +165,12 @@ def _xid_fix(number: int, gpus: tuple[int, ...]) -> tuple[str, ...]:
 def memory_remap(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's memory has failed, or rows of it wait to be replaced.
 
-    Read from NVML's remapped rows (from Ampere on), retired pages (before) and the counts of uncorrectable ECC errors.
-    A failed replacement is a failure: return the card. One that waits, or an uncorrectable error since the driver
-    started, is a warning: results may be wrong until a reset. Errors of the card's past are only said. GeForce cards
-    do not count.
+    Read: NVML's remapped rows (from Ampere on), retired pages (before) and the counts of uncorrectable ECC errors.
+    GeForce cards do not count.
+    Rule: fail for a failed replacement; warn for one that waits, or an uncorrectable error since the driver started;
+    info for errors of the card's past.
+    Why: results may be wrong until a reset.
+    Do: reset the card when it is idle; return one whose memory could not be replaced.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -227,9 +232,11 @@ _RECOVERY = {
 def recovery_action(inspection: Inspection, _purpose: Purpose) -> Said:
     """The driver itself asks for a reset or a reboot.
 
-    Read from NVML's field 230, one number that sums up what an Xid 154 says: 0 is none; 1 a reset of the card, 2 and 7
-    a reboot, 3 and 4 that work be stopped first, 5 IMEX, 6 a reset of the bus. Any but 0 is a failure: do what it says.
-    Older drivers do not have the field.
+    Read: NVML's field 230, one number that sums up what an Xid 154 says; older drivers do not have it.
+    Rule: fail for any but 0: 1 is a reset of the card, 2 and 7 a reboot, 3 and 4 that work be stopped first, 5 IMEX, 6
+    a reset of the bus.
+    Why: until then the card refuses work, or returns errors.
+    Do: what the number says; the finding has the command.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -252,9 +259,11 @@ def recovery_action(inspection: Inspection, _purpose: Purpose) -> Said:
 def mig_enabled(inspection: Inspection, purpose: Purpose) -> Said:
     """A card is cut into MIG instances, or will be after its next reset.
 
-    Read from NVML's MIG mode, now and pending. Instances reach each other neither by peer access nor by NVLink, so a
-    card in MIG mode is a failure where one model is to be cut over several cards (--tensor-parallel), and is only said
-    otherwise. A mode that differs from the pending one is a warning. Cards without MIG are passed over.
+    Read: NVML's MIG mode, now and pending. Cards without MIG are passed over.
+    Rule: fail where one model is to be cut over several cards (--tensor-parallel), else info; warn for a mode that
+    differs from the pending one.
+    Why: instances reach each other neither by peer access nor by NVLink.
+    Do: sudo nvidia-smi -mig 0, then a reset of the card.
     """
     cutting = (purpose.tensor_parallel or 1) > 1
     for gpu, card in nvidia_cards(inspection):
@@ -274,8 +283,10 @@ def mig_enabled(inspection: Inspection, purpose: Purpose) -> Said:
 def compute_mode(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card is closed to programs, or takes only one at a time.
 
-    Read from NVML's compute mode: 0 is shared, 2 prohibits all computing (a failure), 1 and 3 let one process in (a
-    warning: with Ollama and vLLM on one card, the second is told "device unavailable"). Set it to 0.
+    Read: NVML's compute mode.
+    Rule: fail at 2, which prohibits all computing; warn at 1 and 3, which let one process in.
+    Why: with Ollama and vLLM on one card, the second is told "device unavailable".
+    Do: sudo nvidia-smi -c 0.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -303,12 +314,13 @@ _WITHOUT_RESIZABLE_BAR = ("5.", "6.", "7.")  # it came with Ampere
 def bar1_small(inspection: Inspection, _purpose: Purpose) -> Said:
     """The window through which others reach a card's memory (BAR1) is smaller than that memory.
 
-    Read from NVML. With Resizable BAR off it is 256 MiB. That costs no tokens by itself, so for RTX cards it
-    is only said; it is a warning where a patched driver grants GeForce cards peer access all the same, and for the
+    Read: NVML's size of BAR1, which is 256 MiB with Resizable BAR off. A virtual machine shows a window that says
+    nothing.
+    Rule: info for RTX cards; warn where a patched driver grants GeForce cards peer access all the same, and for the
     datacentre cards whose window covers the memory. Other professional cards have peer access with 256 MiB (an RTX
-    A6000 is sold so), and whatever is older than Ampere, a T4 too, has no more for ever; a virtual machine shows a
-    window that says nothing. Turn on Above 4G Decoding and Re-Size BAR in the BIOS; old RTX 3090 need a newer VBIOS as
-    well.
+    A6000 is sold so), and whatever is older than Ampere, a T4 too, has no more for ever.
+    Why: it costs no tokens by itself; it is peers that write through that window.
+    Do: turn on Above 4G Decoding and Re-Size BAR in the BIOS; old RTX 3090 need a newer VBIOS as well.
     """
     granted = {index for pair in pairs(inspection) if pair.granted and not pair.nvlink for index in pair.indices}
     unknown, small, short = [], [], []

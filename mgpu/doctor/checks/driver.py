@@ -23,6 +23,8 @@ from mgpu.machine.sysfs import AMD, INTEL, NVIDIA
 _LIBRARY_MISMATCH, _NOT_LOADED, _NO_LIBRARY, _UNKNOWN = 18, 9, 12, 999
 _NO_ANSWER = -1  # as the inspection calls it
 _UVM = "/dev/nvidia-uvm"
+# Whose cards a driver lists.
+_MAKERS = {"NVIDIA": NVIDIA, "AMD": AMD}
 
 _RELOAD = "sudo rmmod nvidia_drm nvidia_modeset nvidia_uvm nvidia && sudo modprobe -a nvidia nvidia_uvm"
 
@@ -31,9 +33,11 @@ _RELOAD = "sudo rmmod nvidia_drm nvidia_modeset nvidia_uvm nvidia && sudo modpro
 def no_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     """No graphics card is in this machine, or none can be seen.
 
-    Read from the PCI bus and from the drivers. Nothing is broken: models then run on the processor, at about a tenth
-    of the speed, and plans can be made for other machines with --machine. If there is a card, it is not seated, has
-    no power, or is turned off in the BIOS; a virtual machine or a container sees only the cards that it was given.
+    Read: the PCI bus and the drivers.
+    Rule: info, for nothing is broken.
+    Why: models then run on the processor, at about a tenth of the speed. A virtual machine or a container sees only the
+    cards that it was given.
+    Do: see to the card's seat and power, and to the BIOS, if there is one; plan for other machines with --machine.
     """
     refused = inspection.driver.nvml_error not in (None, 0, _NOT_LOADED, _NO_LIBRARY)  # so there is a driver
     if inspection.machine.gpus or nvidia_on_bus(inspection) or is_promised(inspection) or refused:
@@ -53,10 +57,12 @@ def no_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
 def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
     """The NVIDIA library and the loaded kernel module are of different versions.
 
-    Read from NVML's refusal to start (error 18), /sys/module/nvidia/version, the library's file name, and the module
-    that lies on disk. Error 18 is a failure; a newer module on disk than in memory is a warning, because the library
-    belongs to it. An unattended update is the usual cause of "it worked yesterday": what runs goes on, what is started
-    anew fails. Reboot, or reload the modules, and hold the driver's package if this must not happen again.
+    Read: NVML's refusal to start (error 18), /sys/module/nvidia/version, the library's file name, and the module that
+    lies on disk.
+    Rule: fail at error 18; warn for a newer module on disk than in memory, because the library belongs to it.
+    Why: an unattended update is the usual cause of "it worked yesterday": what runs goes on, what is started anew
+    fails.
+    Do: reboot, or reload the modules; hold the driver's package if this must not happen again.
     """
     driver = inspection.driver
     if driver.nvml_error == _LIBRARY_MISMATCH:
@@ -100,12 +106,14 @@ def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
 def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
     """An NVIDIA card is there, but the NVIDIA driver is not loaded.
 
-    Read from NVML (9: no module, 12: no library), the driver each card is bound to on the PCI bus, what is installed,
-    the kernel's log and Secure Boot's state. A failure, with the cause named: nouveau holds the card, the kernel
-    refused a module signed with an unknown key, the card needs the open module (RTX 50) or the closed one, there is no
-    module for this kernel, or it is merely not loaded. Secure Boot is the cause only where the log says that a key was
-    rejected. Only said where all cards are kept for virtual machines (vfio-pci, pci-stub), or older than Maxwell;
-    nothing without a card on the bus; a driver that is there and answers with another error is a failure everywhere.
+    Read: NVML (9: no module, 12: no library), the driver each card is bound to on the PCI bus, what is installed, the
+    kernel's log and Secure Boot's state.
+    Rule: fail, with the cause named: nouveau holds the card, the kernel refused a module signed with an unknown key,
+    the card needs the open module (RTX 50) or the closed one, there is no module for this kernel, or it is merely not
+    loaded; a driver that is there and answers with another error fails everywhere. Info where all cards are kept for
+    virtual machines (vfio-pci, pci-stub), or are older than Maxwell.
+    Why: without it CUDA finds no card. Secure Boot is the cause only where the log says that a key was rejected.
+    Do: what the cause asks for; the finding has the commands for this distribution.
     """
     driver, everything = inspection.driver, nvidia_on_bus(inspection)
     bus = tuple(each for each in everything if not is_before_maxwell(each))
@@ -159,22 +167,17 @@ def driver_not_loaded(inspection: Inspection, _purpose: Purpose) -> Said:
 def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
     """The PCI bus shows more NVIDIA cards than the driver does, or fewer are there than expected.
 
-    Compares the display controllers of NVIDIA on the bus with the cards that NVML lists; cards kept for virtual
-    machines (vfio-pci, pci-stub) are only said, and in a container the bus is not compared. Fewer is a failure, fewer
-    than --expect-gpus (or expect_gpus in ~/.config/mgpu/config.yaml) a warning, for which graphics inside the processor
-    and cards that cannot be used do not count. RTX 50 cards fail so with "Above 4G Decoding" or Resizable BAR off, or
-    with the closed module; nouveau may hold a card; the kernel's log (RmInitAdapter) often says why.
+    Read: the display controllers on the PCI bus, and the cards that the drivers list; in a container the bus is not
+    compared.
+    Rule: fail for fewer of NVIDIA's than the bus shows; cards kept for virtual machines (vfio-pci, pci-stub) are info.
+    Fewer than --expect-gpus (or expect_gpus in ~/.config/mgpu/config.yaml): warn, and fail for none; graphics inside
+    the processor and cards that cannot be used do not count.
+    Why: RTX 50 cards fail so with "Above 4G Decoding" or Resizable BAR off, or with the closed module; nouveau may hold
+    a card; the kernel's log (RmInitAdapter) often says why.
+    Do: those two settings in the BIOS, and the driver that the card needs; reseat a card that the bus does not show.
     """
     listed = [gpu for gpu in inspection.machine.gpus if gpu.vendor == "nvidia"]
-    here = sum(is_discrete(gpu) and not gpu.problem for gpu in inspection.machine.gpus)
-    if purpose.expected_gpus is not None and here < purpose.expected_gpus:
-        said = f"{here} GPU{'s' * (here != 1)}"
-        yield Finding(
-            severity=Severity.warn,
-            summary=f"{said} can be used, {purpose.expected_gpus} are expected",
-            evidence=(Evidence(path="mgpu gpus, without integrated ones", value=said),),
-            fix=("lspci -nn | grep -i nvidia  # not listed: check the card's seat and power cables",),
-        )
+    yield from _fewer_than_expected(inspection, purpose.expected_gpus or 0)
     if inspection.driver.nvml_error != 0 or in_container(inspection):
         return
     if not inspection.pci_known:
@@ -213,6 +216,38 @@ def gpu_missing(inspection: Inspection, purpose: Purpose) -> Said:
     )
 
 
+def _fewer_than_expected(inspection: Inspection, expected: int) -> Said:
+    listed = inspection.machine.gpus
+    usable = sum(is_discrete(gpu) and not gpu.problem for gpu in listed if gpu.vendor != "intel")
+    here = usable + len(on_bus(inspection, INTEL))  # which engines alone list
+    if here >= expected:
+        return
+    known = {gpu.bus_id for gpu in listed}
+    unlisted = {
+        maker: sum(each.address not in known for each in on_bus(inspection, vendor))
+        for maker, vendor in _MAKERS.items()
+    }
+    hidden = {maker: count for maker, count in unlisted.items() if count}
+    more = sum(hidden.values())
+    yield Finding(
+        severity=Severity.warn if here else Severity.fail,
+        summary=f"{here} GPU{'s' * (here != 1)} can be used, {expected} are expected"
+        + (f"; {more} more on the PCI bus without a driver" if more else ""),
+        evidence=(
+            Evidence(path="mgpu gpus, without integrated ones", value=f"{here} GPU{'s' * (here != 1)}"),
+            *(Evidence(path="PCI bus", value=f"{count} more of {maker}") for maker, count in hidden.items()),
+        ),
+        fix=(
+            *(f"lspci -nnk -d {_MAKERS[maker]:04x}:  # which driver has it" for maker in hidden),
+            *(
+                (r"lspci -nn | grep -E '\[(03..|1200)\]:'  # not listed: check the card's seat and power cables",)
+                if here + more < expected
+                else ()
+            ),
+        ),
+    )
+
+
 def _missing_fix(inspection: Inspection, missing: tuple[PciDevice, ...]) -> tuple[str, ...]:
     if is_held_by_nouveau(missing):
         return without_nouveau(inspection)
@@ -228,11 +263,12 @@ def _missing_fix(inspection: Inspection, missing: tuple[PciDevice, ...]) -> tupl
 def uvm_missing(inspection: Inspection, _purpose: Purpose) -> Said:
     """/dev/nvidia-uvm is missing: nvidia-smi works, CUDA does not.
 
-    Read from the device nodes, /sys/module/nvidia_uvm and /usr/bin/nvidia-modprobe. NVML does not need the module for
-    unified memory, every CUDA program does. A setuid nvidia-modprobe loads it and makes the node for the first of them,
-    so that its absence after a start is only said. A failure where nothing would make it: in a container (LXC without a
-    rule for the device), without that program, or without the module; engines then fall back to the processor (Ollama's
-    codes 3, 46, 100, 999).
+    Read: the device nodes, /sys/module/nvidia_uvm and /usr/bin/nvidia-modprobe.
+    Rule: fail where nothing would make the node: in a container (LXC without a rule for the device), without a setuid
+    nvidia-modprobe, or without the module; info where the first CUDA program makes it.
+    Why: NVML does not need the module for unified memory, every CUDA program does; engines then fall back to the
+    processor (Ollama's codes 3, 46, 100, 999).
+    Do: sudo nvidia-modprobe -c0 -u; in a container, pass the device to it.
     """
     driver = inspection.driver
     if driver.nvml_error != 0 or inspection.host.wsl:
@@ -287,9 +323,10 @@ def _node_fix(inspection: Inspection, *, made: bool) -> tuple[str, ...]:
 def hmm_kaslr(inspection: Inspection, _purpose: Purpose) -> Said:
     """CUDA cannot start because shared memory management collides with the kernel's random layout.
 
-    Read from the kernel's log: uvm_pmm_gpu.c fails in devmem_alloc_pagemap with error -34. Several Blackwell cards need
-    more addresses than the kernel's randomised layout leaves. A failure where the line is there and HMM is still on;
-    nothing otherwise. Turn HMM off for the nvidia_uvm module.
+    Read: the kernel's log: uvm_pmm_gpu.c fails in devmem_alloc_pagemap with error -34.
+    Rule: fail where the line is there and HMM is still on.
+    Why: several Blackwell cards need more addresses than the kernel's randomised layout leaves.
+    Do: turn HMM off for the module nvidia_uvm (uvm_disable_hmm=1).
     """
     if inspection.driver.uvm_disable_hmm:
         return

@@ -21,9 +21,10 @@ _WANTS_OPEN = "requires use of the NVIDIA open kernel modules"
 def driver_too_new_for_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
     """A Maxwell, Pascal or Volta card with a driver that no longer knows it.
 
-    Read from the card's compute capability (below 7.5) or its number on the PCI bus, and the driver's version. From
-    590 on such cards are gone (P40, P100, V100, GTX 10): a failure. At 580, the last branch for them, it is only said,
-    so that the next upgrade is not a surprise. Hold 580.
+    Read: the card's compute capability (below 7.5) or its number on the PCI bus, and the driver's version.
+    Rule: fail from 590 on; info at 580, the last branch for them, so that the next upgrade is not a surprise.
+    Why: 590 no longer knows the P40, P100, V100 and GTX 10.
+    Do: install 580 and hold its package.
     """
     old_gpus = [gpu.index for gpu in cards(inspection) if (_capability(gpu.compute_capability) or (99,)) < (7, 5)]
     old = [each for each in _own(inspection) if _is_before_turing(each)]
@@ -61,10 +62,12 @@ def driver_too_new_for_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
 def driver_too_old(inspection: Inspection, purpose: Purpose) -> Said:
     """An engine was built for a newer CUDA than the driver can run.
 
-    Compares the CUDA version that the driver reports with the runtime inside each engine (or the engine of --for), and
-    the driver's version with the least that is needed: 525.60.13 for CUDA 12, 580 for CUDA 13, 550 for Ollama (570 for
-    cards of compute capability 5.0 to 6.2). A failure: on GeForce the engine stops with error 804 or silently uses the
-    processor. Upgrade the driver, or install the engine's build for an older CUDA.
+    Read: the CUDA version that the driver reports, the runtime inside each engine (or the engine of --for), and the
+    driver's version.
+    Rule: fail below what is needed: 525.60.13 for CUDA 12, 580 for CUDA 13, 550 for Ollama (570 for cards of compute
+    capability 5.0 to 6.2).
+    Why: on GeForce the engine stops with error 804 or silently uses the processor.
+    Do: upgrade the driver, or install the engine's build for an older CUDA.
     """
     installed = [engine for engine in inspection.engines if purpose.backend in (None, engine.backend)]
     wanting = [engine for engine in installed if not engine.cpu_build]
@@ -99,10 +102,11 @@ def driver_too_old(inspection: Inspection, purpose: Purpose) -> Said:
 def driver_flavour(inspection: Inspection, _purpose: Purpose) -> Said:
     """The open kernel module with a card that needs the closed one, or the other way round.
 
-    Read from the module's licence or /proc/driver/nvidia/version, and each card's number on the PCI bus. Blackwell (RTX
-    50, RTX PRO 6000, B200) runs with the open module only; Maxwell, Pascal and Volta with the closed one only. The
-    wrong one is a failure: such a card never appears. From Turing to Hopper both work, and only the open one can be
-    patched to grant GeForce cards peer access.
+    Read: the module's licence or /proc/driver/nvidia/version, and each card's number on the PCI bus.
+    Rule: fail for a card that the module does not take: Blackwell (RTX 50, RTX PRO 6000, B200) runs with the open one
+    only; Maxwell, Pascal and Volta with the closed one only. From Turing to Hopper both work.
+    Why: such a card never appears. Only the open module can be patched to grant GeForce cards peer access.
+    Do: install the other flavour of the driver, then reboot.
     """
     bus = _own(inspection)
     if inspection.driver.nvml_error != 0 or not bus:  # driver-not-loaded says it of a module that no card is left to

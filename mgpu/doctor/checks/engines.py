@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
@@ -102,7 +103,9 @@ def arch_unsupported(inspection: Inspection, purpose: Purpose) -> Said:
                 confidence="read" if engine.architectures_known else "inferred",
             )
     if unknown and not nameless:
-        yield unread(inspection, f"architectures of {', '.join(unknown)}", "architectures", *unknown)
+        skip = unread(inspection, f"architectures of {', '.join(unknown)}", "architectures", *unknown)
+        known = ": " in skip.reason
+        yield skip if known else replace(skip, reason=f"no CUDA code is found in {', '.join(unknown)}: a CUDA build?")
 
 
 def _is_new_vllm(engine: InstalledEngine) -> bool:

@@ -21,11 +21,11 @@ _FABRIC_UNDONE = (1, 2)  # not started, in progress
 def fabric_manager(inspection: Inspection, _purpose: Purpose) -> Said:
     """A machine with NVSwitch without a running fabric manager of the driver's version.
 
-    Read from /proc/driver/nvidia-nvswitch, the service's state, its version and each card's fabric state (3 is done).
-    On HGX machines (A100, H100, H200, B200 SXM) CUDA says "system not yet initialized" (802) until it has set up the
-    switches, and it only talks to the driver of exactly its own version: a failure. Without a switch the service has
-    nothing to do, and is not mentioned; nor is it where every card says that its fabric is done, for then a manager
-    runs that is no service here (a container's, as in Kubernetes).
+    Read: /proc/driver/nvidia-nvswitch, the service's state, its version and each card's fabric state (3 is done).
+    Rule: fail on HGX machines (A100, H100, H200, B200 SXM) where it does not run, or is not of exactly the driver's
+    version. Without a switch it has nothing to do, and is not mentioned.
+    Why: CUDA says "system not yet initialized" (802) until it has set up the switches.
+    Do: install it in the driver's version and start it: sudo systemctl enable --now nvidia-fabricmanager.
     """
     driver = inspection.driver
     if driver.nvswitch is None:
@@ -77,11 +77,13 @@ def fabric_manager(inspection: Inspection, _purpose: Purpose) -> Said:
 def nvlink_inactive(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card has some NVLink ports up and some down, or could be bridged and is not.
 
-    Read from NVML's state of every port. None of a card's ports up means that no bridge is fitted: only said, and only
-    where another card could be its partner (a bridge takes 43 tokens/s to 67 on gen 3, 3 to 5 % in decode on recent
-    vLLM, 35 to 49 % in prefill). Some but not all is a failure: the bridge is loose, or of the wrong spacing. PCIe
-    models of A100 and H100 may carry fewer bridges than they have room for, and are not blamed. With NVSwitch, all
-    ports down is a failure.
+    Read: NVML's state of every port.
+    Rule: fail for some but not all ports of a card, and with NVSwitch for none; info for a card without a bridge, where
+    another card could be its partner. PCIe models of A100 and H100 may carry fewer bridges than they have room for, and
+    are not blamed.
+    Why: a bridge that is loose, or of the wrong spacing. A whole one takes 43 tokens/s to 67 on gen 3, 3 to 5 % in
+    decode on recent vLLM, 35 to 49 % in prefill.
+    Do: reseat the bridge, or fit one.
     """
     able = [gpu for gpu in cards(inspection) if gpu.nvlink]
     unbridged = []
@@ -123,10 +125,11 @@ def nvlink_inactive(inspection: Inspection, _purpose: Purpose) -> Said:
 def nvlink_errors(inspection: Inspection, _purpose: Purpose) -> Said:
     """NVLink ports count errors.
 
-    Read from NVML's counters of replays, recoveries and checksums, three times within a second where a card works. A
-    count that has grown at every look is a warning (Xid 74 is what follows), and one that grows once is only said, as
-    links repeat a packet now and then; so is one that stands still, whatever its value. Reseat the bridge; the counters
-    can be reset to watch them.
+    Read: NVML's counters of replays, recoveries and checksums, three times within a second where a card works.
+    Rule: warn for a count that has grown at every look; info for one that grows once, as links repeat a packet now and
+    then, or that stands still.
+    Why: Xid 74 is what follows.
+    Do: reseat the bridge; the counters can be reset to watch them.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -157,10 +160,11 @@ def nvlink_errors(inspection: Inspection, _purpose: Purpose) -> Said:
 def nvlink_unused(inspection: Inspection, _purpose: Purpose) -> Said:
     """Cards are joined by NVLink, but a setting keeps NCCL from using it.
 
-    Read from the environment, NCCL's own files (/etc/nccl.conf, ~/.nccl.conf) and the units of systemd that run
-    engines, not from compose files: NCCL_P2P_DISABLE=1 or NCCL_P2P_LEVEL=LOC turn all peer access off, the bridge too.
-    A warning: 10 to 60 % of the speed lie idle. Often left from a day when peer access over PCIe hung;
-    NCCL_P2P_LEVEL=NVL keeps that off and the bridge on.
+    Read: the environment, NCCL's own files (/etc/nccl.conf, ~/.nccl.conf) and the units of systemd that run engines,
+    not compose files.
+    Rule: warn for NCCL_P2P_DISABLE=1 or NCCL_P2P_LEVEL=LOC, which turn all peer access off, the bridge too.
+    Why: 10 to 60 % of the speed lie idle. Often left from a day when peer access over PCIe hung.
+    Do: NCCL_P2P_LEVEL=NVL keeps that off and the bridge on.
     """
     if not any(pair.nvlink for pair in pairs(inspection)):
         return

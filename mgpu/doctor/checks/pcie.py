@@ -21,10 +21,11 @@ _RISER_LANES = 2
 def pcie_width_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card runs with fewer lanes than both it and its slot have.
 
-    Compares the lanes in use with the lesser of the card's own and the slot's, which is what the bridge above it
-    offers; the card itself says 16 in any slot. Fewer is a warning, a quarter or less under load a failure. A slot that
-    is wired for fewer lanes is no fault. The usual causes are dust on the contacts, a riser, a bent pin, or an M.2 disk
-    that shares the lanes.
+    Read: the lanes in use, and the lesser of the card's own and the slot's, which is what the bridge above it offers;
+    the card itself says 16 in any slot.
+    Rule: warn for fewer, fail for a quarter or less under load. A slot that is wired for fewer lanes is no fault.
+    Why: dust on the contacts, a riser, a bent pin, or an M.2 disk that shares the lanes.
+    Do: reseat the card and its riser, clean the contacts, and see what else uses the slot's lanes.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -59,9 +60,12 @@ def pcie_width_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
 def pcie_slot_limited(inspection: Inspection, purpose: Purpose) -> Said:
     """A card is in a slot that is wired for four lanes.
 
-    Compares the card's lanes with the slot's. Eight lanes are normal on desktop boards and never mentioned. Four are
-    only said, and a warning with --tensor-parallel: 3090s on gen 4 x4 were 2 % slower in decode and 8 % in prefill than
-    on x16, four cards up to 30 % in prefill. A split by layers does not notice. One or two lanes are a riser's.
+    Read: the card's lanes and the slot's. Eight are normal on desktop boards and never mentioned; one or two are a
+    riser's.
+    Rule: info for four, warn where a model is to be cut over the cards (--tensor-parallel).
+    Why: 3090s on gen 4 x4 were 2 % slower in decode and 8 % in prefill than on x16, four cards up to 30 % in prefill. A
+    split by layers does not notice.
+    Do: move the card to a wider slot, or split by layers.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -84,9 +88,11 @@ def pcie_slot_limited(inspection: Inspection, purpose: Purpose) -> Said:
 def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
     """A card hangs on one or two lanes, as on a mining riser.
 
-    Read from the lanes in use, which do not shrink at idle. With --tensor-parallel it is a failure: at 0.8 GB/s each
-    all-reduce waits longer than the cards compute. Otherwise a warning: a split by layers decodes as fast as ever, but
-    24 GB take 30 seconds (gen 3) to two minutes (gen 1) to load. Use a riser with 16 lanes, or leave the card out.
+    Read: the lanes in use, which do not shrink at idle.
+    Rule: fail with --tensor-parallel, else warn.
+    Why: at 0.8 GB/s each all-reduce waits longer than the cards compute. A split by layers decodes as fast as ever, but
+    24 GB take 30 seconds (gen 3) to two minutes (gen 1) to load.
+    Do: use a riser with 16 lanes, or leave the card out.
     """
     unknown = []
     others = [gpu.index for gpu, card in nvidia_cards(inspection) if (_width(gpu, card) or 0) > _RISER_LANES]
@@ -115,10 +121,12 @@ def pcie_x1_riser(inspection: Inspection, purpose: Purpose) -> Said:
 def pcie_gen_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's link is slower under load than card and board can do.
 
-    Compares the generation in use with the most that card and board agree on, and only while the card works (half its
-    time, or a high performance state with 40 % of its power): idle cards drop to gen 1 to save power, which says
-    nothing. One generation less is a warning, two a failure. A100, H100, H200, B200 and L40S keep their speed at idle,
-    so there a slow idle link is a warning too. Set the slot's speed in the BIOS, or use a riser made for gen 4.
+    Read: the generation in use and the most that card and board agree on, while the card works (half its time, or a
+    high performance state with 40 % of its power).
+    Rule: warn for one generation less, fail for two; warn for a slow idle link of A100, H100, H200, B200 and L40S,
+    which keep their speed.
+    Why: other idle cards drop to gen 1 to save power, which says nothing; under load it is a riser or a setting.
+    Do: set the slot's speed in the BIOS, or use a riser made for that generation.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -153,9 +161,11 @@ def pcie_gen_degraded(inspection: Inspection, _purpose: Purpose) -> Said:
 def pcie_host_gen(inspection: Inspection, purpose: Purpose) -> Said:
     """The board's slot is of an older PCIe generation than the card.
 
-    Compares what the card alone can do with what card and board agree on. Normal (a gen 5 card in a gen 4 board), so
-    it is only said; with --tensor-parallel on gen 3 with eight lanes or fewer it is a warning, because 8 GB/s and less
-    are felt in prefill. The BIOS may hold the slot back: set its speed from Auto to the generation you expect.
+    Read: what the card alone can do, and what card and board agree on.
+    Rule: info, for a gen 5 card in a gen 4 board is normal; warn with --tensor-parallel on gen 3 with eight lanes or
+    fewer.
+    Why: 8 GB/s and less are felt in prefill.
+    Do: nothing, or set the slot's speed in the BIOS from Auto to the generation you expect.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -182,10 +192,12 @@ def pcie_host_gen(inspection: Inspection, purpose: Purpose) -> Said:
 def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's link repeats more packets than a clean one does.
 
-    Compares NVML's replay counter over the readings of a card that works; its value alone is no fault (a healthy H100
-    shows 9), and an idle card, whose link carries nothing, is read once and not judged. DCGM allows GT/s × 0.06 × lanes
-    a minute (8 for gen 3 x16, 16 for gen 4, 31 for gen 5). The readings span a second, and a second is not taken for a
-    minute: only as many as a whole minute may have are a warning. Such links come before a card that falls off the bus.
+    Read: NVML's replay counter over the readings of a card that works. Its value alone is no fault (a healthy H100
+    shows 9), and an idle card, whose link carries nothing, is read once and not judged.
+    Rule: warn for more within the readings' second than DCGM allows a whole minute: GT/s × 0.06 × lanes (8 for gen 3
+    x16, 16 for gen 4, 31 for gen 5).
+    Why: such links come before a card that falls off the bus.
+    Do: reseat the card, replace its riser or cable, or set the slot one PCIe generation lower.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -217,10 +229,13 @@ def pcie_replay_rate(inspection: Inspection, _purpose: Purpose) -> Said:
 def pcie_aer(inspection: Inspection, _purpose: Purpose) -> Said:
     """The kernel counted errors on a card's link.
 
-    Read from aer_dev_fatal, _nonfatal and _correctable of the card and of the port above it, since the machine started,
-    and once more half a second later. Any fatal or non-fatal error is a warning; so are corrected ones where ten come
-    in that half second, or more than one a second since the start (a bad gen 3 cable gave 210 to 240); fewer are only
-    said. The log shows a fraction of them. Do not hide them with pci=noaer.
+    Read: aer_dev_fatal, _nonfatal and _correctable of the card and of the port above it, since the machine started, and
+    once more half a second later.
+    Rule: warn for any fatal or non-fatal error; for corrected ones where ten come in that half second, or more than one
+    a second since the start; else info.
+    Why: a bad gen 3 cable gave 210 to 240 a second. The log shows a fraction of them.
+    Do: reseat the card, replace its riser or cable, or set the slot one PCIe generation lower; do not hide them with
+    pci=noaer.
     """
     boot_s = inspection.host.boot_age_s
     unknown, unrated = [], []

@@ -34,13 +34,14 @@ _REQUEST_REDIRECT, _COMPLETION_REDIRECT = 0x04, 0x08
 def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
     """Peer access is granted between cards that cannot reach each other: hangs, or wrong output at full speed.
 
-    Joins three facts of two cards without NVLink: NVML says that peer access is OK (a claim, not a test), their IOMMU
+    Read: three facts of two cards without NVLink: NVML says that peer access is OK (a claim, not a test), their IOMMU
     group translates addresses (DMA or DMA-FQ), and a bridge between them redirects peer traffic (ACS, bits 2 and 3).
-    All three are a failure: peer writes are not acknowledged, so they vanish, and vLLM with two cards hangs after NCCL
-    has started. A translating IOMMU alone is a warning, and a failure for vLLM or --tensor-parallel; redirection alone
-    is a warning there and only said elsewhere. What is only claimed can be proved with --probe: where all values
-    arrive, it is only said. Two cards hang where four do not: NCCL uses peers across host bridges of AMD processors
-    only up to two.
+    Rule: fail for all three. A translating IOMMU alone: warn, and fail for vLLM or --tensor-parallel. Redirection
+    alone: warn there, else info. Info where --probe saw all values arrive.
+    Why: peer writes are not acknowledged, so they vanish, and vLLM with two cards hangs after NCCL has started. Two
+    cards hang where four do not: NCCL uses peers across host bridges of AMD processors only up to two.
+    Do: iommu=pt on the kernel's command line, ACS off in the BIOS, and NCCL_P2P_DISABLE=1 until then; --probe proves
+    whether data arrives.
     """
     wanted = _peers_wanted(purpose)
     worst: dict[tuple[Severity, bool, bool | None], list[Pair]] = {}
@@ -91,11 +92,13 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
 def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
     """The IOMMU translates the addresses that cards use.
 
-    Read from iommu_group/type of each card: DMA and DMA-FQ translate, identity does not, and a card without a group has
-    no IOMMU before it, or one that is off. With two cards or more on bare metal it is a warning: translation slows
-    transfers between cards and can stop them (two 3090 on an X399 board crashed with Xid 154 under tensor parallel).
-    Where peer access is granted, p2p-grant-unsafe says it. In a virtual machine, or where cards are passed to one
-    (vfio), it is only said.
+    Read: iommu_group/type of each card: DMA and DMA-FQ translate, identity does not, and a card without a group has no
+    IOMMU before it, or one that is off.
+    Rule: warn with two cards or more on bare metal; info in a virtual machine, or where cards are passed to one (vfio).
+    Where peer access is granted, p2p-grant-unsafe says it.
+    Why: translation slows transfers between cards and can stop them (two 3090 on an X399 board crashed with Xid 154
+    under tensor parallel).
+    Do: iommu=pt on the kernel's command line.
     """
     gpus = cards(inspection)
     found = {gpu.index: is_translated(inspection, gpu.bus_id) for gpu in gpus}
@@ -125,10 +128,12 @@ def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
 def acs_redirect(inspection: Inspection, purpose: Purpose) -> Said:
     """Bridges between the cards send peer traffic through the root complex (ACS).
 
-    Read from the PCIe configuration of the bridges between each two cards, which needs root: request redirect (bit 2)
-    and completion redirect (bit 3); 0x1d is usual on AMD. It matters where peer access is granted and wanted (vLLM,
-    --tensor-parallel): a warning then, as the slow or hanging all-reduce of NCCL has it for its cause; only said
-    elsewhere. Virtual machines need ACS, so nothing is advised in one, nor where vfio is in use.
+    Read: the PCIe configuration of the bridges between each two cards, which needs root: request redirect (bit 2) and
+    completion redirect (bit 3); 0x1d is usual on AMD.
+    Rule: warn where peer access is granted and wanted (vLLM, --tensor-parallel), else info.
+    Why: a slow or hanging all-reduce of NCCL has it for its cause. Virtual machines need ACS, so nothing is advised in
+    one, nor where vfio is in use.
+    Do: ACS off in the BIOS, or until the next boot with setpci.
     """
     found = [pair for pair in pairs(inspection) if not pair.nvlink and _redirected(inspection, pair)]
     if found:
@@ -167,11 +172,13 @@ _STATUS_WORDS = {
 def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards have no access to each other's memory.
 
-    Read from NVML's peer status of every two cards. Normal on GeForce, on mining cards, between unlike cards and
-    between sockets: only said, and NCCL then goes through host memory. For two equal cards for workstations or
-    datacentres on one socket it is a warning, unless the engine does not use it: peer access is worth 10 to 14 % in
-    decode on x4 and 12 to 14 % in prefill, and nothing to llama.cpp splitting by layers. A patched driver grants it to
-    GeForce at a risk of its own (patched-p2p-risk).
+    Read: NVML's peer status of every two cards.
+    Rule: info on GeForce, on mining cards, between unlike cards and between sockets, where it is normal; warn for two
+    equal cards for workstations or datacentres on one socket, unless the engine does not use it.
+    Why: NCCL then goes through host memory. Peer access is worth 10 to 14 % in decode on x4 and 12 to 14 % in prefill,
+    and nothing to llama.cpp splitting by layers.
+    Do: nothing where it is normal (a patched driver grants it to GeForce at a risk of its own: patched-p2p-risk); else
+    Above 4G Decoding and Re-Size BAR in the BIOS.
     """
     without: dict[str, list[Pair]] = {}
     unknown = []
@@ -204,9 +211,11 @@ def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
 def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
     """GeForce cards have peer access over PCIe, which only a patched or forced driver grants.
 
-    Read from NVML: GeForce, no NVLink, and peer access OK; the patch itself leaves no mark. A warning, and only said
-    once --probe has seen all values arrive: vLLM's custom all-reduce returned wrong data on two Intel rigs while NCCL's
-    own path was fine, and RTX 50 need RMForceStaticBar1=1 and PeerMappingOverride=1 or they hang.
+    Read: NVML: GeForce, no NVLink, and peer access OK; the patch itself leaves no mark.
+    Rule: warn; info once --probe has seen all values arrive.
+    Why: vLLM's custom all-reduce returned wrong data on two Intel rigs while NCCL's own path was fine, and RTX 50 need
+    RMForceStaticBar1=1 and PeerMappingOverride=1 or they hang.
+    Do: mgpu doctor --probe; until it is proved, vLLM with --disable-custom-all-reduce.
     """
     both = [pair for pair in pairs(inspection) if _is_geforce(pair.a) and _is_geforce(pair.b) and not pair.nvlink]
     found = [pair for pair in both if pair.granted]
@@ -239,11 +248,13 @@ def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
 def vllm_p2p_cache_stale(inspection: Inspection, purpose: Purpose) -> Said:
     """vLLM keeps an answer about peer access from before the machine started.
 
-    Compares the age of ~/.cache/vllm/gpu_p2p_access_cache_for_*.json with the time since boot: a new driver, BIOS or
-    slot changes the answer, and the file is named by card numbers only. A warning for vLLM, or where
-    VLLM_SKIP_P2P_CHECK=0 has it read; only said otherwise, since vLLM believes the driver by default. When the driver
-    was installed is not asked: the dates of its files are often those of its making, and it takes effect when it is
-    loaded, which is at boot but for those who reload it by hand. Delete the answer.
+    Read: the age of gpu_p2p_access_cache_for_*.json in vLLM's cache (~/.cache/vllm), and the time since boot. When the
+    driver was installed is not asked: its files often have the dates of its making, and it takes effect when it is
+    loaded, which is at boot but for those who reload it by hand.
+    Rule: warn for vLLM, or where VLLM_SKIP_P2P_CHECK=0 has it read; else info, since vLLM believes the driver by
+    default.
+    Why: a new driver, BIOS or slot changes the answer, and the file is named by card numbers only.
+    Do: delete the file.
     """
     age_s, boot_s = inspection.host.vllm_p2p_cache_age_s, inspection.host.boot_age_s
     if age_s is None:
@@ -310,7 +321,7 @@ def _is_geforce(gpu: Gpu) -> bool:
 
 
 def _peers_wanted(purpose: Purpose) -> bool:
-    return (purpose.tensor_parallel or 1) > 1 or purpose.backend == "vllm"
+    return purpose.joins_cards
 
 
 def _redirected(inspection: Inspection, pair: Pair) -> bool | None:

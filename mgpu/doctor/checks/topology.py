@@ -61,10 +61,12 @@ def worst_kind(inspection: Inspection, group: tuple[int, ...]) -> str:
 def topo_cross_socket(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards that are to work on one model are on different processors, or on different parts of one.
 
-    Read from the nearest common ancestor of every two cards (SYS: two sockets; NODE: two host bridges of one) and from
-    NVLink, which makes it irrelevant. SYS goes through the link between the sockets, 6 to 40 GB/s shared by all. It is
-    a warning where the best set of --tensor-parallel cards, or the only pair there is, crosses sockets; where better
-    sets exist they are only named. Move a card, or keep engine and memory on one node with numactl.
+    Read: the nearest common ancestor of every two cards (SYS: two sockets; NODE: two host bridges of one), and NVLink,
+    which makes it irrelevant.
+    Rule: warn where the best set of --tensor-parallel cards, or the only pair there is, crosses sockets; info where
+    better sets exist.
+    Why: SYS goes through the link between the sockets, 6 to 40 GB/s shared by all.
+    Do: move a card, or keep engine and memory on one node with numactl.
     """
     pcie = [pair for pair in pairs(inspection) if not pair.nvlink]
     if not pcie:
@@ -105,10 +107,12 @@ def topo_cross_socket(inspection: Inspection, purpose: Purpose) -> Said:
 def pcie_chipset(inspection: Inspection, purpose: Purpose) -> Said:
     """A card is on lanes of the chipset, not of the processor, though the topology calls both the same.
 
-    Read from the bridges above the card: AMD's and ASMedia's chipsets are a switch (1022:43xx, 1b21), Intel's has its
-    ports at 00:1a to 00:1d, and on bus 80 since the 800 series. A PLX or Broadcom switch is none. The chipset shares
-    four lanes with disks and network: 6.5 GB/s between two cards where processor lanes give 13. A warning where such a
-    card is among the best set of --tensor-parallel cards, otherwise only said; a split by layers hardly notices.
+    Read: the bridges above the card: AMD's and ASMedia's chipsets are a switch (1022:43xx, 1b21), Intel's has its ports
+    at 00:1a to 00:1d, and on bus 80 since the 800 series. A PLX or Broadcom switch is none.
+    Rule: warn where such a card is among the best set of --tensor-parallel cards, else info.
+    Why: the chipset shares four lanes with disks and network: 6.5 GB/s between two cards where processor lanes give 13.
+    A split by layers hardly notices.
+    Do: move the card to a slot of the processor, or use the others.
     """
     if not inspection.pci_known:
         yield Skip(reason="the PCI bus could not be read, so lanes of chipset and processor look alike")
