@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from mgpu.machine.snapshot import Gpu
 from mgpu.units import MIB
 
 # Bytes per element of each KV cache type; quantised ones store 32 values in one block
@@ -23,6 +24,8 @@ KV_ELEMENT_BYTES = {
 
 # Left free on each card besides the plan: what a desktop may grow by between plan and start.
 DEFAULT_HEADROOM_BYTES = 256 * MIB
+# The same on a card that drives a display: windows, videos and browsers come and go.
+DISPLAY_HEADROOM_BYTES = 1024 * MIB
 # Asked for when nobody says how much context is wanted; lowered if that makes the model fit.
 DEFAULT_CTX_TOKENS = 8192
 
@@ -63,3 +66,10 @@ class Wants:
     def uses_flash_attention(self) -> bool:
         """Whether the plan counts on flash attention ("auto" resolves to on wherever it is supported)."""
         return self.flash_attention != "off"
+
+    def headroom_on(self, gpu: Gpu) -> int:
+        """Return what is kept free on `gpu`: where it drives a display at least 1 GiB, unless the user said how
+        much."""
+        if gpu.display and self.headroom_bytes == DEFAULT_HEADROOM_BYTES:
+            return DISPLAY_HEADROOM_BYTES
+        return self.headroom_bytes
