@@ -153,6 +153,7 @@ class PlannerOptions:
             pipeline_parallel=self.pipeline_parallel,
             replicas=self.replicas,
             all_cards=self.gpus is not None,
+            goal=self.goal,
         )
 
     def refused_by(self, backend: str) -> UsageError | None:

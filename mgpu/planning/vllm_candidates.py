@@ -9,10 +9,11 @@ from dataclasses import replace
 from mgpu.machine.snapshot import Gpu, Host
 from mgpu.models.facts import ModelFacts
 from mgpu.planning.candidates import Candidate
+from mgpu.planning.links import is_slow
 from mgpu.planning.plan import Fix
 from mgpu.planning.tensor_parallel import best_shape, legal_sizes
 from mgpu.planning.vllm_memory import BLOCK_TOKENS, VllmWants
-from mgpu.planning.vllm_placement import vllm_candidate
+from mgpu.planning.vllm_placement import users_at_once, vllm_candidate
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS
 from mgpu.units import GIB
 
@@ -24,33 +25,67 @@ def vllm_candidates(facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], ho
     """Return the ways to run `facts` on `gpus` (none: the CPU) with vLLM, the one to prefer first.
 
     With a shape in `wants` that one alone, legal or not. Without one: tensor parallel over cards of one model (with
-    a pipeline where the model cannot be cut that often), a pipeline over unlike cards, the largest group of like
-    cards among unlike ones, and the best single card where the model fits on one. For one user the fastest comes
-    first, for several or with `wants.all_cards` what uses all cards. What does not fit comes last.
+    a pipeline where the model cannot be cut that often, or where a link is slow), a pipeline over unlike cards, the
+    largest group of like cards among unlike ones, for several users replicas of all sizes that divide the cards, and
+    the best single card where the model fits on one.
+
+    For one user, or for the latency of several, the fastest comes first; for the throughput of several what gives most
+    of them their context at once, then what has most replicas; with `wants.all_cards` what uses all cards. What does
+    not fit comes last.
     """
     cards = tuple(gpus)
     if wants.tensor_parallel or wants.pipeline_parallel or wants.replicas > 1 or not cards:
         return (_with_context(facts, wants, cards, host, _asked_shape(wants, len(cards))),)
-    shapes: list[tuple[tuple[Gpu, ...], tuple[int, int]]] = []
     alike = _alike(cards)
-    if len(cards) > 1 and wants.split_mode != "none":
-        if wants.split_mode == "tensor":
-            shapes.append((cards, (len(cards), 1)))
-        elif alike == cards:
-            shapes.append((cards, best_shape(facts, len(cards))))
-            if shapes[0][1] != (len(cards), 1):
-                shapes += _fewer(facts, cards)
-                shapes.append((cards, (len(cards), 1)))  # shown with the reason why not
-        else:
-            shapes.append((cards, (1, len(cards))))
-            if len(alike) > 1:
-                shapes.append((alike, best_shape(facts, len(alike))))
+    shapes = list(_shapes(facts, wants, cards, alike)) if len(cards) > 1 and wants.split_mode != "none" else []
     found = [_with_context(facts, wants, some, host, shape) for some, shape in shapes]
-    singles = [_with_context(facts, wants, (gpu,), host, (1, 1)) for gpu in cards]
+    if shapes and wants.parallel > 1 and wants.split_mode != "tensor" and not facts.experts:
+        replicas = (
+            _with_context(facts, replace(wants, replicas=count), some, host, (size, 1))
+            for some, size, count in _replicas(facts, wants, alike)
+        )
+        found += [candidate for candidate in replicas if candidate.verdict == "fits"]
+    kinds = {(gpu.name, gpu.total_bytes, gpu.free_bytes, gpu.bandwidth_gb_s, gpu.display): gpu for gpu in cards[::-1]}
+    singles = [_with_context(facts, wants, (gpu,), host, (1, 1)) for gpu in cards if gpu in kinds.values()]
     best_single = max(singles, key=_rank)
     if best_single.verdict == "fits" or not found:
         found.append(best_single)
-    return _in_order(found, wants)
+    return _in_order(facts, found, wants, cards)
+
+
+_Shape = tuple[tuple[Gpu, ...], tuple[int, int]]  # cards; tensor parallel and pipeline parallel
+
+
+def _shapes(facts: ModelFacts, wants: VllmWants, cards: tuple[Gpu, ...], alike: tuple[Gpu, ...]) -> Iterator[_Shape]:
+    """The shapes of one engine on several cards."""
+    if wants.split_mode == "tensor":
+        yield cards, (len(cards), 1)
+    elif alike == cards:
+        best = best_shape(facts, len(cards))
+        yield cards, best
+        if best != (len(cards), 1):
+            yield from _fewer(facts, cards)
+            yield cards, (len(cards), 1)  # shown with the reason why not
+        if best[0] > 1 and best[1] == 1 and any(map(is_slow, cards)) and len(facts.layers) >= len(cards):
+            yield cards, (1, len(cards))
+    else:
+        yield cards, (1, len(cards))
+        if len(alike) > 1:
+            yield alike, best_shape(facts, len(alike))
+
+
+def _replicas(
+    facts: ModelFacts, wants: VllmWants, cards: tuple[Gpu, ...]
+) -> Iterator[tuple[tuple[Gpu, ...], int, int]]:
+    """Cards of one model, tensor parallel size and number of replicas on them: where they do not divide evenly, those
+    with most free memory.
+
+    Dense models only: of others vLLM's replicas share the experts, and wait for one another at each layer.
+    """
+    for size in legal_sizes(facts, len(cards) // 2):
+        count = len(cards) // size
+        if count * size == len(cards) or not wants.all_cards:
+            yield _freest(cards, count * size), size, count
 
 
 def vllm_fixes(
@@ -145,8 +180,13 @@ def _fewer(facts: ModelFacts, cards: tuple[Gpu, ...]) -> list[tuple[tuple[Gpu, .
     size = max(legal_sizes(facts, len(cards)))
     if size < 2:
         return []
-    chosen = sorted(cards, key=lambda gpu: -(gpu.free_bytes or 0))[:size]
-    return [(tuple(gpu for gpu in cards if gpu in chosen), (size, 1))]
+    return [(_freest(cards, size), (size, 1))]
+
+
+def _freest(cards: tuple[Gpu, ...], count: int) -> tuple[Gpu, ...]:
+    """Those with the most free memory, in their order."""
+    chosen = sorted(cards, key=lambda gpu: -(gpu.free_bytes or 0))[:count]
+    return tuple(gpu for gpu in cards if gpu in chosen)
 
 
 def _alike(cards: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
@@ -159,13 +199,39 @@ def _alike(cards: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     return next(tuple(group) for group in groups.values() if len(group) == largest)
 
 
-def _in_order(found: Sequence[Candidate], wants: VllmWants) -> tuple[Candidate, ...]:
-    """What fits first, and of that the fastest for one user, unless its context had to be lowered."""
+def _in_order(
+    facts: ModelFacts, found: Sequence[Candidate], wants: VllmWants, cards: tuple[Gpu, ...]
+) -> tuple[Candidate, ...]:
+    """What fits first, and of that the best for who is served, unless its context had to be lowered."""
     fitting = [candidate for candidate in found if candidate.verdict == "fits"]
-    known = all(candidate.speed.bound_tok_s for candidate in fitting)
-    if known and wants.parallel == 1 and not wants.all_cards and wants.split_mode != "tensor":
-        fitting.sort(key=lambda candidate: (-candidate.ctx_tokens, -round(candidate.speed.bound_tok_s or 0)))
+    slow = {gpu.index for gpu in cards if is_slow(gpu)}
+
+    def waits(candidate: Candidate) -> bool:
+        return candidate.tensor_parallel > 1 and any(device.gpu in slow for device in candidate.devices)
+
+    def for_many(candidate: Candidate) -> tuple[float, ...]:
+        rate = candidate.speed.aggregate_tok_s.likely if candidate.speed.aggregate_tok_s and predicted else 0.0
+        users = users_at_once(candidate, facts)
+        return -candidate.ctx_tokens, -users, -rate, waits(candidate), -candidate.replicas
+
+    def for_each(candidate: Candidate) -> tuple[float, ...]:
+        return -candidate.ctx_tokens, -round(_decode_tok_s(candidate) or 0), -candidate.replicas
+
+    predicted = all(candidate.speed.aggregate_tok_s for candidate in fitting)
+    if wants.split_mode != "tensor":
+        if wants.for_many:
+            fitting.sort(key=for_many)
+        elif all(_decode_tok_s(candidate) for candidate in fitting) and not (wants.parallel == 1 and wants.all_cards):
+            fitting.sort(key=for_each)
+        if wants.all_cards:
+            fitting.sort(key=lambda candidate: len(candidate.devices) < len(cards))
     return (*fitting, *(candidate for candidate in found if candidate.verdict != "fits"))
+
+
+def _decode_tok_s(candidate: Candidate) -> float | None:
+    """One user's speed as it is predicted or, without a prediction, bounded."""
+    predicted = candidate.speed.decode_tok_s
+    return predicted.likely if predicted else candidate.speed.bound_tok_s
 
 
 def _rank(candidate: Candidate) -> tuple[bool, int, float]:

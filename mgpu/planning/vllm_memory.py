@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mgpu.models.facts import Layer, ModelFacts
-from mgpu.planning.wants import Wants
+from mgpu.planning.wants import Goal, Wants
 from mgpu.units import GIB, MIB
 
 DEFAULT_UTILISATION = 0.90
@@ -39,6 +39,7 @@ class VllmWants(Wants):
     0.90, or less where less is free), and whether CUDA graphs are left out.
 
     `all_cards` says that the user named or counted the cards: fewer of them that are faster come after all of them.
+    `goal` is what the user asked for, None where the number of users tells.
     """
 
     tensor_parallel: int | None = None
@@ -47,6 +48,12 @@ class VllmWants(Wants):
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
     all_cards: bool = False
+    goal: Goal | None = None
+
+    @property
+    def for_many(self) -> bool:
+        """Whether the tokens of all users together count, rather than the wait of each."""
+        return self.parallel > 1 and self.goal is not Goal.latency
 
     @property
     def graph_bytes(self) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mgpu.machine.snapshot import Gpu, Host
-from mgpu.models.facts import ModelFacts
+from mgpu.models.facts import Layer, ModelFacts
 from mgpu.planning.candidates import Candidate, PlannedDevice, PlannedHost
 from mgpu.planning.speed import Speed, active_bytes, layer_split_bound
-from mgpu.planning.tensor_parallel import check_shape, pipeline_partition
+from mgpu.planning.tensor_parallel import check_shape, pipeline_partition, replica_problems
 from mgpu.planning.vllm_memory import (
     BLOCK_TOKENS,
     DEFAULT_UTILISATION,
@@ -83,6 +83,51 @@ def planned_kv_tokens(candidate: Candidate, facts: ModelFacts) -> int:
     return min(tokens, default=0)
 
 
+def users_at_once(candidate: Candidate, facts: ModelFacts) -> int:
+    """Return how many users on cards can have the whole context at once, all replicas together; at most
+    `candidate.parallel`."""
+    held = [
+        device.kv_bytes // size
+        for device in _one_of_each(candidate.devices)
+        if (
+            size := request_bytes(
+                _own(facts, device), candidate.tensor_parallel, candidate.kv_type, candidate.ctx_tokens
+            )
+        )
+    ]
+    return min(candidate.replicas * min(held, default=candidate.parallel), candidate.parallel)
+
+
+def least_share(facts: ModelFacts, candidate: Candidate) -> float:
+    """Return the smallest share of each card (in steps of 0.01) in which `candidate` gives all its users their whole
+    context at once: what an engine gets that is not alone on its cards. At most what the candidate has."""
+    wants = candidate.wants
+    assert isinstance(wants, VllmWants)
+    users = -(-candidate.parallel // candidate.replicas)
+    needed = [
+        (
+            device.weights_bytes
+            + request_bytes(_own(facts, device), candidate.tensor_parallel, candidate.kv_type, candidate.ctx_tokens)
+            * users
+            + device.compute_bytes
+            + device.runtime_bytes
+        )
+        / visible_bytes(device.card_bytes or 1)
+        for device in candidate.devices
+    ]
+    most = wants.gpu_memory_utilization or DEFAULT_UTILISATION
+    return min(most, math.ceil(max(needed, default=0.0) * 100) / 100)
+
+
+def _own(facts: ModelFacts, device: PlannedDevice) -> tuple[Layer, ...]:
+    return facts.layers[device.first_layer : device.first_layer + device.layers]
+
+
+def _one_of_each(devices: tuple[PlannedDevice, ...]) -> tuple[PlannedDevice, ...]:
+    """One device of those that hold the same layers and as much cache: sums over layers take their time."""
+    return tuple({(device.first_layer, device.layers, device.kv_bytes): device for device in devices}.values())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Placement:
     """A shape on certain cards, to be judged."""
@@ -105,6 +150,7 @@ class _Placement:
             pipeline_parallel=self.pipeline_parallel,
         )
         problems = [*legality.problems, *self._problems()]
+        problems += replica_problems(self.facts, self.tensor_parallel, self.wants.replicas)
         if len(self.gpus) != per_replica * self.wants.replicas:
             problems.append(f"{len(self.gpus)} cards cannot be dealt evenly to {self.wants.replicas} replicas")
         if problems:
@@ -112,13 +158,16 @@ class _Placement:
         share = self._share()
         wants = replace(self.wants, gpu_memory_utilization=share)
         stages = self._stages(share, per_replica)
-        ranks = [stage for stage in stages for _ in range(self.tensor_parallel)] * self.wants.replicas
-        devices = tuple(self._device(gpu, share, *stage) for gpu, stage in zip(self.gpus, ranks, strict=True))
+        weights = [shard_bytes(stage_bytes(self.facts, *stage), self.tensor_parallel) for stage in stages]
+        ranks = [each for each in zip(stages, weights, strict=True) for _ in range(self.tensor_parallel)]
+        ranks *= self.wants.replicas
+        devices = tuple(self._device(gpu, share, *rank) for gpu, rank in zip(self.gpus, ranks, strict=True))
         devices = self._with_equal_blocks(devices)
         reasons, short = self._judge(devices, share)
         notes = list(legality.notes)
         if self.wants.gpu_memory_utilization is None and share < DEFAULT_UTILISATION:
             notes.append(f"vLLM is given {share:g} of each card, because no more is free")
+        notes += self._notes()
         verdict = "does-not-fit" if short else "fits"
         return self._candidate(verdict, [*reasons, *notes], devices, short, wants)
 
@@ -159,13 +208,23 @@ class _Placement:
         found += [f"gpu{gpu.index}'s memory is unknown" for gpu in self.gpus if not gpu.total_bytes]
         return found
 
+    def _notes(self) -> list[str]:
+        found = [
+            f"gpu{gpu.index} drives a display: {gib(self.wants.headroom_on(gpu))} of it stays free"
+            for gpu in self.gpus
+            if gpu.display and self.wants.gpu_memory_utilization is None
+        ]
+        if self.facts.experts and self.wants.replicas > 1:
+            found.append("the replicas share the experts of each layer, so that they wait for one another")
+        return found
+
     def _share(self) -> float:
         """The share of its memory that vLLM may take of every card: what is asked for, or as much as is free on the
         card with least (vLLM refuses to start otherwise), at most 0.90."""
         if self.wants.gpu_memory_utilization is not None:
             return self.wants.gpu_memory_utilization
         shares = [
-            ((gpu.free_bytes or 0) - self.wants.headroom_bytes) / visible_bytes(gpu.total_bytes or 1)
+            ((gpu.free_bytes or 0) - self.wants.headroom_on(gpu)) / visible_bytes(gpu.total_bytes or 1)
             for gpu in self.gpus
         ]
         return max(0.05, min(DEFAULT_UTILISATION, math.floor(min(shares) * 100) / 100))
@@ -195,8 +254,8 @@ class _Placement:
         taken = int(visible_bytes(gpu.total_bytes or 0) * share)
         return max(0, taken - OVERHEAD_BYTES - self.wants.graph_bytes)
 
-    def _device(self, gpu: Gpu, share: float, first: int, layers: int) -> PlannedDevice:
-        weights = shard_bytes(stage_bytes(self.facts, first, layers), self.tensor_parallel)
+    def _device(self, gpu: Gpu, share: float, stage: tuple[int, int], weights: int) -> PlannedDevice:
+        first, layers = stage
         return PlannedDevice(
             gpu=gpu.index,
             uuid=gpu.uuid,
@@ -216,12 +275,13 @@ class _Placement:
 
     def _idle(self, gpu: Gpu) -> PlannedDevice:
         """A card of a shape that is not possible: nothing is on it."""
-        device = self._device(gpu, 0.0, 0, 0)
-        return replace(device, head=False, weights_bytes=0, kv_bytes=0, compute_bytes=0, runtime_bytes=0)
+        device = self._device(gpu, 0.0, (0, 0), 0)
+        return replace(device, head=False, kv_bytes=0, compute_bytes=0, runtime_bytes=0)
 
     def _with_equal_blocks(self, devices: tuple[PlannedDevice, ...]) -> tuple[PlannedDevice, ...]:
         """Every card gets as many blocks of KV cache as the one that has least room for them."""
-        per_token = [self._token_bytes(device) for device in devices]
+        sizes = {(each.first_layer, each.layers): self._token_bytes(each) for each in _one_of_each(devices)}
+        per_token = [sizes[device.first_layer, device.layers] for device in devices]
         blocks = min(
             (device.kv_bytes // (size * BLOCK_TOKENS) for device, size in zip(devices, per_token, strict=True) if size),
             default=0,
@@ -235,13 +295,14 @@ class _Placement:
         """Why it does not fit and by how much; or what to know when it does."""
         short = 0
         reasons: list[str] = []
+        requests = {(each.first_layer, each.layers): self._one_request(each) for each in _one_of_each(devices)}
         for gpu, device in zip(self.gpus, devices, strict=True):
             taken = int(visible_bytes(gpu.total_bytes or 0) * share)
             free = gpu.free_bytes or 0
             if taken > free:
                 short += taken - free
                 reasons.append(f"vLLM was to take {gib(taken)} of gpu{gpu.index}, where {gib(free)} are free")
-            needed = device.weights_bytes + self._one_request(device)
+            needed = device.weights_bytes + requests[device.first_layer, device.layers]
             room = self._room(gpu, share)
             if needed > room:
                 short += needed - room
@@ -250,24 +311,19 @@ class _Placement:
                     f"KV cache for one request, where {gib(room)} can be had"
                 )
         if not short:
-            users = self._users(devices)
+            held = [d.kv_bytes // size for d in devices if (size := requests[d.first_layer, d.layers])]
+            users = min(held, default=self.wants.parallel) * self.wants.replicas
             if users < self.wants.parallel:
                 reasons.append(
                     f"{users} of {self.wants.parallel} users can have the whole context at once; others wait"
                 )
         return reasons, short
 
-    def _users(self, devices: tuple[PlannedDevice, ...]) -> int:
-        held = [device.kv_bytes // size for device in devices if (size := self._one_request(device))]
-        return min(held, default=self.wants.parallel)
-
     def _one_request(self, device: PlannedDevice) -> int:
-        own = self.facts.layers[device.first_layer : device.first_layer + device.layers]
-        return request_bytes(own, self.tensor_parallel, self._kv_type, self.ctx_tokens)
+        return request_bytes(_own(self.facts, device), self.tensor_parallel, self._kv_type, self.ctx_tokens)
 
     def _token_bytes(self, device: PlannedDevice) -> int:
-        own = self.facts.layers[device.first_layer : device.first_layer + device.layers]
-        return kv_token_bytes(own, self.tensor_parallel, self._kv_type)
+        return kv_token_bytes(_own(self.facts, device), self.tensor_parallel, self._kv_type)
 
     def _candidate(
         self,
