@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from mgpu.planning.decode import decode_seconds
 from mgpu.planning.prediction import predict, slowed
 from mgpu.planning.speed_constants import VALUES, Values
 from tests.planning.measured_rows import MeasuredRow
+from tests.planning.measured_scores import Recorder
 
 # What one would assume of a kind of card or build that nobody had measured: that it is like the others.
 _NEUTRAL = {
@@ -83,12 +84,6 @@ def fitted(rows: Sequence[MeasuredRow]) -> Values:
     return values
 
 
-def error(row: MeasuredRow, values: Values) -> float:
-    """Return by what share of the measured speed the predicted one is off."""
-    predicted = predict(row.work, values)
-    return abs(predicted.decode.likely / row.tok_s - 1) if predicted else math.inf
-
-
 def _loss(row: MeasuredRow, values: Values) -> float:
     seconds = decode_seconds(row.work, values) * slowed(row.work, values)
     return min(abs(math.log(seconds * row.tok_s)), _OUTLIER)
@@ -98,19 +93,7 @@ def _impossible(name: str, value: float) -> bool:
     return ("weights" in name or "KV" in name) and value >= 1
 
 
-class _Recorder(dict[str, float]):
-    """Constants that remember which were asked for."""
-
-    def __init__(self, values: Mapping[str, float]) -> None:
-        super().__init__(values)
-        self.read: set[str] = set()
-
-    def __getitem__(self, name: str) -> float:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-
 def _read_by(row: MeasuredRow, values: Values) -> set[str]:
-    recorder = _Recorder(values)
+    recorder = Recorder(values)
     predict(row.work, recorder)
     return recorder.read

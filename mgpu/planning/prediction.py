@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from mgpu.planning.batching import aggregate_tok_s, step_terms
 from mgpu.planning.decode import bound_seconds, decode_seconds, decode_terms
 from mgpu.planning.prefill import prefill_tok_s
-from mgpu.planning.speed import Range
+from mgpu.planning.speed import Range, Speed
 from mgpu.planning.speed_constants import VALUES, Values
 from mgpu.planning.work import Work
 
@@ -28,7 +28,8 @@ class Prediction:
     `decode` is for one user at the depth of the work, `start` the same at an empty context; `aggregate` for all users
     together, None for one; `prefill` for one user's prompt. `bound` is the physical bound for one user at an empty
     context, None where offloaded layers read a memory of unknown bandwidth. `basis` are the sums, line by line, that
-    give `decode` (and `aggregate`). `thin` are the reasons why the evidence is thin; empty where it is not.
+    give `decode` (and `aggregate`), `summary` the same for one user in one line. `thin` are the reasons why the
+    evidence is thin; empty where it is not.
     """
 
     decode: Range
@@ -37,7 +38,19 @@ class Prediction:
     prefill: Range | None
     bound: float | None
     basis: tuple[str, ...]
+    summary: str
     thin: tuple[str, ...]
+
+    @property
+    def speed(self) -> Speed:
+        """The prediction as a candidate carries it."""
+        return Speed(
+            decode_tok_s=self.decode,
+            aggregate_tok_s=self.aggregate,
+            prefill_tok_s=self.prefill,
+            bound_tok_s=self.bound,
+            basis=self.summary,
+        )
 
 
 def predict(work: Work, constants: Values = VALUES) -> Prediction | None:
@@ -63,6 +76,7 @@ def predict(work: Work, constants: Values = VALUES) -> Prediction | None:
         prefill=None if work.host else _prompt(work, constants),
         bound=bound,
         basis=tuple(_basis(work, constants, decode, aggregate, bound)),
+        summary=_summary(work, constants),
         thin=thin,
     )
 
@@ -175,6 +189,19 @@ def _basis(work: Work, constants: Values, decode: Range, aggregate: Range | None
             f"{work.users:.0f} users: {work.users:.0f} ÷ {each * 1e3:.2f} ms = {aggregate.likely:.0f} tokens/s, "
             f"{aggregate.low:.0f} to {aggregate.high:.0f}"
         )
+
+
+def _summary(work: Work, constants: Values) -> str:
+    """One user's token in one line: what takes how long."""
+    times: dict[str, float] = {}
+    for term in decode_terms(work, constants) if work.stages else ():
+        times[term.what] = times.get(term.what, 0.0) + term.seconds
+    factor = slowed(work, constants)
+    parts = [f"{what} {seconds * factor * 1e3:.1f} ms" for what, seconds in times.items()]
+    if work.host:
+        least, most = _host_seconds(work, constants)
+        parts.append(f"host memory {least * 1e3:.0f} to {most * 1e3:.0f} ms")
+    return " + ".join(parts) + " a token"
 
 
 def _thin(work: Work) -> Iterator[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from mgpu.planning.batching import aggregate_tok_s
+from mgpu.planning.decode import decode_seconds
 from mgpu.planning.prediction import predict, slowed
+from mgpu.planning.prefill import prefill_tok_s
 from mgpu.planning.speed_constants import VALUES, Values
-from tests.planning.measured_rows import MeasuredRow
+from tests.planning.measured_rows import MeasuredRow, many_users, measured_rows, single_stream
 
 SINGLE_BAR = 0.07
 SINGLE_WITHOUT_LARGEST_BAR = 0.10
@@ -55,16 +58,42 @@ def decode_rate(row: MeasuredRow, values: Values = VALUES) -> float | None:
     return (predicted.aggregate or predicted.decode).likely
 
 
-def with_bandwidth(row: MeasuredRow, factor: float) -> MeasuredRow:
-    """The row on cards whose memory is `factor` times as fast."""
-    stages = tuple(
-        replace(
-            stage,
-            shares=tuple(
-                replace(share, chip=replace(share.chip, bandwidth_gb_s=(share.chip.bandwidth_gb_s or 0) * factor))
-                for share in stage.shares
-            ),
-        )
-        for stage in row.work.stages
-    )
-    return replace(row, work=replace(row.work, stages=stages))
+def evidence() -> dict[str, tuple[int, int]]:
+    """How many rows of how many sources each constant takes part in: rows of one user's decoding, else of prompts,
+    else of many users."""
+    found: dict[str, tuple[int, int]] = {}
+    prompts = tuple(row for row in measured_rows()[0] if row.prefill_tok_s and row.work.users == 1)
+    for rows, compute in ((single_stream(), _decode), (prompts, _prefill), (many_users(), _aggregate)):
+        sources: dict[str, list[str]] = {}
+        for row in rows:
+            recorder = Recorder(VALUES)
+            compute(row, recorder)
+            for name in recorder.read:
+                sources.setdefault(name, []).append(row.source)
+        found = {name: (len(some), len(set(some))) for name, some in sources.items()} | found
+    return found
+
+
+class Recorder(dict[str, float]):
+    """Constants that remember which were asked for."""
+
+    def __init__(self, values: Mapping[str, float]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> float:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def _decode(row: MeasuredRow, values: Values) -> object:
+    limited = any(chip.power < 1 for chip in row.work.chips)
+    return decode_seconds(row.work, values), limited and slowed(row.work, values)
+
+
+def _prefill(row: MeasuredRow, values: Values) -> object:
+    return prefill_tok_s(row.work, values)
+
+
+def _aggregate(row: MeasuredRow, values: Values) -> object:
+    return aggregate_tok_s(row.work, values)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mgpu.planning.prediction import Prediction, predict
 from mgpu.planning.speed import Range
-from mgpu.planning.speed_constants import CONSTANTS
+from mgpu.planning.speed_constants import CONSTANTS, VALUES
 from mgpu.planning.work import Chip, HostPart, Share, Stage, Work
 from tests.planning.measured_choice import judged_pairs, reached
 from tests.planning.measured_rows import MeasuredRow, largest_source, many_users, measured_rows, single_stream
@@ -25,7 +25,9 @@ from tests.planning.measured_scores import (
     REACHED_BAR,
     SINGLE_BAR,
     SINGLE_WITHOUT_LARGEST_BAR,
+    Recorder,
     decode_rate,
+    evidence,
     score_many,
     score_single,
 )
@@ -411,26 +413,32 @@ def test_a_reader_can_redo_the_sum_with_a_pencil(row: MeasuredRow) -> None:
     assert 1e3 / summed_ms(found.basis) == pytest.approx(found.decode.likely, rel=0.02)
 
 
+def test_a_candidate_carries_the_prediction_with_the_sum_in_one_line() -> None:
+    found = predicted(dense(cards=2, kv_gb=2.7, users=4))
+    assert (found.speed.decode_tok_s, found.speed.aggregate_tok_s) == (found.decode, found.aggregate)
+    assert (found.speed.prefill_tok_s, found.speed.bound_tok_s) == (found.prefill, found.bound)
+    summed = sum(float(number) for number in re.findall(r"([\d.]+) ms", found.speed.basis or ""))
+    assert 1e3 / summed == pytest.approx(found.decode.likely, rel=0.01)
+
+
 def test_the_sum_for_many_users_is_shown_too() -> None:
     basis = predicted(dense(users=16, engine="vllm", cards=2, tensor=True)).basis
     assert any(line.startswith("16 users, weights") for line in basis)
     assert basis[-1].startswith("16 users: 16 ÷ ")
 
 
-def test_every_constant_has_an_origin_and_is_used() -> None:
-    assert all(constant.origin and constant.unit for constant in CONSTANTS.values())
-    read: set[str] = set()
+def test_every_constant_says_how_much_evidence_it_has() -> None:
+    assert all(constant.origin for constant in CONSTANTS.values())
+    found = evidence()
+    assert {name: (each.rows, each.sources) for name, each in CONSTANTS.items() if each.rows} == found
 
-    class Recorder(dict[str, float]):
-        def __getitem__(self, name: str) -> float:
-            read.add(name)
-            return super().__getitem__(name)
 
-    recorder = Recorder({name: constant.value for name, constant in CONSTANTS.items()})
+def test_every_constant_is_used() -> None:
+    recorder = Recorder(VALUES)
     hosts = (None, HostPart(layers=1, weights_bytes=1e9), HostPart(layers=1, weights_bytes=1e9, bandwidth_gb_s=80))
     for chip, engine, library, tensor, host in itertools.product(CHIPS, ENGINES, LIBRARIES, (False, True), hosts):
         work = dense(chip, cards=2, tensor=tensor, kv_gb=1, engine=engine, library=library, users=4, host=host)
         for each in (work, with_experts(work), replace(work, before_2025=True), replace(work, quantised=False)):
             for link in ("nvlink", "peer", "host"):
                 predict(replace(each, link=link), recorder)
-    assert read == set(CONSTANTS)
+    assert recorder.read == set(CONSTANTS)
