@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from benchmarks.speed_fit import left_out
+from benchmarks.speed_fit import in_parts, left_out
 from benchmarks.timing import verdict
 from mgpu.planning.prediction import predict
 from mgpu.planning.speed_constants import VALUES, Values
@@ -46,6 +46,7 @@ def main() -> None:
     print(f"{'inside the interval':58} {_inside(many_scores):6.1%}")
     _choice()
     _prompts()
+    _in_parts(rows, largest)
     _leaving_out(rows)
 
 
@@ -70,6 +71,16 @@ def _prompts() -> None:
     off = statistics.median(abs(interval.likely / measured - 1) for measured, interval in found)
     inside = statistics.mean(interval.low <= measured <= interval.high for measured, interval in found)
     print(f"\nprompts: {len(found)} rows, median error {off:.1%}, inside the interval {inside:.1%} (no bar)")
+
+
+def _in_parts(rows: Sequence[MeasuredRow], largest: str) -> None:
+    """A fifth of the configurations predicted from the others: what to expect of one more of the same people's."""
+    found = [(row, score_single(row, values)) for part, values in in_parts(rows) for row in part]
+    scores = [score for _, score in found]
+    others = [score for row, score in found if row.source != largest]
+    print("\neach fifth of the configurations by constants fitted to the other four\n")
+    print(f"{'median error':58} {_median(scores):6.1%}, inside {_inside(scores):.1%}")
+    print(f"{f'  without {largest}':58} {_median(others):6.1%}, inside {_inside(others):.1%}")
 
 
 def _leaving_out(rows: Sequence[MeasuredRow]) -> None:

@@ -45,6 +45,15 @@ def left_out(rows: Sequence[MeasuredRow]) -> Iterator[tuple[str, Values]]:
         yield source, fitted([row for row in rows if row.source != source])
 
 
+def in_parts(rows: Sequence[MeasuredRow], *, parts: int = 5) -> Iterator[tuple[list[MeasuredRow], Values]]:
+    """Yield parts of `rows`, whole configurations each, with the constants fitted to the rows of the other parts."""
+    configurations = sorted({_configuration(row) for row in rows})
+    for part in range(parts):
+        held = set(configurations[part::parts])
+        own = [row for row in rows if _configuration(row) in held]
+        yield own, fitted([row for row in rows if _configuration(row) not in held])
+
+
 def fitted(rows: Sequence[MeasuredRow]) -> Values:
     """Return the constants for which `rows` are predicted best, every source counting as the root of its rows.
 
@@ -82,6 +91,10 @@ def fitted(rows: Sequence[MeasuredRow]) -> Values:
                         moved = True
                         break
     return values
+
+
+def _configuration(row: MeasuredRow) -> tuple[str, str, str, str]:
+    return row.source, row.cards, row.model, row.quantisation
 
 
 def _loss(row: MeasuredRow, values: Values) -> float:

@@ -26,7 +26,7 @@ def step_terms(work: Work, constants: Values = VALUES) -> tuple[Term, ...]:
 
     Without the number of parameters or a card's compute rate, computing is taken not to be what limits.
     """
-    users = max(1.0, work.users / work.replicas)
+    users = work.users / _busy(work)
 
     def read(share: Share) -> float:
         return touched_bytes(share, work, users)
@@ -56,13 +56,13 @@ def aggregate_tok_s(
 ) -> float:
     """Return all users' tokens per second together; with `prompt_tokens` and `answer_tokens` each, the prompts are
     computed in between, as a server does, and take their time."""
-    users = max(1.0, work.users / work.replicas)
+    users = work.users / _busy(work)
     step = sum(term.seconds for term in step_terms(work, constants))
     prefill = prefill_tok_s(work, constants) if prompt_tokens else None
     if not prefill or not answer_tokens:
-        return work.replicas * users / step
+        return work.users / step
     seconds = answer_tokens * step + users * prompt_tokens / prefill
-    return work.replicas * users * answer_tokens / seconds
+    return work.users * answer_tokens / seconds
 
 
 def touched_bytes(share: Share, work: Work, users: float) -> float:
@@ -72,6 +72,11 @@ def touched_bytes(share: Share, work: Work, users: float) -> float:
     used = work.experts_used / work.experts
     dense = share.weights_bytes - share.expert_bytes * used
     return dense + share.expert_bytes * (1 - math.pow(1 - used, users))
+
+
+def _busy(work: Work) -> float:
+    """How many replicas have anything to do."""
+    return min(work.replicas, work.users)
 
 
 def _computing(work: Work, users: float, constants: Values) -> Term | None:

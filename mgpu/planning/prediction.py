@@ -60,8 +60,9 @@ def predict(work: Work, constants: Values = VALUES) -> Prediction | None:
     Layers on the host give a range from its memory's bandwidth (two channels of DDR5 where that is unknown), of which
     `likely` is only the middle.
     """
-    on_cards = bound_seconds(replace(work, host=None))
-    if on_cards is None and (work.stages or not work.host):
+    if work.stages and bound_seconds(replace(work, host=None)) is None:
+        return None
+    if not work.stages and not (work.host and work.host.weights_bytes + work.host.expert_bytes):
         return None
     known = bound_seconds(work)
     bound = 1 / known if known else None
