@@ -126,6 +126,8 @@ def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[Engin
             wants = replace(wants, kv_unified=True)
         elif flag == "--swa-full":
             wants = replace(wants, swa_full=True)
+        elif flag in ("--embedding", "--embeddings"):
+            wants = replace(wants, embeddings=True)
         elif flag in ("-cmoe", "--cpu-moe"):
             wants = replace(wants, cpu_moe_layers=_ALL_LAYERS)
         elif flag in ("-ncmoe", "--n-cpu-moe") and queue and queue[0].isdecimal():
@@ -159,9 +161,14 @@ def build_launch(candidate: Candidate, serving: Serving) -> Launch:
     if arguments.rpc:
         argv += ["--rpc", arguments.rpc]
     if used:
-        argv += ["-dev", ",".join(names), "-ngl", str(sum(units)), "-sm", candidate.split_mode]
-        if len(used) > 1:
+        tensor = candidate.split_mode == "tensor"  # then each has all layers
+        argv += ["-dev", ",".join(names), "-ngl", str(units[0] if tensor else sum(units)), "-sm", candidate.split_mode]
+        if tensor:
+            argv += ["-ts", ",".join(f"{share:g}" for share in wants.tensor_split or (1,) * len(used))]
+        elif len(used) > 1:
             argv += ["-ts", ",".join(map(str, units))]
+        if candidate.host.expert_layers > wants.cpu_moe_layers:
+            argv += ["--n-cpu-moe", str(candidate.host.expert_layers)]
     else:
         argv += ["-dev", "none", "-ngl", "0"]
     ctx_tokens = padded_ctx_tokens(candidate.ctx_tokens) * candidate.parallel

@@ -131,10 +131,12 @@ CANDIDATE = exactly(
     devices=listed(DEVICE),
     host=exactly(
         layers=COUNT,
+        expert_layers=COUNT,
         weights_bytes=COUNT,
         kv_bytes=COUNT,
         compute_bytes=COUNT,
         total_bytes=COUNT,
+        basis=TEXT,
         free_bytes=maybe(COUNT),
         spare_bytes=maybe(COUNT),
     ),

@@ -161,7 +161,7 @@ def test_every_ledger_adds_up(model: ModelFacts, wants: Wants, free_gib: list[fl
     short = sum(max(0, wants.headroom_bytes - device.spare_bytes) for device in used)
     short += max(0, -(on_host.spare_bytes or 0))
     assert candidate.short_bytes == short
-    fits = "fits-with-offload" if on_host.layers else "fits"
+    fits = "fits-with-offload" if on_host.layers or on_host.expert_layers else "fits"
     assert candidate.verdict == ("does-not-fit" if short else fits)
 
 
@@ -281,6 +281,8 @@ def test_a_context_that_was_set_is_never_lowered() -> None:
         pytest.param("qwen3-32b", machine_of(cards(0.1, 16)), id="a full card beside it"),
         pytest.param("gemma-3-27b", "4060", id="windows of unequal cost and a tied head"),
         pytest.param("gpt-oss-120b", "2x4090", id="mixture"),
+        pytest.param("qwen3-30b-a3b", "4060", id="most experts of a mixture"),
+        pytest.param("deepseek-v3", machine_of(cards(9)), id="all experts of a mixture, and layers"),
         pytest.param("llama-3.1-405b", "4090+4080", id="most of it on the host"),
         pytest.param("llama-3.1-405b", "4060", id="all but a few layers"),
     ],
@@ -290,14 +292,57 @@ def test_offload_keeps_the_fewest_layers_on_the_host(model: str, machine: Machin
     plan = planned(model, machine, allowed)
     chosen, gpus = plan.chosen, plan.machine.gpus
     assert (plan.best, chosen.verdict) == (0, "fits-with-offload")
-    assert chosen.reasons[0] == f"{chosen.host.layers} of {len(facts(model).layers)} layers stay in host memory: slow"
+    layers = f"{chosen.host.layers} of {len(facts(model).layers)} layers"
+    routed = f"the experts of the first {chosen.host.expert_layers} layers"
+    kept = [*([layers] if chosen.host.layers else []), *([routed] if chosen.host.expert_layers else [])]
+    assert chosen.reasons[0] == f"{' and '.join(kept)} stay in host memory: slow"
     assert chosen.speed.bound_tok_s is None
     assert chosen.devices
+    experts = chosen.host.expert_layers
     for fewer in range(chosen.host.layers):
-        tried = place_layers(facts(model), allowed, gpus, Host(), 8192, host_units=fewer)
+        tried = place_layers(facts(model), allowed, gpus, Host(), 8192, host_units=fewer, expert_layers=experts)
+        assert tried.verdict == "does-not-fit"
+    for fewer in range(0 if chosen.host.layers else experts):
+        tried = place_layers(facts(model), allowed, gpus, Host(), 8192, host_units=0, expert_layers=fewer)
         assert tried.verdict == "does-not-fit"
     forbidden = planned(model, machine, replace(allowed, offload=False))
     assert (forbidden.best, forbidden.chosen.verdict, forbidden.chosen.host.layers) == (None, "does-not-fit", 0)
+
+
+def test_experts_go_to_the_host_before_layers() -> None:
+    chosen = planned("qwen3-30b-a3b", machine_of(cards(12), ram_gib=64), Wants(ctx_tokens=8192, offload=True)).chosen
+    assert (chosen.verdict, chosen.host.layers) == ("fits-with-offload", 0)
+    assert 0 < chosen.host.expert_layers < 48
+    experts = sum(layer.expert_bytes for layer in facts("qwen3-30b-a3b").layers[: chosen.host.expert_layers])
+    assert chosen.host.weights_bytes == facts("qwen3-30b-a3b").embedding_bytes + experts
+    too_little = planned("qwen3-30b-a3b", machine_of(cards(12), ram_gib=4), Wants(ctx_tokens=8192, offload=True)).chosen
+    assert (too_little.verdict, "in host memory" in too_little.reasons[-1]) == ("does-not-fit", True)
+
+
+def test_experts_that_the_user_keeps_on_the_host_are_never_called_a_fit() -> None:
+    chosen = planned("qwen3-30b-a3b", "4090", Wants(ctx_tokens=8192, cpu_moe_layers=10)).chosen
+    assert (chosen.verdict, chosen.host.expert_layers, chosen.runs) == ("fits-with-offload", 10, True)
+    dense = planned("llama-3.1-8b", "4090", Wants(ctx_tokens=8192, cpu_moe_layers=10)).chosen
+    assert (dense.verdict, dense.host.expert_layers) == ("fits", 0)
+
+
+@pytest.mark.parametrize("wants", [Wants(), Wants(split_mode="tensor")], ids=["layers", "tensors"])
+def test_every_line_of_a_ledger_says_what_it_rests_on(wants: Wants) -> None:
+    chosen = planned("llama-3.1-8b", "2x4090", wants).chosen
+    assert {device.basis for device in chosen.devices} == {
+        "weights: table, KV: formula, compute: formula, runtime: table"
+    }
+    assert chosen.host.basis == "weights: table, KV: formula, compute: formula"
+
+
+def test_a_tensor_split_gives_each_card_its_part_of_every_layer() -> None:
+    chosen = planned("llama-3.3-70b", "2x4090", Wants(ctx_tokens=8192, split_mode="tensor")).chosen
+    assert (chosen.verdict, chosen.split_mode) == ("fits", "tensor")
+    assert [(device.layers, device.head) for device in chosen.devices] == [(80, True)] * 2
+    one, other = chosen.devices
+    assert one.kv_bytes == other.kv_bytes
+    whole = sum(layer.weights_bytes for layer in facts("llama-3.3-70b").layers) + facts("llama-3.3-70b").head_bytes
+    assert 0 <= one.weights_bytes + other.weights_bytes - whole < 8 * MIB  # norms are held twice
 
 
 def test_offload_is_not_used_where_all_fits() -> None:
@@ -311,7 +356,7 @@ def test_a_card_that_computes_the_hosts_layers_needs_the_memory_for_it_with_the_
     assert (alone.devices[0].layers, alone.devices[0].head) == (0, True)
     # As a Vulkan device was seen to do: 135 MiB with `-ngl 1`, 2 and 3 alike.
     assert alone.devices[0].compute_bytes == with_a_layer.devices[0].compute_bytes
-    assert alone.devices[0].compute_bytes / MIB == pytest.approx(141, abs=1)
+    assert 135 <= alone.devices[0].compute_bytes / MIB < 160
 
 
 @pytest.mark.parametrize(
