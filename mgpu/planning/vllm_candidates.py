@@ -13,7 +13,8 @@ from mgpu.planning.links import is_slow
 from mgpu.planning.plan import Fix
 from mgpu.planning.tensor_parallel import best_shape, legal_sizes
 from mgpu.planning.vllm_memory import BLOCK_TOKENS, VllmWants
-from mgpu.planning.vllm_placement import users_at_once, vllm_candidate
+from mgpu.planning.vllm_placement import vllm_candidate
+from mgpu.planning.vllm_room import least_share, longest_ctx_tokens, users_at_once
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS
 from mgpu.units import GIB
 
@@ -88,6 +89,23 @@ def _replicas(
             yield _freest(cards, count * size), size, count
 
 
+def with_least_share(facts: ModelFacts, candidate: Candidate, gpus: Sequence[Gpu], host: Host) -> Candidate:
+    """Return `candidate`, which fits, with no more of each of its cards than its users need: what a vLLM gets that is
+    not alone on them."""
+    wants = candidate.wants
+    assert isinstance(wants, VllmWants)
+    shaped = replace(
+        wants,
+        tensor_parallel=candidate.tensor_parallel,
+        pipeline_parallel=candidate.pipeline_parallel,
+        replicas=candidate.replicas,
+        ctx_tokens=candidate.ctx_tokens,
+        gpu_memory_utilization=least_share(facts, candidate),
+    )
+    used = {device.gpu for device in candidate.devices}
+    return vllm_candidates(facts, shaped, [gpu for gpu in gpus if gpu.index in used], host)[0]
+
+
 def vllm_fixes(
     facts: ModelFacts, others: Sequence[ModelFacts], wants: VllmWants, gpus: Sequence[Gpu], host: Host
 ) -> tuple[Fix, ...]:
@@ -152,11 +170,14 @@ def _with_context(
     candidate = at(wants.ctx_tokens or min(DEFAULT_CTX_TOKENS, longest))
     if candidate.verdict == "illegal":
         return candidate
-    low, high = 0, longest // BLOCK_TOKENS
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if at(middle * BLOCK_TOKENS).verdict == "fits" else (low, middle - 1)
-    largest = low * BLOCK_TOKENS
+    if candidate.devices and candidate.pipeline_parallel == 1:
+        largest = longest_ctx_tokens(facts, candidate, longest)
+    else:  # how the layers are dealt depends on the context
+        low, high = 0, longest // BLOCK_TOKENS
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if at(middle * BLOCK_TOKENS).verdict == "fits" else (low, middle - 1)
+        largest = low * BLOCK_TOKENS
     if candidate.verdict == "does-not-fit" and wants.ctx_tokens is None and largest >= _SMALLEST_USEFUL_CTX:
         note = f"context lowered from {candidate.ctx_tokens} to {largest} tokens, the most that fits"
         lowered = at(largest)

@@ -83,48 +83,13 @@ def planned_kv_tokens(candidate: Candidate, facts: ModelFacts) -> int:
     return min(tokens, default=0)
 
 
-def users_at_once(candidate: Candidate, facts: ModelFacts) -> int:
-    """Return how many users on cards can have the whole context at once, all replicas together; at most
-    `candidate.parallel`."""
-    held = [
-        device.kv_bytes // size
-        for device in _one_of_each(candidate.devices)
-        if (
-            size := request_bytes(
-                _own(facts, device), candidate.tensor_parallel, candidate.kv_type, candidate.ctx_tokens
-            )
-        )
-    ]
-    return min(candidate.replicas * min(held, default=candidate.parallel), candidate.parallel)
-
-
-def least_share(facts: ModelFacts, candidate: Candidate) -> float:
-    """Return the smallest share of each card (in steps of 0.01) in which `candidate` gives all its users their whole
-    context at once: what an engine gets that is not alone on its cards. At most what the candidate has."""
-    wants = candidate.wants
-    assert isinstance(wants, VllmWants)
-    users = -(-candidate.parallel // candidate.replicas)
-    needed = [
-        (
-            device.weights_bytes
-            + request_bytes(_own(facts, device), candidate.tensor_parallel, candidate.kv_type, candidate.ctx_tokens)
-            * users
-            + device.compute_bytes
-            + device.runtime_bytes
-        )
-        / visible_bytes(device.card_bytes or 1)
-        for device in candidate.devices
-    ]
-    most = wants.gpu_memory_utilization or DEFAULT_UTILISATION
-    return min(most, math.ceil(max(needed, default=0.0) * 100) / 100)
-
-
-def _own(facts: ModelFacts, device: PlannedDevice) -> tuple[Layer, ...]:
+def own_layers(facts: ModelFacts, device: PlannedDevice) -> tuple[Layer, ...]:
+    """Return the layers on a card."""
     return facts.layers[device.first_layer : device.first_layer + device.layers]
 
 
-def _one_of_each(devices: tuple[PlannedDevice, ...]) -> tuple[PlannedDevice, ...]:
-    """One device of those that hold the same layers and as much cache: sums over layers take their time."""
+def one_of_each(devices: tuple[PlannedDevice, ...]) -> tuple[PlannedDevice, ...]:
+    """Return one device of those that hold the same layers and as much cache: sums over layers take their time."""
     return tuple({(device.first_layer, device.layers, device.kv_bytes): device for device in devices}.values())
 
 
@@ -239,10 +204,13 @@ class _Placement:
         groups = [cards[i : i + self.tensor_parallel] for i in range(0, per_replica, self.tensor_parallel)]
         capacities = [min(self._room(gpu, share) for gpu in group) * self.tensor_parallel for group in groups]
         kv_type, parallel = self._kv_type, self.wants.parallel
-        units = [
-            layer.weights_bytes + request_bytes((layer,), 1, kv_type, self.ctx_tokens) * parallel
-            for layer in self.facts.layers
-        ]
+        caches: dict[tuple[int, int, int | None], int] = {}
+        units = []
+        for layer in self.facts.layers:
+            shape = layer.kv_heads, layer.key_length + layer.value_length, layer.sliding_window
+            if shape not in caches:
+                caches[shape] = request_bytes((layer,), 1, kv_type, self.ctx_tokens) * parallel
+            units.append(layer.weights_bytes + caches[shape])
         counts = pipeline_partition(
             units, self.facts.embedding_bytes + self.facts.other_bytes, self.facts.head_bytes, capacities
         )
@@ -280,7 +248,7 @@ class _Placement:
 
     def _with_equal_blocks(self, devices: tuple[PlannedDevice, ...]) -> tuple[PlannedDevice, ...]:
         """Every card gets as many blocks of KV cache as the one that has least room for them."""
-        sizes = {(each.first_layer, each.layers): self._token_bytes(each) for each in _one_of_each(devices)}
+        sizes = {(each.first_layer, each.layers): self._token_bytes(each) for each in one_of_each(devices)}
         per_token = [sizes[device.first_layer, device.layers] for device in devices]
         blocks = min(
             (device.kv_bytes // (size * BLOCK_TOKENS) for device, size in zip(devices, per_token, strict=True) if size),
@@ -295,7 +263,7 @@ class _Placement:
         """Why it does not fit and by how much; or what to know when it does."""
         short = 0
         reasons: list[str] = []
-        requests = {(each.first_layer, each.layers): self._one_request(each) for each in _one_of_each(devices)}
+        requests = {(each.first_layer, each.layers): self._one_request(each) for each in one_of_each(devices)}
         for gpu, device in zip(self.gpus, devices, strict=True):
             taken = int(visible_bytes(gpu.total_bytes or 0) * share)
             free = gpu.free_bytes or 0
@@ -320,10 +288,10 @@ class _Placement:
         return reasons, short
 
     def _one_request(self, device: PlannedDevice) -> int:
-        return request_bytes(_own(self.facts, device), self.tensor_parallel, self._kv_type, self.ctx_tokens)
+        return request_bytes(own_layers(self.facts, device), self.tensor_parallel, self._kv_type, self.ctx_tokens)
 
     def _token_bytes(self, device: PlannedDevice) -> int:
-        return kv_token_bytes(_own(self.facts, device), self.tensor_parallel, self._kv_type)
+        return kv_token_bytes(own_layers(self.facts, device), self.tensor_parallel, self._kv_type)
 
     def _candidate(
         self,

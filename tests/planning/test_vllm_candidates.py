@@ -19,7 +19,8 @@ from mgpu.models.hf import facts_from_config
 from mgpu.planning.candidates import Candidate
 from mgpu.planning.vllm_candidates import vllm_candidates, vllm_fixes
 from mgpu.planning.vllm_memory import OVERHEAD_BYTES, VllmWants, request_bytes, visible_bytes
-from mgpu.planning.vllm_placement import least_share, planned_kv_tokens, users_at_once, vllm_candidate
+from mgpu.planning.vllm_placement import planned_kv_tokens, vllm_candidate
+from mgpu.planning.vllm_room import least_share, users_at_once
 from mgpu.planning.wants import Goal
 from mgpu.units import GIB
 from tests.models.test_hf import GEMMA_12B, GPT_OSS_20B, LLAMA_8B, QWEN_30B_A3B
@@ -330,6 +331,21 @@ def test_users_who_must_wait_are_counted() -> None:
     assert candidate.verdict == "fits", "vLLM queues what does not fit at once"
     assert "5 of 16 users can have the whole context at once; others wait" in candidate.reasons
     assert planned_kv_tokens(candidate, EIGHT) // 8192 == 5
+
+
+@pytest.mark.parametrize("facts", [EIGHT, THIRTY, facts_of(GPT_OSS_20B, 13.7)], ids=["8B", "30B", "windows"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_longest_context_fits_and_no_longer_one_does(facts: ModelFacts, size: int) -> None:
+    gpus = [card(20, 19, index) for index in range(size)]
+    wants = VllmWants(tensor_parallel=size, ctx_tokens=2048)
+    longest = vllm_candidates(facts, wants, gpus, HOST)[0].max_ctx_tokens
+    assert longest
+    verdicts = [
+        vllm_candidate(facts, wants, gpus, HOST, tokens, tensor_parallel=size).verdict
+        for tokens in (longest, longest + 16)
+    ]
+    assert verdicts[0] == "fits"
+    assert verdicts[1] != "fits"
 
 
 def test_fp8_doubles_the_context() -> None:
