@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
-from mgpu.machine.snapshot import Gpu
+from mgpu.machine.snapshot import Gpu, Machine
 
 # GB/s of one lane and direction by PCIe generation, after the line code (PCI-SIG: 2.5 and 5 GT/s in 8b/10b, from 8 GT/s
 # on in 128b/130b, 64 GT/s in flits).
@@ -50,3 +51,37 @@ def layer_order(gpus: Sequence[Gpu], *, offload: bool) -> tuple[Gpu, ...]:
     if not slow or not fast:
         return tuple(gpus)
     return (fast[0], *slow, *fast[1:]) if offload else (*slow, *fast)
+
+
+class Links:
+    """How the cards of a machine reach each other."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._kinds = {frozenset((link.a, link.b)): link.kind for link in machine.links}
+        self._nvlink = self._components(machine, lambda kind: kind == "NVLink")
+        self._socket = self._components(machine, lambda kind: kind != "SYS")
+
+    def groups(self, gpu: Gpu) -> tuple[int, int]:
+        """Return names of the cards that NVLink joins the card to and of those at its socket."""
+        return self._nvlink[gpu.index], self._socket[gpu.index]
+
+    def slow(self, gpus: Sequence[Gpu]) -> int:
+        """Return how many links are slow among cards that all talk to each other: their own, and those between
+        sockets."""
+        return sum(map(is_slow, gpus)) + self._count(gpus, "SYS") if len(gpus) > 1 else 0
+
+    def nvlinks(self, gpus: Sequence[Gpu]) -> int:
+        """Return how many pairs of the cards NVLink joins."""
+        return self._count(gpus, "NVLink")
+
+    def _count(self, gpus: Sequence[Gpu], kind: str) -> int:
+        pairs = itertools.combinations((gpu.index for gpu in gpus), 2)
+        return sum(self._kinds.get(frozenset(pair)) == kind for pair in pairs)
+
+    def _components(self, machine: Machine, joins: Callable[[str], bool]) -> dict[int, int]:
+        group = {gpu.index: gpu.index for gpu in machine.gpus}
+        for pair, kind in sorted(self._kinds.items(), key=lambda item: sorted(item[0])):
+            if joins(kind):
+                low, high = sorted(group[index] for index in pair)
+                group = {index: low if own == high else own for index, own in group.items()}
+        return group
