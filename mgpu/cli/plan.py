@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgpu.cli.options import JsonOption, MachineOption, ModelArgument, PlannerOptions, with_planner_options
+from mgpu.cli.options import JsonOption, MachineOption, PlannerOptions, with_planner_options
 from mgpu.cli.result import Result
 
 if TYPE_CHECKING:
@@ -17,23 +17,48 @@ if TYPE_CHECKING:
     from mgpu.cli.prepare import Prepared
     from mgpu.planning.candidates import Candidate
 
+ModelsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL",
+        help="Profiles, .gguf files, model folders, hf:ORG/REPO[:QUANT], ollama:NAME[:TAG].",
+        show_default=False,
+    ),
+]
+
 
 @with_planner_options
 def plan(
     context: typer.Context,
-    model: ModelArgument,
+    models: ModelsArgument,
     options: PlannerOptions,
     machine: MachineOption = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the sums.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Ask the engine itself, too; nothing is loaded.")] = False,
     json: JsonOption = False,
 ) -> Result:
-    """Plan MODEL on this machine or another: memory per card, the split, what fits. Engine arguments follow --."""
+    """Plan MODEL on this machine or another: memory per card, the split, what fits. Engine arguments follow --.
+
+    Several MODELs are placed together: options are for all of them, and commands that start them are in the answer.
+
+    Their --json data: machine, placed, verdict, host,
+
+    models: [{name, argument, verdict, gpus, port, command, why, candidate}],
+
+    cards: [{gpu, uuid, name, total_bytes, free_bytes, planned_bytes, spare_bytes}].
+    """
     from mgpu.cli.exact import ask_engine, exact_data, for_exact
     from mgpu.cli.prepare import prepare
     from mgpu.cli.views.exact import above_exact
     from mgpu.cli.views.plan import plan_screen
 
+    if len(models) > 1:
+        from mgpu.cli.together import plan_together
+
+        return plan_together(
+            models, options, machine=machine, engine_arguments=context.obj or (), explain=explain, exact=exact
+        )
+    (model,) = models
     if exact:
         options = for_exact(options, machine)
     prepared = prepare(model, options, machine=machine, engine_arguments=context.obj or ())
@@ -110,8 +135,11 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def candidate_data(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
-    """Return one candidate of the contract, with the command that would run it (none for what is illegal)."""
+def candidate_data(
+    prepared: Prepared, candidate: Candidate, *, name: str | None = None, port: int | None = None
+) -> dict[str, Any]:
+    """Return one candidate of the contract, with the command that would run it (none for what is illegal) under this
+    name and on this port, or the usual ones."""
     from mgpu.machine.snapshot import to_json
 
     data = to_json(candidate)
@@ -120,20 +148,20 @@ def candidate_data(prepared: Prepared, candidate: Candidate) -> dict[str, Any]:
     for ledger, device in zip(data["devices"], candidate.devices, strict=True):
         ledger |= {"total_bytes": device.total_bytes, "spare_bytes": device.spare_bytes}
     data["host"] |= {"total_bytes": candidate.host.total_bytes, "spare_bytes": candidate.host.spare_bytes}
-    launch = None if candidate.verdict == "illegal" else _launch(prepared, candidate)
+    launch = None if candidate.verdict == "illegal" else _launch(prepared, candidate, name, port)
     return {**data, "argv": list(launch.argv) if launch else [], "env": launch.public_env() if launch else {}}
 
 
-def _launch(prepared: Prepared, candidate: Candidate) -> Launch:
+def _launch(prepared: Prepared, candidate: Candidate, name: str | None, port: int | None) -> Launch:
     from mgpu.backends import load_backend
     from mgpu.running.ports import FIRST_PORT
     from mgpu.running.state import name_from, state_path
 
-    name = name_from(prepared.name)
+    name = name or name_from(prepared.name)
     backend = load_backend(candidate.backend)
     folder = state_path() / name if backend.temporary_folder else Path()
     serving = prepared.serving(
-        candidate.backend, name=name, host="127.0.0.1", port=FIRST_PORT, folder=folder, api_key=None
+        candidate.backend, name=name, host="127.0.0.1", port=port or FIRST_PORT, folder=folder, api_key=None
     )
     if candidate.quant != prepared.weights_by_engine[candidate.backend].facts.quantisation:  # a way out
         other = prepared.model.in_quantisation(candidate.backend, candidate.quant)

@@ -57,7 +57,9 @@ class Links:
     """How the cards of a machine reach each other."""
 
     def __init__(self, machine: Machine) -> None:
-        self._kinds = {frozenset((link.a, link.b)): link.kind for link in machine.links}
+        there = {gpu.index for gpu in machine.gpus}
+        known = (link for link in machine.links if {link.a, link.b} <= there)
+        self._kinds = {frozenset((link.a, link.b)): link.kind for link in known}
         self._nvlink = self._components(machine, lambda kind: kind == "NVLink")
         self._socket = self._components(machine, lambda kind: kind != "SYS")
 

@@ -178,7 +178,6 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         ),
         pytest.param("{tiny} --ubatch 0", 2, "--ubatch", "--help", id="a micro-batch of nothing"),
         pytest.param("{tiny} --offload maybe", 2, "--offload…maybe…allow", "--help", id="an unknown permission"),
-        pytest.param("{tiny} {tiny}", 2, "unexpected", "mgpu plan --help", id="two models"),
     ],
 )
 def test_what_cannot_be_planned_is_explained(
