@@ -136,6 +136,8 @@ def _ledger(candidate: Candidate, *, narrow: bool) -> Table:
     cells += [cell_gib(host.total_bytes), cell_gib(host.free_bytes), cell_gib(host.spare_bytes)]
     rest = "-" if candidate.backend == "vllm" else "embeddings"
     held = f"0-{host.layers - 1}" if host.layers else rest
+    if host.expert_layers:
+        held = f"{f'{held}, ' if host.layers else ''}experts 0-{host.expert_layers - 1}"
     table.add_row("host", *cells, held if candidate.devices else "all")
     return table
 
@@ -158,7 +160,7 @@ def _facts(plan: Plan, candidate: Candidate) -> Iterator[tuple[str, str]]:
         # Rounded down: what is printed as a bound must not be above it.
         shown = math.floor(bound * 10) / 10 if bound < 100 else math.floor(bound)
         yield "speed", f"at most {shown:g} tokens/s for one user: {candidate.speed.basis}"
-    elif candidate.devices and candidate.host.layers:
+    elif candidate.devices and (candidate.host.layers or candidate.host.expert_layers):
         yield "speed", "not predicted: it depends on the host's memory bandwidth, which is unknown"
     elif candidate.devices:
         yield "speed", "not predicted: a card's memory bandwidth is unknown"
@@ -223,7 +225,10 @@ def _vllm_sums(plan: Plan, candidate: Candidate) -> Iterator[str]:
 def _other_ways(plan: Plan, width: int) -> Iterator[RenderableType]:
     others = [candidate for candidate in plan.candidates if candidate is not plan.chosen]
     yield fitting(
-        width, lambda: _ways_table(plan, others, narrow=False), lambda: _ways_table(plan, others, narrow=True)
+        width,
+        lambda: _ways_table(plan, others, quantised=True, options=True),
+        lambda: _ways_table(plan, others, quantised=False, options=True),
+        lambda: _ways_table(plan, others, quantised=False, options=False),
     )
     for candidate in others:
         if candidate.verdict == "illegal":
@@ -233,18 +238,18 @@ def _other_ways(plan: Plan, width: int) -> Iterator[RenderableType]:
             yield from _hanging("illegal", f"{_name(candidate)}: {'; '.join((first, *sizes))}", width)
 
 
-def _ways_table(plan: Plan, others: Sequence[Candidate], *, narrow: bool) -> Table:
+def _ways_table(plan: Plan, others: Sequence[Candidate], *, quantised: bool, options: bool) -> Table:
     table = plain_table(
-        [("other ways", "left"), ("", "left"), ("at most", "right"), *([] if narrow else [("", "left")])],
+        [("other ways", "left"), ("", "left"), ("at most", "right"), *([("", "left")] if options else [])],
     )
     for candidate in others:
         bound = candidate.speed.bound_tok_s
         cells = [
-            _name(candidate) if narrow else f"{_name(candidate)}, {candidate.quant or '?'}",
+            f"{_name(candidate)}, {candidate.quant or '?'}" if quantised else _name(candidate),
             _SHORT_VERDICTS[candidate.verdict],
             f"{math.floor(bound)} tok/s" if bound and candidate.verdict not in ("does-not-fit", "illegal") else "",
         ]
-        table.add_row(*cells, *([] if narrow else [_how(plan, candidate)]))
+        table.add_row(*cells, *([_how(plan, candidate)] if options else []))
     return table
 
 
@@ -264,6 +269,10 @@ def _how(plan: Plan, candidate: Candidate) -> str:
     used = ",".join(f"gpu{device.gpu}" for device in candidate.devices) or "none"
     if {d.gpu for d in candidate.devices} != {d.gpu for d in plan.chosen.devices}:
         words.append(f"--gpus {used}")
+    elif candidate.backend == "vllm":  # the same cards in another shape
+        words.append(f"--tensor-parallel {candidate.tensor_parallel}")
+        words += [f"--pipeline-parallel {candidate.pipeline_parallel}"] if candidate.pipeline_parallel > 1 else []
+        words += [f"--replicas {candidate.replicas}"] if candidate.replicas > 1 else []
     return " ".join(words)
 
 
@@ -274,7 +283,7 @@ def _fixes(plan: Plan) -> Iterator[RenderableType]:
         spare = min((device.spare_bytes for device in candidate.devices), default=candidate.host.spare_bytes or 0)
         words = f"{VERDICT_WORDS[candidate.verdict][0].lower()}, {gib(spare)} spare on the fullest card"
         if candidate.verdict == "fits-with-offload":
-            words = f"{candidate.host.layers} of {len(plan.model.layers)} layers in host memory: slow"
+            words = f"{candidate.host.words(len(plan.model.layers))} in host memory: slow"
         elif candidate.speed.bound_tok_s:
             words += f", at most {math.floor(candidate.speed.bound_tok_s)} tokens/s"
         table.add_row(fix.change, words)
