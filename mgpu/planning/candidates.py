@@ -300,9 +300,7 @@ def _judged(
         verdict = "does-not-fit"
     elif gpus and (host.layers or host.expert_layers):
         verdict = "fits-with-offload"
-        kept = [f"{host.layers} of {len(facts.layers)} layers"] if host.layers else []
-        kept += [f"the experts of the first {host.expert_layers} layers"] if host.expert_layers else []
-        reasons.append(f"{' and '.join(kept)} stay in host memory: slow")
+        reasons.append(f"{host.words(len(facts.layers))} stay in host memory: slow")
     else:
         verdict = "fits"
     if (host.layers or host.expert_layers) and host.free_bytes is None:

@@ -64,6 +64,13 @@ class PlannedHost:
         """Everything the engine will hold in host memory (mapped weights included)."""
         return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
+    def words(self, layers: int) -> str:
+        """What of a model of `layers` layers is kept here besides the embedding: "9 of 32 layers", "the experts of the
+        first 12 layers"; "" for nothing."""
+        kept = [f"{self.layers} of {layers} layers"] if self.layers else []
+        kept += [f"the experts of the first {self.expert_layers} layers"] if self.expert_layers else []
+        return " and ".join(kept)
+
     @property
     def spare_bytes(self) -> int | None:
         """What stays available, None when unknown."""

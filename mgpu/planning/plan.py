@@ -120,7 +120,7 @@ def _best_single(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: 
     singles = [_asked(facts, replace(wants, tensor_split=None), [gpu], machine) for gpu in gpus]
 
     def rank(single: Candidate) -> tuple[bool, int, int, float]:
-        return single.verdict == "fits", -single.short_bytes, -single.host.layers, single.speed.bound_tok_s or 0
+        return single.verdict == "fits", -single.short_bytes, -single.host.weights_bytes, single.speed.bound_tok_s or 0
 
     return max(singles, key=rank)
 

@@ -267,6 +267,28 @@ def test_memory_switches_reach_the_plan(words: str, rest: str, rpc: str | None, 
     assert planned == wants
 
 
+@pytest.mark.parametrize(
+    ("override", "layers"),
+    [
+        pytest.param("exps=CPU", 1_000_000, id="all experts"),
+        pytest.param(r".ffn_.*_exps.=CPU", 1_000_000, id="all experts by their names"),
+        pytest.param(r"\.ffn_(up|down|gate)_exps\.=CPU", 1_000_000, id="all experts one by one"),
+        pytest.param(r"blk\.[0-7]\.ffn_.*_exps\.=CPU", 8, id="those of the first layers"),
+        pytest.param(r"blk\.[2-7]\.ffn_.*_exps\.=CPU", 0, id="not the first layers"),
+        pytest.param(r"ffn_(up|down)_exps=CPU", 0, id="only some matrices of each"),
+        pytest.param(r"ffn_=CPU", 0, id="dense layers, too"),
+        pytest.param(r"blk\.0\.=CPU", 0, id="whole layers"),
+        pytest.param("exps=CUDA1", 0, id="another card"),
+        pytest.param("(=CPU", 0, id="no pattern at all"),
+        pytest.param("", 0, id="nothing"),
+    ],
+)
+def test_overrides_that_keep_experts_on_the_host_are_in_the_plan(override: str, layers: int) -> None:
+    arguments, wants = read_engine_arguments(["-ot", override], Wants())
+    assert wants.cpu_moe_layers == layers
+    assert arguments.unplanned == (() if layers else ("-ot",))
+
+
 def test_rpc_servers_may_come_from_the_engines_own_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_ARG_RPC", "a:1")
     assert read_engine_arguments([], Wants())[0].rpc == "a:1"

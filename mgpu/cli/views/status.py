@@ -55,6 +55,8 @@ def plan_line(candidate: Candidate) -> str:
         where += " · " + " + ".join(f"{device.total_bytes / GIB:.2f}" for device in used) + " GiB"
         if candidate.host.layers:
             where += f", {candidate.host.layers} layers in RAM ({gib(candidate.host.total_bytes)})"
+        elif candidate.host.expert_layers:
+            where += f", experts of {candidate.host.expert_layers} layers in RAM ({gib(candidate.host.total_bytes)})"
     users = "" if candidate.parallel == 1 else f" × {candidate.parallel} users"
     bound = candidate.speed.bound_tok_s
     speed = f" · at most {int(bound)} tokens/s" if bound else ""
