@@ -272,7 +272,7 @@ class Search:
         if len(cards) <= 1 and not whole.lost and not whole.offloaded and self._has_room(state, whole):
             return whole  # what it takes of one card does not depend on what else is there
         placed = self._remembered(state, model, cards)
-        return placed if placed and self._has_room(state, placed) else None
+        return placed if placed and self._host_holds(state, placed) else None
 
     def _is_hopeless(self, state: Assignment, contender: Contender, whole: Placed) -> bool:
         """Whether the model cannot run on what is left of cards that it has room on when they are empty: less than it
@@ -282,15 +282,16 @@ class Search:
         needed = sum(taken for _, taken in whole.taken)
         if not contender.ctx_fixed:
             needed -= sum(device.kv_bytes for device in whole.candidate.devices)
-        elif len(whole.taken) == 1 and not self._has_room(state, whole):
-            return True
         return needed > sum(state.free[card] for card, _ in whole.taken)
 
     def _has_room(self, state: Assignment, placed: Placed) -> bool:
-        """Whether the cards keep their headroom, and the host has what the model takes of it."""
+        """Whether what was planned on empty cards fits on these, which keep their headroom."""
         wants = placed.candidate.wants
         on_cards = all(state.free[card] - taken >= wants.headroom_on(self.gpus[card]) for card, taken in placed.taken)
-        return on_cards and (state.host_free is None or placed.candidate.host.total_bytes <= state.host_free)
+        return on_cards and self._host_holds(state, placed)
+
+    def _host_holds(self, state: Assignment, placed: Placed) -> bool:
+        return state.host_free is None or placed.candidate.host.total_bytes <= state.host_free
 
     def _remembered(self, state: Assignment, model: int, cards: tuple[int, ...]) -> Placed | None:
         left = tuple((self._alike[card], state.free[card]) for card in cards)

@@ -184,6 +184,14 @@ def test_memory_that_others_hold_is_not_given_away() -> None:
     check_sums(together)
 
 
+def test_a_card_with_a_display_is_used_as_its_engine_plans_it() -> None:
+    machine = simulate("4090")
+    shown = replace(machine, gpus=tuple(replace(gpu, display=True, free_bytes=13 * GIB) for gpu in machine.gpus))
+    together = place(shown, EIGHT, EIGHT)
+    assert together.placed, "two of 6.0 GiB leave 1 GiB"
+    check_sums(together)
+
+
 def test_what_found_no_room_is_judged_by_what_the_others_leave() -> None:
     together = place("2x4090", LARGE, EIGHT, EIGHT, ctx_tokens=8192)
     (missing,) = (each for each in together.placements if not each.placed)
