@@ -33,7 +33,7 @@ def main() -> None:
     """
     _report("layer split, known models", _layers())
     _report("tensor split, known models", _tensors())
-    _report("layer split, models that no rule was made for", _sparse())
+    _report("layer split, models made to try the rules", _sparse())
 
 
 def _layers() -> Iterator[Difference]:

@@ -49,12 +49,13 @@ class SparseModel:
     def metadata(self) -> dict[str, Value]:
         """The keys of its header, but for the tokens themselves."""
         known = {"context_length": 131072, "vocab_size": self.vocabulary} | dict(self.keys)
-        return {
+        general: dict[str, Value] = {
             "general.architecture": self.architecture,
             "general.type": "model",
             "general.name": "sparse",
             "general.quantization_version": 2,
-        } | {f"{self.architecture}.{name}": value for name, value in known.items()}
+        }
+        return general | {f"{self.architecture}.{name}": value for name, value in known.items()}
 
     def tensors(self) -> Iterator[Tensor]:
         """Its tensors, in the order of the file."""

@@ -1,4 +1,4 @@
-"""The memory rules on models that none of them was made for, against llama-server's projection.
+"""The memory rules on models made to try them, and on which they were mended, against llama-server's projection.
 
 `tests/data/llama_cpp_memory_sparse.csv` holds what build 10434 projected for models without data (`sparse_models`):
 odd heads, vocabularies, windows, experts, latent attention and recurrent layers. The figures of devices are whole MiB,
