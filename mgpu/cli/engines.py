@@ -71,7 +71,7 @@ class Way:
                 from mgpu.planning.vllm_memory import VllmWants
 
                 assert isinstance(self.wants, VllmWants)
-                return vllm_candidates(facts, self.wants, self.gpus, machine.host)
+                return vllm_candidates(facts, self.wants, self.gpus, machine.host, machine.links)
             case Backend.ollama:
                 from mgpu.planning.ollama_candidates import ollama_candidates
 
@@ -89,7 +89,7 @@ class Way:
             from mgpu.planning.vllm_memory import VllmWants
 
             assert isinstance(self.wants, VllmWants)
-            return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine.host))
+            return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine))
         if self.backend == Backend.ollama:
             from mgpu.planning.ollama_candidates import ollama_fixes
 

@@ -314,7 +314,7 @@ def _preferred(ways: Mapping[str, Way], offers: Sequence[Offer], options: Planne
     gpus = max((way.gpus for way in ways.values()), key=len)
     parallel = max(way.wants.parallel for way in ways.values())
     goal = options.goal or (Goal.latency if parallel == 1 else Goal.throughput)
-    return preference(goal, parallel, gpus, offers)
+    return preference(goal, parallel, gpus, offers, all_cards=options.gpus is not None)
 
 
 def _only_choice(backend: str, model: Model, options: PlannerOptions, eligible_backends: Sequence[str]) -> str:

@@ -148,7 +148,8 @@ def _with_least(asked: Asked, prepared: Prepared, candidate: Candidate) -> Candi
     way = asked.ways[candidate.backend]
     if not candidate.devices or not isinstance(way.wants, VllmWants) or way.wants.gpu_memory_utilization is not None:
         return candidate
-    return with_least_share(prepared.weights_by_engine["vllm"].facts, candidate, way.gpus, asked.machine.host)
+    facts, machine = prepared.weights_by_engine["vllm"].facts, asked.machine
+    return with_least_share(facts, candidate, way.gpus, machine.host, machine.links)
 
 
 def _contender(asked: Asked, name: str) -> Contender:

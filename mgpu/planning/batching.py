@@ -97,8 +97,9 @@ def _exchange(work: Work, users: float, constants: Values) -> Term:
     around = 2 * (work.width - 1) / work.width
     rate = {"nvlink": "link NVLink", "peer": "link peer"}.get(work.link, "link host")
     sent = work.layers * _REDUCED_BYTES * users * hidden * around
-    how = f"{sent / 1e9:.3f} GB ÷ {constants[rate]:g} GB/s"
-    return Term(what="sending between cards", how=how, seconds=sent / (constants[rate] * 1e9))
+    carried = constants[rate] if work.link_gb_s is None else min(constants[rate], work.link_gb_s)
+    how = f"{sent / 1e9:.3f} GB ÷ {carried:.3g} GB/s"
+    return Term(what="sending between cards", how=how, seconds=sent / (carried * 1e9))
 
 
 def _cdna(work: Work) -> bool:

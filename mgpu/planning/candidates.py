@@ -10,7 +10,7 @@ from mgpu.models.facts import ModelFacts
 from mgpu.planning.compute import compute_buffers
 from mgpu.planning.ledger import PlannedDevice, PlannedHost
 from mgpu.planning.memory import cache_bytes, device_kind, padded_ctx_tokens
-from mgpu.planning.speed import Speed, active_bytes, layer_split_bound
+from mgpu.planning.speed import Speed
 from mgpu.planning.split import balanced_split, split_by_proportions
 from mgpu.planning.tensor_split import problems as tensor_split_problems
 from mgpu.planning.tensor_split import tensor_split_bytes
@@ -31,7 +31,8 @@ __all__ = [
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One way to run the model, with its verdict: "fits", "fits-with-offload", "does-not-fit", "illegal" or
-    "unavailable". `short_bytes` is by how much it does not fit, 0 when it does."""
+    "unavailable". `short_bytes` is by how much it does not fit, 0 when it does. `speed` says nothing until
+    `predicted.predicted` has filled it in."""
 
     backend: str
     split_mode: str
@@ -230,7 +231,7 @@ def place_tensors(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Ho
         basis=f"weights: {facts.weights_basis}, KV: formula, compute: formula",
     )
     candidate = _judged(facts, wants, gpus, ctx_tokens, devices, planned_host)
-    candidate = replace(candidate, split_mode="tensor", speed=Speed())
+    candidate = replace(candidate, split_mode="tensor")
     refused = tuple(tensor_split_problems(facts, wants, len(gpus)))
     return replace(candidate, verdict="illegal", reasons=refused) if refused else candidate
 
@@ -326,21 +327,6 @@ def _judged(
         host=host,
         short_bytes=short,
         max_ctx_tokens=None,
-        speed=_bound(facts, wants, gpus, devices, host),
+        speed=Speed(),
         wants=wants,
     )
-
-
-def _bound(
-    facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], devices: tuple[PlannedDevice, ...], host: PlannedHost
-) -> Speed:
-    """The physical bound at an empty context; none with layers in host memory, whose bandwidth is unknown."""
-    if host.layers or host.expert_layers or wants.cpu_moe_layers or not devices:
-        return Speed()
-    reads = []
-    for gpu, device in zip(gpus, devices, strict=True):
-        layers = facts.layers[device.first_layer : device.first_layer + device.layers]
-        read = sum(active_bytes(layer, facts) for layer in layers) + (facts.head_bytes if device.head else 0)
-        if read:
-            reads.append((read, gpu.bandwidth_gb_s))
-    return layer_split_bound(reads)

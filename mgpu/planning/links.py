@@ -10,9 +10,9 @@ from mgpu.machine.snapshot import Gpu, Machine
 # GB/s of one lane and direction by PCIe generation, after the line code (PCI-SIG: 2.5 and 5 GT/s in 8b/10b, from 8 GT/s
 # on in 128b/130b, 64 GT/s in flits).
 _LANE_GB_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
-# Four lanes of PCIe 4.0 cost tensor parallelism 1 % (two cards, one user); of the half of that and less, which chipset
-# slots, risers and external boxes give, nobody published as much.
-_SLOW_GB_S = 4.0
+SLOW_GB_S = 4.0
+"""A slower link is slow: four lanes of PCIe 4.0 cost tensor parallelism 1 % (two cards, one user); of the half of that
+and less, which chipset slots, risers and external boxes give, nobody published as much."""
 
 
 def link_gb_s(gpu: Gpu) -> float | None:
@@ -34,7 +34,7 @@ def link_words(gpu: Gpu) -> str:
 def is_slow(gpu: Gpu) -> bool:
     """Whether the link is known to be slow, and there is no NVLink that would be used instead of it."""
     rate = link_gb_s(gpu)
-    return rate is not None and rate < _SLOW_GB_S and not any(port.active for port in gpu.nvlink)
+    return rate is not None and rate < SLOW_GB_S and not any(port.active for port in gpu.nvlink)
 
 
 def layer_order(gpus: Sequence[Gpu], *, offload: bool) -> tuple[Gpu, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mgpu.machine.snapshot import Gpu, Machine
 from mgpu.models.facts import ModelFacts
 from mgpu.planning.candidates import Candidate, layer_split, with_max_ctx
+from mgpu.planning.predicted import predicted
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS, Wants
 
 # A context this short serves one question and a short answer; below it a plan is no help.
@@ -15,10 +16,7 @@ _SMALLEST_USEFUL_CTX = 2048
 # Still offered as a way out, for the user to judge.
 _SMALLEST_OFFERED_CTX = 512
 
-_NOT_MODELLED = (
-    "speed below the physical bound (no prediction yet)",
-    "memory other programs take between plan and start",
-)
+_NOT_MODELLED = ("memory other programs take between plan and start",)
 # What each engine takes besides.
 _NOT_MODELLED_OF = {
     "llama.cpp": "llama-server's prompt cache in host memory, at most --cache-ram",
@@ -85,8 +83,9 @@ def llama_cpp_candidates(
     asked = _asked(facts, wants, gpus, machine)
     if len(gpus) < 2 or wants.tensor_split or wants.split_mode is not None:
         return (asked,)
+    cut = _asked(facts, replace(wants, split_mode="tensor"), gpus, machine)
     single = _best_single(facts, replace(wants, offload=False), gpus, machine)
-    return (asked, single) if single.verdict == "fits" else (asked,)
+    return (asked, cut, single) if single.verdict == "fits" else (asked, cut)
 
 
 def llama_cpp_fixes(
@@ -108,21 +107,30 @@ def _asked(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machin
     ctx_tokens = wants.ctx_tokens or min(DEFAULT_CTX_TOKENS, facts.context_length or DEFAULT_CTX_TOKENS)
     candidate = with_max_ctx(layer_split(facts, wants, gpus, machine.host, ctx_tokens), facts, gpus, machine.host)
     largest = candidate.max_ctx_tokens or 0
-    if candidate.verdict == "fits" or wants.ctx_tokens or largest < _SMALLEST_USEFUL_CTX:
-        return candidate
-    lowered = layer_split(facts, wants, gpus, machine.host, largest)
-    note = f"context lowered from {ctx_tokens} to {largest} tokens, the most that fits"
-    return replace(lowered, max_ctx_tokens=largest, reasons=(note, *lowered.reasons))
+    if candidate.verdict not in ("fits", "illegal") and not wants.ctx_tokens and largest >= _SMALLEST_USEFUL_CTX:
+        lowered = layer_split(facts, wants, gpus, machine.host, largest)
+        note = f"context lowered from {ctx_tokens} to {largest} tokens, the most that fits"
+        candidate = replace(lowered, max_ctx_tokens=largest, reasons=(note, *lowered.reasons))
+    return predicted(candidate, facts, gpus, machine.host, machine.links)
 
 
 def _best_single(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate:
     """The fastest of the cards on which the model fits, or the one on which it misses that by least."""
-    singles = [_asked(facts, replace(wants, tensor_split=None), [gpu], machine) for gpu in gpus]
+    kinds = {_kind(gpu): gpu for gpu in gpus[::-1]}
+    alone = [gpu for gpu in gpus if gpu in kinds.values()]
+    singles = [_asked(facts, replace(wants, tensor_split=None), [gpu], machine) for gpu in alone]
 
     def rank(single: Candidate) -> tuple[bool, int, int, float]:
-        return single.verdict == "fits", -single.short_bytes, -single.host.weights_bytes, single.speed.bound_tok_s or 0
+        rate = single.speed.decode_tok_s.likely if single.speed.decode_tok_s else 0.0
+        return single.verdict == "fits", -single.short_bytes, -single.host.weights_bytes, rate
 
     return max(singles, key=rank)
+
+
+def _kind(gpu: Gpu) -> Gpu:
+    """What a plan for one card depends on."""
+    families = tuple(name.rstrip("0123456789") for name in gpu.engine_devices)
+    return replace(gpu, index=0, uuid=None, bus_id=None, engine_devices=families)
 
 
 def find_fixes(

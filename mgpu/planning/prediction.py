@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 
 from mgpu.planning.batching import aggregate_tok_s, step_terms
 from mgpu.planning.decode import bound_seconds, decode_seconds, decode_terms
-from mgpu.planning.prefill import prefill_tok_s
-from mgpu.planning.speed import Range, Speed
+from mgpu.planning.links import SLOW_GB_S
+from mgpu.planning.prefill import prefill_tok_s, prefill_words
+from mgpu.planning.speed import Range, floored
 from mgpu.planning.speed_constants import VALUES, Values
 from mgpu.planning.work import Work
-
-ADVICE = "thin evidence: mgpu bench --compare"
-"""What a ranking prints beside a way whose order among others is not certain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +26,8 @@ class Prediction:
     `decode` is for one user at the depth of the work, `start` the same at an empty context; `aggregate` for all users
     together, None for one; `prefill` for one user's prompt. `bound` is the physical bound for one user at an empty
     context, None where offloaded layers read a memory of unknown bandwidth. `basis` are the sums, line by line, that
-    give `decode` (and `aggregate`), `summary` the same for one user in one line. `thin` are the reasons why the
-    evidence is thin; empty where it is not.
+    give `decode` (and `prefill` and `aggregate`). `thin` are the reasons why the evidence is thin; empty where it is
+    not.
     """
 
     decode: Range
@@ -38,19 +36,7 @@ class Prediction:
     prefill: Range | None
     bound: float | None
     basis: tuple[str, ...]
-    summary: str
     thin: tuple[str, ...]
-
-    @property
-    def speed(self) -> Speed:
-        """The prediction as a candidate carries it."""
-        return Speed(
-            decode_tok_s=self.decode,
-            aggregate_tok_s=self.aggregate,
-            prefill_tok_s=self.prefill,
-            bound_tok_s=self.bound,
-            basis=self.summary,
-        )
 
 
 def predict(work: Work, constants: Values = VALUES) -> Prediction | None:
@@ -70,14 +56,14 @@ def predict(work: Work, constants: Values = VALUES) -> Prediction | None:
     decode = _one_user(work, constants, bound, thin)
     start = _one_user(_at_the_start(work), constants, bound, thin)
     aggregate = _all_users(work, constants, bound, thin) if work.users > 1 and not work.host else None
+    prefill = None if work.host else _prompt(work, constants)
     return Prediction(
         decode=decode,
         start=start,
         aggregate=aggregate,
-        prefill=None if work.host else _prompt(work, constants),
+        prefill=prefill,
         bound=bound,
-        basis=tuple(_basis(work, constants, decode, aggregate, bound)),
-        summary=_summary(work, constants),
+        basis=tuple(_basis(work, constants, decode, prefill, aggregate, bound)),
         thin=thin,
     )
 
@@ -160,7 +146,14 @@ def _host_seconds(work: Work, constants: Values) -> tuple[float, float]:
     return least / 1e9, most / slow / 1e9
 
 
-def _basis(work: Work, constants: Values, decode: Range, aggregate: Range | None, bound: float | None) -> Iterator[str]:
+def _basis(
+    work: Work,
+    constants: Values,
+    decode: Range,
+    prefill: Range | None,
+    aggregate: Range | None,
+    bound: float | None,
+) -> Iterator[str]:
     """The sums as a reader can redo them."""
     terms = decode_terms(work, constants) if work.stages else ()
     yield from (str(term) for term in terms)
@@ -181,7 +174,11 @@ def _basis(work: Work, constants: Values, decode: Range, aggregate: Range | None
         told = f"{decode.likely:.1f} tokens/s, {decode.low:.1f} to {decode.high:.1f}"
         yield f"one user: 1 ÷ {seconds * 1e3:.2f} ms = {told}"
     if bound:
-        yield f"physical bound: {bound:.1f} tokens/s (the bytes over the bandwidth, nothing else)"
+        yield f"physical bound: {floored(bound)} tokens/s (the bytes over the bandwidth, nothing else)"
+    if prefill:
+        sum_ = prefill_words(work, constants)
+        shift = f" ÷ {slowed(work, constants):.3f} for less power" if _cut(work) else ""
+        yield f"prompt: {sum_}{shift} = {prefill.likely:.0f} tokens/s, {prefill.low:.0f} to {prefill.high:.0f}"
     if aggregate:
         steps = step_terms(work, constants)
         yield from (f"{work.users:.0f} users, {term}" for term in steps)
@@ -190,19 +187,6 @@ def _basis(work: Work, constants: Values, decode: Range, aggregate: Range | None
             f"{work.users:.0f} users: {work.users:.0f} ÷ {each * 1e3:.2f} ms = {aggregate.likely:.0f} tokens/s, "
             f"{aggregate.low:.0f} to {aggregate.high:.0f}"
         )
-
-
-def _summary(work: Work, constants: Values) -> str:
-    """One user's token in one line: what takes how long."""
-    times: dict[str, float] = {}
-    for term in decode_terms(work, constants) if work.stages else ():
-        times[term.what] = times.get(term.what, 0.0) + term.seconds
-    factor = slowed(work, constants)
-    parts = [f"{what} {seconds * factor * 1e3:.1f} ms" for what, seconds in times.items()]
-    if work.host:
-        least, most = _host_seconds(work, constants)
-        parts.append(f"host memory {least * 1e3:.0f} to {most * 1e3:.0f} ms")
-    return " + ".join(parts) + " a token"
 
 
 def _thin(work: Work) -> Iterator[str]:
@@ -218,6 +202,8 @@ def _thin(work: Work) -> Iterator[str]:
             yield f"a tensor split with {work.library}: hardly measured"
     if work.vllm and tensor and work.experts:
         yield "vLLM's tensor parallelism with experts: measurements disagree by half"
+    if tensor and work.link_gb_s and work.link_gb_s < SLOW_GB_S:
+        yield "cards at the same time over a slow link: not measured"
     if work.vllm and len(work.stages) > 1:
         yield "vLLM's pipeline: not measured"
     if work.vllm and any(chip.vendor != "nvidia" for chip in chips):

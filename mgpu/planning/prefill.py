@@ -24,6 +24,24 @@ def prefill_tok_s(work: Work, constants: Values = VALUES) -> float | None:
     return at_once / seconds
 
 
+def prefill_words(work: Work, constants: Values = VALUES) -> str:
+    """Return the sum that gives `prefill_tok_s`, which must not be None."""
+    rates: dict[str, int] = {}
+    for stage in work.stages:
+        chip = min(_chips(stage), key=lambda chip: (chip.tensor_tflops or 0) * _reached(work, chip, constants))
+        at_once = f"{len(stage.shares)} × " if len(stage.shares) > 1 else ""
+        rate = f"{at_once}{chip.tensor_tflops:.4g} TFLOPS × {_reached(work, chip, constants):.3g}"
+        rates[rate] = rates.get(rate, 0) + stage.layers
+    if len(rates) == 1:
+        reached = next(iter(rates))
+    else:
+        parts = " + ".join(f"{layers / work.layers:.2f} ÷ ({rate})" for rate, layers in rates.items())
+        reached = f"1 ÷ ({parts})"
+    overlap = len(work.stages) ** constants["llama.cpp prefill, layer split"]
+    besides = "" if work.vllm or len(work.stages) == 1 else f" × {overlap:.2f} for {len(work.stages)} cards in turn"
+    return f"{reached}{besides} ÷ (2 × {(work.active_parameters or 0) / 1e9:.2f} G parameters)"
+
+
 def _chips(stage: Stage) -> tuple[Chip, ...]:
     return tuple(share.chip for share in stage.shares)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
-from mgpu.machine.snapshot import Gpu, Host
+from mgpu.machine.snapshot import Gpu, Host, Link, Machine
 from mgpu.models.facts import ModelFacts
 from mgpu.planning.candidates import Candidate
 from mgpu.planning.links import is_slow
 from mgpu.planning.plan import Fix
+from mgpu.planning.predicted import predicted
+from mgpu.planning.ranking import Contestant, in_order
 from mgpu.planning.tensor_parallel import best_shape, legal_sizes
 from mgpu.planning.vllm_memory import BLOCK_TOKENS, VllmWants
 from mgpu.planning.vllm_placement import vllm_candidate
@@ -22,7 +25,9 @@ from mgpu.units import GIB
 _SMALLEST_USEFUL_CTX = 2048
 
 
-def vllm_candidates(facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], host: Host) -> tuple[Candidate, ...]:
+def vllm_candidates(
+    facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], host: Host, links: Sequence[Link] = ()
+) -> tuple[Candidate, ...]:
     """Return the ways to run `facts` on `gpus` (none: the CPU) with vLLM, the one to prefer first.
 
     With a shape in `wants` that one alone, legal or not. Without one: tensor parallel over cards of one model (with
@@ -36,7 +41,8 @@ def vllm_candidates(facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], ho
     """
     cards = tuple(gpus)
     if wants.tensor_parallel or wants.pipeline_parallel or wants.replicas > 1 or not cards:
-        return (_with_context(facts, wants, cards, host, _asked_shape(wants, len(cards))),)
+        asked = _with_context(facts, wants, cards, host, _asked_shape(wants, len(cards)))
+        return (predicted(asked, facts, cards, host, links),)
     alike = _alike(cards)
     shapes = list(_shapes(facts, wants, cards, alike)) if len(cards) > 1 and wants.split_mode != "none" else []
     found = [_with_context(facts, wants, some, host, shape) for some, shape in shapes]
@@ -48,7 +54,8 @@ def vllm_candidates(facts: ModelFacts, wants: VllmWants, gpus: Sequence[Gpu], ho
         found += [candidate for candidate in replicas if candidate.verdict == "fits"]
     kinds = {(gpu.name, gpu.total_bytes, gpu.free_bytes, gpu.bandwidth_gb_s, gpu.display): gpu for gpu in cards[::-1]}
     singles = [_with_context(facts, wants, (gpu,), host, (1, 1)) for gpu in cards if gpu in kinds.values()]
-    best_single = max(singles, key=_rank)
+    best_single = max((predicted(single, facts, cards, host, links) for single in singles), key=_rank)
+    found = [predicted(candidate, facts, cards, host, links) for candidate in found]
     if best_single.verdict == "fits" or not found:
         found.append(best_single)
     return _in_order(facts, found, wants, cards)
@@ -89,7 +96,9 @@ def _replicas(
             yield _freest(cards, count * size), size, count
 
 
-def with_least_share(facts: ModelFacts, candidate: Candidate, gpus: Sequence[Gpu], host: Host) -> Candidate:
+def with_least_share(
+    facts: ModelFacts, candidate: Candidate, gpus: Sequence[Gpu], host: Host, links: Sequence[Link] = ()
+) -> Candidate:
     """Return `candidate`, which fits, with no more of each of its cards than its users need: what a vLLM gets that is
     not alone on them."""
     wants = candidate.wants
@@ -103,17 +112,17 @@ def with_least_share(facts: ModelFacts, candidate: Candidate, gpus: Sequence[Gpu
         gpu_memory_utilization=least_share(facts, candidate),
     )
     used = {device.gpu for device in candidate.devices}
-    return vllm_candidates(facts, shaped, [gpu for gpu in gpus if gpu.index in used], host)[0]
+    return vllm_candidates(facts, shaped, [gpu for gpu in gpus if gpu.index in used], host, links)[0]
 
 
 def vllm_fixes(
-    facts: ModelFacts, others: Sequence[ModelFacts], wants: VllmWants, gpus: Sequence[Gpu], host: Host
+    facts: ModelFacts, others: Sequence[ModelFacts], wants: VllmWants, gpus: Sequence[Gpu], machine: Machine
 ) -> tuple[Fix, ...]:
     """Return the cheapest changes that make the model fit, mildest first; `others` are the same model in other
     quantisations. Each was planned again."""
     cards = tuple(gpus)
     tries = [(change, facts, shaped, some) for change, shaped, some in _lawful_shapes(facts, wants, cards)]
-    largest = max(each.max_ctx_tokens or 0 for each in vllm_candidates(facts, wants, cards, host))
+    largest = max(each.max_ctx_tokens or 0 for each in vllm_candidates(facts, wants, cards, machine.host))
     if largest >= _SMALLEST_USEFUL_CTX:
         tries.append((f"--ctx {largest}", facts, replace(wants, ctx_tokens=largest), cards))
     if wants.kv_type_k == "f16" and cards:
@@ -122,7 +131,7 @@ def vllm_fixes(
     tries += [(f"--quant {_method(other)}", other, wants, cards) for other in smaller]
     fixes = []
     for change, changed, other_wants, some in tries:
-        best = vllm_candidates(changed, other_wants, some, host)[0]
+        best = vllm_candidates(changed, other_wants, some, machine.host, machine.links)[0]
         if best.verdict == "fits":
             fixes.append(Fix(change=change, candidate=best))
     return tuple(fixes)
@@ -223,7 +232,8 @@ def _alike(cards: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
 def _in_order(
     facts: ModelFacts, found: Sequence[Candidate], wants: VllmWants, cards: tuple[Gpu, ...]
 ) -> tuple[Candidate, ...]:
-    """What fits first, and of that the best for who is served, unless its context had to be lowered."""
+    """What fits first, and of that the fastest for who is served, unless its context had to be lowered. As fast are,
+    for many users, what holds most of them at once, does not wait for a slow link, and has most replicas."""
     fitting = [candidate for candidate in found if candidate.verdict == "fits"]
     slow = {gpu.index for gpu in cards if is_slow(gpu)}
 
@@ -231,29 +241,28 @@ def _in_order(
         return candidate.tensor_parallel > 1 and any(device.gpu in slow for device in candidate.devices)
 
     def for_many(candidate: Candidate) -> tuple[float, ...]:
-        rate = candidate.speed.aggregate_tok_s.likely if candidate.speed.aggregate_tok_s and predicted else 0.0
-        users = users_at_once(candidate, facts)
-        return -candidate.ctx_tokens, -users, -rate, waits(candidate), -candidate.replicas
+        return -users_at_once(candidate, facts), waits(candidate), -candidate.replicas
 
-    def for_each(candidate: Candidate) -> tuple[float, ...]:
-        return -candidate.ctx_tokens, -round(_decode_tok_s(candidate) or 0), -candidate.replicas
+    def lowered(candidate: Candidate) -> int:
+        return -candidate.ctx_tokens
 
-    predicted = all(candidate.speed.aggregate_tok_s for candidate in fitting)
     if wants.split_mode != "tensor":
-        if wants.for_many:
-            fitting.sort(key=for_many)
-        elif all(_decode_tok_s(candidate) for candidate in fitting) and not (wants.parallel == 1 and wants.all_cards):
-            fitting.sort(key=for_each)
+        fitting.sort(key=for_many if wants.for_many else lambda candidate: -candidate.replicas)
+        if wants.for_many or not (wants.parallel == 1 and wants.all_cards):
+            fitting.sort(key=lowered)
+            fitting = [
+                way.candidate
+                for _, alike in groupby(fitting, key=lowered)
+                for way in in_order([Contestant(candidate=each) for each in alike], for_many=wants.for_many)
+            ]
         if wants.all_cards:
             fitting.sort(key=lambda candidate: len(candidate.devices) < len(cards))
     return (*fitting, *(candidate for candidate in found if candidate.verdict != "fits"))
 
 
 def _decode_tok_s(candidate: Candidate) -> float | None:
-    """One user's speed as it is predicted or, without a prediction, bounded."""
-    predicted = candidate.speed.decode_tok_s
-    return predicted.likely if predicted else candidate.speed.bound_tok_s
+    return candidate.speed.decode_tok_s.likely if candidate.speed.decode_tok_s else None
 
 
 def _rank(candidate: Candidate) -> tuple[bool, int, float]:
-    return candidate.verdict == "fits", -candidate.short_bytes, candidate.speed.bound_tok_s or 0
+    return candidate.verdict == "fits", -candidate.short_bytes, _decode_tok_s(candidate) or 0

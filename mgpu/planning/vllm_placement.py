@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from mgpu.machine.snapshot import Gpu, Host
 from mgpu.models.facts import Layer, ModelFacts
 from mgpu.planning.candidates import Candidate, PlannedDevice, PlannedHost
-from mgpu.planning.speed import Speed, active_bytes, layer_split_bound
+from mgpu.planning.speed import Speed
 from mgpu.planning.tensor_parallel import check_shape, pipeline_partition, replica_problems
 from mgpu.planning.vllm_memory import (
     BLOCK_TOKENS,
@@ -322,27 +322,9 @@ class _Placement:
             ),
             short_bytes=short,
             max_ctx_tokens=None,
-            speed=self._bound(devices) if verdict != "illegal" else Speed(),
+            speed=Speed(),
             wants=wants or self.wants,
         )
-
-    def _bound(self, devices: tuple[PlannedDevice, ...]) -> Speed:
-        """The physical bound at an empty context: stages work in turn, the cards of a stage at once, so that of
-        these the slowest counts. Replicas serve different users and speed nobody up."""
-        reads = []
-        per_replica = self.tensor_parallel * self.pipeline_parallel
-        for start in range(0, min(per_replica, len(devices)), self.tensor_parallel):
-            device = devices[start]
-            layers = self.facts.layers[device.first_layer : device.first_layer + device.layers]
-            read = sum(active_bytes(layer, self.facts) for layer in layers)
-            read += self.facts.head_bytes if device.head else 0
-            rates = [gpu.bandwidth_gb_s for gpu in self.gpus[start : start + self.tensor_parallel]]
-            slowest = min((rate for rate in rates if rate), default=None) if all(rates) else None
-            reads.append((read // self.tensor_parallel, slowest))
-        bound = layer_split_bound(reads)
-        if bound.basis and self.tensor_parallel > 1:
-            bound = replace(bound, basis=f"on each of {self.tensor_parallel} cards {bound.basis}")
-        return bound
 
 
 def _cpu_kv_bytes(wanted_bytes: int, workers: int) -> int:

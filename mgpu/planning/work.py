@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from mgpu.machine.cards import card_for_name
+from mgpu.machine.cards import Card, card_for_name
 from mgpu.machine.snapshot import Gpu, Link
 from mgpu.models.facts import Layer, ModelFacts
 
@@ -90,7 +91,8 @@ class Work:
     `engine` is "llama.cpp", "vllm" or "ollama" (which runs llama.cpp); `library` what it drives the cards with
     ("CUDA", "ROCm", "Vulkan", "SYCL"). `stages` are those of one replica, in turn. `users` are those served at the
     same time, by all replicas together. `link` is how cards of a stage exchange large results: "nvlink", "peer"
-    (directly over PCIe) or "host". `before_2025` is a build of llama.cpp from then.
+    (directly over PCIe) or "host", `link_gb_s` what the slowest link carries in one direction, None where that is not
+    known. `before_2025` is a build of llama.cpp from then.
     """
 
     engine: str
@@ -105,6 +107,7 @@ class Work:
     replicas: int = 1
     flash_attention: bool = True
     link: str = "host"
+    link_gb_s: float | None = None
     before_2025: bool = False
     host: HostPart | None = None
 
@@ -134,7 +137,7 @@ def chip_of(gpu: Gpu) -> Chip:
 
     A card without a known bandwidth gives a chip without one, for which no speed is predicted.
     """
-    card = card_for_name(gpu.name, gpu.total_bytes)
+    card = _card(gpu.name, gpu.total_bytes)
     power = 1.0
     if card and gpu.power_limit_w and gpu.power_limit_w < card.tdp_w * _CAPPED:
         power = gpu.power_limit_w / card.tdp_w
@@ -200,6 +203,11 @@ def link_between(gpus: Sequence[Gpu], links: Sequence[Link]) -> str:
     if all(link.kind == "NVLink" for link in pairs.values()):
         return "nvlink"
     return "peer" if all(link.p2p or link.kind == "NVLink" for link in pairs.values()) else "host"
+
+
+@lru_cache(maxsize=256)
+def _card(name: str, total_bytes: int | None) -> Card | None:
+    return card_for_name(name, total_bytes)
 
 
 def _number(text: str | None) -> float | None:

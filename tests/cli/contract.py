@@ -143,7 +143,16 @@ CANDIDATE = exactly(
     short_bytes=COUNT,
     max_ctx_tokens=maybe(COUNT),
     speed=exactly(
-        decode_tok_s=RANGE, aggregate_tok_s=RANGE, prefill_tok_s=RANGE, bound_tok_s=maybe(NUMBER), basis=maybe(TEXT)
+        decode_tok_s=RANGE,
+        decode_start_tok_s=RANGE,
+        aggregate_tok_s=RANGE,
+        aggregate_users=maybe(COUNT),
+        prefill_tok_s=RANGE,
+        bound_tok_s=maybe(NUMBER),
+        basis=maybe(TEXT),
+        sums=listed(TEXT),
+        thin=listed(TEXT),
+        unknown=maybe(TEXT),
     ),
     argv=listed(TEXT),
     env={"type": "object", "additionalProperties": TEXT},

@@ -64,6 +64,27 @@ def reached(rate: Rate) -> list[tuple[str, float]]:
     return list(worst.items())
 
 
+def pairs_of(known: Callable[[MeasuredRow], bool]) -> list[tuple[MeasuredRow, MeasuredRow]]:
+    """Return (faster, slower) of all pairs more than 5 % apart of rows that are `known`, each once for each number of
+    cards that a row may have been measured on."""
+    pairs = (pair for cards in _UNSTATED_CARDS for pair in _pairs(lambda _: None, cards))
+    found = {(p.faster.id, p.slower.id, p.faster.work, p.slower.work): (p.faster, p.slower) for p in pairs}
+    return [(faster, slower) for faster, slower in found.values() if known(faster) and known(slower)]
+
+
+def choices() -> list[list[list[MeasuredRow]]]:
+    """Return what there was to choose from, again and again: the rows of each way, which differ in split or engine."""
+    found = {}
+    for cards in _UNSTATED_CARDS:
+        for rows in _groups(cards):
+            ways: dict[tuple[str, str], list[MeasuredRow]] = {}
+            for row in rows:
+                ways.setdefault((row.engine, row.split), []).append(row)
+            if len(ways) > 1:
+                found[rows[0].work, rows[0].depth_band] = list(ways.values())
+    return list(found.values())
+
+
 def _pairs(rate: Rate, cards: int) -> Iterator[Pair]:
     for rows in _groups(cards):
         for a, b in itertools.combinations(rows, 2):

@@ -17,7 +17,8 @@ from mgpu.models.facts import ModelFacts
 from mgpu.models.shape import facts_from_shape
 from mgpu.planning.candidates import Candidate, layer_split, place_layers
 from mgpu.planning.plan import Plan, make_plan
-from mgpu.planning.speed import active_bytes
+from mgpu.planning.predicted import predicted
+from mgpu.planning.speed import Speed
 from mgpu.planning.wants import Wants
 from mgpu.units import GIB, MIB
 from tests.fakes.shapes import SHAPES
@@ -210,20 +211,21 @@ def test_swapping_equal_cards_changes_nothing(model: ModelFacts, wants: Wants, f
 def test_the_bound_is_never_above_bandwidth_over_bytes(model: ModelFacts, wants: Wants, rates: list[float]) -> None:
     gpus = cards(*[900] * len(rates), bandwidths_gb_s=rates)
     candidate = layer_split(model, replace(wants, offload=False), gpus, Host(), wants.ctx_tokens or 0)
-    bound = candidate.speed.bound_tok_s
-    if wants.cpu_moe_layers:
-        assert bound is None  # experts are read at the unknown speed of the host's memory
+    bound = predicted(candidate, model, gpus, Host()).speed.bound_tok_s
+    if candidate.host.expert_layers or wants.kv_on_host:
+        assert bound is None  # what is in the host's memory is read at an unknown speed
         return
-    read_bytes = sum(active_bytes(layer, model) for layer in model.layers) + model.head_bytes
+    used = model.experts_used / model.experts if model.experts else 0
+    read_bytes = sum(each.weights_bytes - each.expert_bytes * (1 - used) for each in model.layers) + model.head_bytes
     assert bound is not None
     assert min(rates) * 1e9 / read_bytes <= bound * (1 + 1e-9)
     assert bound <= max(rates) * 1e9 / read_bytes * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("bandwidth_gb_s", [None, 0.0])
-def test_no_bound_without_a_bandwidth(bandwidth_gb_s: float | None) -> None:
-    plan = planned("llama-3.1-8b", machine_of(cards(24, bandwidths_gb_s=[bandwidth_gb_s])))
-    assert plan.chosen.speed.bound_tok_s is None
+def test_no_speed_without_a_bandwidth_and_the_card_is_named(bandwidth_gb_s: float | None) -> None:
+    speed = planned("llama-3.1-8b", machine_of(cards(24, bandwidths_gb_s=[bandwidth_gb_s]))).chosen.speed
+    assert speed == Speed(unknown="the memory bandwidth of gpu0 (card) is unknown")
 
 
 @pytest.mark.parametrize(
@@ -426,8 +428,9 @@ def test_a_full_card_holds_nothing_and_spoils_nothing(free_gib: tuple[float, ...
 
 def test_a_model_that_fits_one_card_is_offered_on_it() -> None:
     plan = planned("llama-3.1-8b", "4080+4090")
-    both, single = plan.candidates
+    both, cut, single = plan.candidates
     assert (plan.best, len(both.devices)) == (0, 2)
+    assert (cut.split_mode, cut.verdict, len(cut.devices)) == ("tensor", "fits", 2)
     assert [device.name for device in single.devices] == ["NVIDIA GeForce RTX 4090"]
 
 

@@ -42,14 +42,6 @@ def test_a_reader_can_redo_the_sum_with_a_pencil(row: MeasuredRow) -> None:
     assert 1e3 / summed_ms(found.basis) == pytest.approx(found.decode.likely, rel=0.02)
 
 
-def test_a_candidate_carries_the_prediction_with_the_sum_in_one_line() -> None:
-    found = predicted(dense(cards=2, kv_gb=2.7, users=4))
-    assert (found.speed.decode_tok_s, found.speed.aggregate_tok_s) == (found.decode, found.aggregate)
-    assert (found.speed.prefill_tok_s, found.speed.bound_tok_s) == (found.prefill, found.bound)
-    summed = sum(float(number) for number in re.findall(r"([\d.]+) ms", found.speed.basis or ""))
-    assert 1e3 / summed == pytest.approx(found.decode.likely, rel=0.01)
-
-
 def test_the_sum_for_many_users_is_shown_too() -> None:
     basis = predicted(dense(users=16, engine="vllm", cards=2, tensor=True)).basis
     assert any(line.startswith("16 users, weights") for line in basis)

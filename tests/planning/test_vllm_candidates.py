@@ -17,6 +17,7 @@ from mgpu.machine.snapshot import Gpu, Host, PcieLink
 from mgpu.models.facts import ModelFacts
 from mgpu.models.hf import facts_from_config
 from mgpu.planning.candidates import Candidate
+from mgpu.planning.speed import Speed
 from mgpu.planning.vllm_candidates import vllm_candidates, vllm_fixes
 from mgpu.planning.vllm_memory import OVERHEAD_BYTES, VllmWants, request_bytes, visible_bytes
 from mgpu.planning.vllm_placement import planned_kv_tokens, vllm_candidate
@@ -65,8 +66,8 @@ def shapes(candidates: Sequence[Candidate]) -> list[tuple[str, int, int, int]]:
         pytest.param(
             THIRTY,
             "4x3090",
-            [("fits", 2, 2, 4), ("fits", 2, 1, 2), ("fits", 1, 1, 1), ("illegal", 4, 1, 4)],
-            id="six groups of scales on four",
+            [("fits", 1, 1, 1), ("fits", 2, 2, 4), ("fits", 2, 1, 2), ("illegal", 4, 1, 4)],
+            id="six groups of scales on four; of experts nobody knows that more cards are faster",
         ),
         pytest.param(
             EIGHT,
@@ -88,7 +89,7 @@ def test_the_ways_that_are_found(facts: ModelFacts, machine: str, expected: list
         pytest.param(SEVENTY, VllmWants(), [(2, 1), (1, 3)], id="one user: two at once are faster"),
         pytest.param(SEVENTY, VllmWants(all_cards=True), [(1, 3), (2, 1)], id="who counts the cards wants them"),
         pytest.param(SEVENTY, VllmWants(parallel=8), [(1, 3), (2, 1)], id="many users need the memory of all"),
-        pytest.param(EIGHT, VllmWants(), [(2, 1), (1, 3), (1, 1)], id="as fast on all: those"),
+        pytest.param(EIGHT, VllmWants(), [(2, 1), (1, 1), (1, 3)], id="a pipeline, which nobody measured, last"),
         pytest.param(
             facts_of(LLAMA_70B | AWQ, 39), VllmWants(), [(1, 3), (2, 1)], id="not where its context had to be lowered"
         ),
@@ -136,13 +137,13 @@ def ranked(candidates: Sequence[Candidate]) -> list[tuple[int, int, int]]:
             [(2, 1, 2), (4, 1, 1)],
             id="two, where all users have room",
         ),
-        pytest.param(EIGHT, "3x4090", MANY, [(1, 1, 3), (1, 3, 1), (2, 1, 1), (1, 1, 1)], id="three on three"),
+        pytest.param(EIGHT, "3x4090", MANY, [(1, 1, 3), (2, 1, 1), (1, 1, 1), (1, 3, 1)], id="three on three"),
         pytest.param(
             EIGHT,
             "5x4090",
             replace(MANY, parallel=2),
-            [(1, 1, 5), (2, 1, 2), (1, 5, 1), (4, 1, 1), (1, 1, 1)],
-            id="one idle",
+            [(4, 1, 1), (2, 1, 2), (1, 1, 5), (1, 1, 1), (1, 5, 1)],
+            id="two users leave three of five replicas idle",
         ),
         pytest.param(
             EIGHT,
@@ -152,7 +153,7 @@ def ranked(candidates: Sequence[Candidate]) -> list[tuple[int, int, int]]:
             id="none idle when the cards are counted",
         ),
         pytest.param(THIRTY, "2x4090", MANY, [(2, 1, 1), (1, 1, 1)], id="experts are never replicated"),
-        pytest.param(EIGHT, "4090+4080+4080", MANY, [(1, 3, 1), (2, 1, 1), (1, 1, 1)], id="none that has room"),
+        pytest.param(EIGHT, "4090+4080+4080", MANY, [(2, 1, 1), (1, 1, 1), (1, 3, 1)], id="none that has room"),
         pytest.param(EIGHT, "2x4090", replace(MANY, split_mode="none"), [(1, 1, 1)], id="one card when asked"),
     ],
 )
@@ -244,7 +245,7 @@ def test_the_least_share_holds_all_users_and_no_less_does() -> None:
 def test_an_illegal_shape_has_a_legal_one_as_its_way_out(wants: VllmWants, machine: str, changes: list[str]) -> None:
     gpus = simulate(machine).gpus
     assert vllm_candidates(SEVENTY, wants, gpus, HOST)[0].verdict == "illegal"
-    fixes = vllm_fixes(SEVENTY, (), wants, gpus, HOST)
+    fixes = vllm_fixes(SEVENTY, (), wants, gpus, replace(simulate(machine), host=HOST))
     assert [fix.change for fix in fixes] == changes
     for fix in fixes:
         assert fix.candidate.verdict == "fits"
@@ -394,7 +395,9 @@ def test_the_bound(machine: str, wants: VllmWants, bound: float) -> None:
 
 def test_an_unknown_bandwidth_bounds_nothing() -> None:
     gpus = [replace(card(24, 23.5, i), bandwidth_gb_s=None if i else 1000.0) for i in range(2)]
-    assert vllm_candidates(EIGHT, VllmWants(), gpus, HOST)[0].speed.bound_tok_s is None
+    found = {len(each.devices): each.speed for each in vllm_candidates(EIGHT, VllmWants(), gpus, HOST)}
+    assert found[1].bound_tok_s
+    assert found[2] == Speed(unknown="the memory bandwidth of gpu1 (card) is unknown")
 
 
 def test_an_unknown_memory_is_no_ground_to_plan_on() -> None:

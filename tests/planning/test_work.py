@@ -7,15 +7,9 @@ from dataclasses import replace
 import pytest
 
 from mgpu.machine.cards import find_card
-from mgpu.machine.simulate import simulate
 from mgpu.machine.snapshot import Gpu, Link
 from mgpu.models.facts import Layer, ModelFacts
-from mgpu.models.shape import facts_from_shape
-from mgpu.planning.candidates import layer_split
-from mgpu.planning.prediction import predict
-from mgpu.planning.wants import Wants
-from mgpu.planning.work import Stage, Work, chip_of, is_quantised, link_between, share_of
-from tests.fakes.shapes import SHAPES
+from mgpu.planning.work import chip_of, is_quantised, link_between, share_of
 
 FULL = Layer(weights_bytes=1000, expert_bytes=800, kv_heads=2, key_length=4, value_length=4)
 WINDOWED = replace(FULL, sliding_window=100)
@@ -129,33 +123,6 @@ def test_a_quantised_cache_is_read_faster_and_an_empty_one_not_at_all() -> None:
 def test_sixteen_bit_files_are_not_quantised() -> None:
     assert is_quantised(FACTS)
     assert not is_quantised(replace(FACTS, file_bytes=FACTS.parameters * 2))
-
-
-def test_a_layer_split_that_was_planned_can_be_predicted() -> None:
-    """The bound is that of the plan, and the likely speed that of 2 RTX 4090 with 70B in 4 bits: 19.06 measured."""
-    machine = simulate("2x4090")
-    facts = facts_from_shape("llama-3.3-70b", SHAPES["llama-3.3-70b"], "Q4_K_M")
-    candidate = layer_split(facts, Wants(), machine.gpus, machine.host, 8192)
-    stages = tuple(
-        Stage(
-            layers=device.layers,
-            shares=(
-                share_of(
-                    facts,
-                    facts.layers[device.first_layer : device.first_layer + device.layers],
-                    chip_of(gpu),
-                    head=device.head,
-                    depth_tokens=512,
-                ),
-            ),
-        )
-        for gpu, device in zip(machine.gpus, candidate.devices, strict=True)
-    )
-    work = Work(engine="llama.cpp", library="CUDA", stages=stages, quantised=is_quantised(facts))
-    found = predict(work)
-    assert found is not None
-    assert found.bound == pytest.approx(candidate.speed.bound_tok_s)
-    assert found.decode.low <= 19.06 <= found.decode.high
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from mgpu.backends.samples import Sample
 from mgpu.cli.views.plan import shape_words, split_words
 from mgpu.cli.views.words import card_name, cell_gib, sizes
 from mgpu.planning.choice import TITLES
+from mgpu.planning.speed import Range, interval
 from mgpu.units import GIB, gib, seconds
 
 if TYPE_CHECKING:
@@ -58,10 +59,20 @@ def plan_line(candidate: Candidate) -> str:
         elif candidate.host.expert_layers:
             where += f", experts of {candidate.host.expert_layers} layers in RAM ({gib(candidate.host.total_bytes)})"
     users = "" if candidate.parallel == 1 else f" × {candidate.parallel} users"
-    bound = candidate.speed.bound_tok_s
-    speed = f" · at most {int(bound)} tokens/s" if bound else ""
+    expected = expected_words(candidate)
+    speed = f" · {expected} tokens/s expected" if expected else ""
     what = f"{candidate.quant or '?'} · {candidate.ctx_tokens} tokens{users}"
     return f"{TITLES[candidate.backend]} · {what} · {where}{speed}"
+
+
+def expected_words(candidate: Candidate) -> str | None:
+    """Return how many tokens per second one user may expect, from a full context to an empty one: "16-22"; None where
+    nothing is predicted."""
+    speed = candidate.speed
+    if speed.decode_tok_s is None or speed.decode_start_tok_s is None:
+        return None
+    whole = Range(low=speed.decode_tok_s.low, likely=speed.decode_tok_s.likely, high=speed.decode_start_tok_s.high)
+    return interval(whole, speed.bound_tok_s)
 
 
 def fetch_line(progress: Progress, rate_bytes_s: float | None, width: int) -> RenderableType:
@@ -96,6 +107,8 @@ def check_line(candidate: Candidate, memory: Mapping[int, DeviceMemory], canary:
     ]
     cards = f"{', '.join(held)} GiB planned · " if held else ""
     rate = f" · {canary.generation_tok_s:.1f} tokens/s" if canary.generation_tok_s else ""
+    if rate and (expected := expected_words(candidate)):
+        rate += f", too few to compare with the {expected} expected"
     return f"{cards}answered in {seconds(canary.seconds)}{rate}"
 
 
