@@ -233,7 +233,9 @@ def place_tensors(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Ho
     candidate = _judged(facts, wants, gpus, ctx_tokens, devices, planned_host)
     candidate = replace(candidate, split_mode="tensor")
     refused = tuple(tensor_split_problems(facts, wants, len(gpus)))
-    return replace(candidate, verdict="illegal", reasons=refused) if refused else candidate
+    if refused:
+        return replace(candidate, verdict="illegal", reasons=refused)
+    return replace(candidate, reasons=(*candidate.reasons, "llama.cpp calls its tensor split experimental"))
 
 
 def _device(

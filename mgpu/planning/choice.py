@@ -211,7 +211,8 @@ def _by_speed(ways: Sequence[_Way], preferred: Preference) -> str | None:
     if better:
         there = rate(better.candidate, for_many=many)
         assert there
-        would = f"{users}{_named(better, ways)} would give {interval(there)} tokens/s, not {interval(own)}"
+        mine = f"{interval(own)} with {_named(chosen, ways)}"
+        would = f"{users}{interval(there)} tokens/s with {_named(better, ways)}, {mine}"
         command = (better.offer.install or "").removeprefix("install it from ")
         return _first_short(f"{would}; not installed: {command}", f"{would}; not installed", would)
     rivals = [(way, found) for way, found in known if way.candidate.runs]
@@ -221,7 +222,8 @@ def _by_speed(ways: Sequence[_Way], preferred: Preference) -> str | None:
         rivals, key=lambda pair: (pair[0].candidate.backend != chosen.candidate.backend, pair[1].likely)
     )
     rest = _reason(chosen, rival, own, theirs, preferred)
-    both = f"{users}{_named(chosen, ways)} {interval(own)} tokens/s, {_named(rival, ways)} {interval(theirs)}"
+    against = _named(rival, ways, beside=chosen)
+    both = f"{users}{interval(own)} tokens/s with {_named(chosen, ways)}, {interval(theirs)} with {against}"
     return _first_short(f"{both}{rest}", both, f"{interval(own)} tokens/s against {interval(theirs)}")
 
 
@@ -237,11 +239,11 @@ def _reason(chosen: _Way, rival: _Way, own: Range, theirs: Range, preferred: Pre
     if not overlap(one, other, for_many=preferred.for_many) and own.likely > theirs.likely:
         return ""
     if other.speed.thin and not one.speed.thin:
-        return " on thin evidence"
+        return ": thin evidence"
     if one.backend != other.backend:
         if chosen.on_disk and not rival.on_disk:
             return f"; the model is on disk for {TITLES[one.backend]} only"
-        return ": the simpler one" if own.likely < theirs.likely else ""
+        return f"; {TITLES[one.backend]} is simpler" if own.likely < theirs.likely else ""
     return ""
 
 
@@ -258,18 +260,20 @@ def _better_if_installed(chosen: _Way, missing: Sequence[_Way], preferred: Prefe
     )
 
 
-def _named(way: _Way, ways: Sequence[_Way]) -> str:
-    """The engine, and its split where it has several ways."""
+def _named(way: _Way, ways: Sequence[_Way], *, beside: _Way | None = None) -> str:
+    """The engine, and its split where it has several ways; "its" beside another of the same engine."""
     candidate = way.candidate
     title = TITLES[candidate.backend]
+    its = "its" if beside and beside.candidate.backend == candidate.backend else f"{title}'s"
     if sum(each.candidate.backend == candidate.backend for each in ways) == 1:
         return title
-    if len(candidate.devices) == 1:
-        return f"{title} on one card"
     if candidate.replicas > 1:
-        return f"{title}, {candidate.replicas} replicas"
-    cut = f"tensor parallel {candidate.tensor_parallel}" if candidate.tensor_parallel > 1 else f"{candidate.split_mode}"
-    return f"{title}, {cut}" if candidate.backend == "vllm" else f"{title}, {candidate.split_mode} split"
+        return f"{candidate.replicas} replicas"
+    if len(candidate.devices) == 1:
+        return "one card" if its == "its" else f"{title} on one card"
+    if candidate.tensor_parallel > 1:
+        return f"{its} tensor parallel {candidate.tensor_parallel}"
+    return f"{its} pipeline" if candidate.backend == "vllm" else f"{its} {candidate.split_mode} split"
 
 
 def _first_short(*lines: str) -> str:

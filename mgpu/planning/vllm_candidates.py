@@ -11,6 +11,7 @@ from mgpu.machine.snapshot import Gpu, Host, Link, Machine
 from mgpu.models.facts import ModelFacts
 from mgpu.planning.candidates import Candidate
 from mgpu.planning.links import is_slow
+from mgpu.planning.more_cards import more_cards
 from mgpu.planning.plan import Fix
 from mgpu.planning.predicted import predicted
 from mgpu.planning.ranking import Contestant, in_order
@@ -134,7 +135,21 @@ def vllm_fixes(
         best = vllm_candidates(changed, other_wants, some, machine.host, machine.links)[0]
         if best.verdict == "fits":
             fixes.append(Fix(change=change, candidate=best))
+    if not (wants.tensor_parallel or wants.pipeline_parallel or wants.replicas > 1):
+        fixes += _with_more_cards(facts, wants, cards, machine)
     return tuple(fixes)
+
+
+def _with_more_cards(facts: ModelFacts, wants: VllmWants, cards: tuple[Gpu, ...], machine: Machine) -> Iterator[Fix]:
+    """The fewest more cards of the same maker on which the model fits."""
+    makers = {gpu.vendor for gpu in cards}
+    for change, there, some in more_cards(
+        machine, cards, lambda gpu: gpu.vendor in makers, least_bytes=sum(layer.weights_bytes for layer in facts.layers)
+    ):
+        best = vllm_candidates(facts, wants, some, there.host, there.links)[0]
+        if best.verdict == "fits":
+            yield Fix(change=change, candidate=best)
+            return
 
 
 def _lawful_shapes(

@@ -82,7 +82,7 @@ def offered(
     on_disk: bool = False,
     ctx_tokens: int = 8192,
 ) -> Offer:
-    made = [replace(way(backend, verdict), speed=speed, ctx_tokens=ctx_tokens) for speed in speeds]
+    made = [replace(way(backend, verdict), speed=each, ctx_tokens=ctx_tokens, parallel=8) for each in speeds]
     if split:
         made = [replace(each, split_mode=split) for each in made]
     return Offer(
@@ -104,25 +104,25 @@ def chosen(*offers: Offer, goal: Goal = Goal.latency, parallel: int = 1) -> Plan
         pytest.param(
             [offered(LLAMA, at(17, 22)), offered(VLLM, at(29, 39))],
             VLLM,
-            "vLLM 29-39 tokens/s, llama.cpp 17-22",
+            "29-39 tokens/s with vLLM, 17-22 with llama.cpp",
             id="the faster one",
         ),
         pytest.param(
             [offered(LLAMA, at(17, 22)), offered(VLLM, at(29, 39), installed=False)],
             LLAMA,
-            "vLLM would give 29-39 tokens/s, not 17-22; not installed: mgpu backends install vllm",
+            "29-39 tokens/s with vLLM, 17-22 with llama.cpp; not installed: mgpu backends install vllm",
             id="the faster one is not installed",
         ),
         pytest.param(
             [offered(LLAMA, at(17, 22)), offered(VLLM, at(20, 26))],
             LLAMA,
-            "llama.cpp 17-22 tokens/s, vLLM 20-26: the simpler one",
+            "17-22 tokens/s with llama.cpp, 20-26 with vLLM; llama.cpp is simpler",
             id="about as fast: the simpler one",
         ),
         pytest.param(
             [offered(LLAMA, at(17, 22)), offered(VLLM, at(20, 26), on_disk=True)],
             VLLM,
-            "vLLM 20-26 tokens/s, llama.cpp 17-22; the model is on disk for vLLM only",
+            "20-26 tokens/s with vLLM, 17-22 with llama.cpp; the model is on disk for vLLM only",
             id="about as fast: the one on disk",
         ),
         pytest.param(
@@ -134,7 +134,7 @@ def chosen(*offers: Offer, goal: Goal = Goal.latency, parallel: int = 1) -> Plan
         pytest.param(
             [offered(LLAMA, at(17, 22)), offered(VLLM, at(18, 39, thin=True))],
             LLAMA,
-            "llama.cpp 17-22 tokens/s, vLLM 18-39 on thin evidence",
+            "17-22 tokens/s with llama.cpp, 18-39 with vLLM: thin evidence",
             id="thin evidence does not go first",
         ),
         pytest.param(
@@ -143,7 +143,7 @@ def chosen(*offers: Offer, goal: Goal = Goal.latency, parallel: int = 1) -> Plan
         pytest.param(
             [offered(LLAMA, at(17, 22)), offered(VLLM, at(29, 39), ctx_tokens=4096)],
             LLAMA,
-            "llama.cpp 17-22 tokens/s, vLLM 29-39, which has room for 4096 tokens only",
+            "17-22 tokens/s with llama.cpp, 29-39 with vLLM, which has room for 4096 tokens only",
             id="the context asked for before speed",
         ),
         pytest.param(
@@ -155,7 +155,7 @@ def chosen(*offers: Offer, goal: Goal = Goal.latency, parallel: int = 1) -> Plan
         pytest.param(
             [offered(VLLM, at(27, 36)), offered(LLAMA, at(28, 38), split="tensor")],
             VLLM,
-            "vLLM 27-36 tokens/s, llama.cpp 28-38: the simpler one",
+            "27-36 tokens/s with vLLM, 28-38 with llama.cpp; vLLM is simpler",
             id="a split that llama.cpp calls experimental is not simple",
         ),
         pytest.param(
@@ -185,10 +185,13 @@ def test_the_goal_says_whose_speed_counts(goal: Goal, first: str) -> None:
     offers = offered(LLAMA, at(40, 50, many=(60, 90))), offered(VLLM, at(20, 30, many=(200, 300)))
     plan = chosen(*offers, goal=goal, parallel=8)
     assert plan.chosen.backend == first
-    assert plan.why == {
-        LLAMA: "llama.cpp 40-50 tokens/s, vLLM 20-30",
-        VLLM: "8 users: vLLM 200-300 tokens/s, llama.cpp 60-90",
-    }[first].replace("8 users", f"{plan.chosen.parallel} users")
+    assert (
+        plan.why
+        == {
+            LLAMA: "40-50 tokens/s with llama.cpp, 20-30 with vLLM",
+            VLLM: "8 users: 200-300 tokens/s with vLLM, 60-90 with llama.cpp",
+        }[first]
+    )
 
 
 def test_of_one_engine_the_faster_way_comes_first_and_of_equal_ones_the_one_asked_for() -> None:

@@ -29,6 +29,8 @@ _MB = 1_000_000
 _TOLERATED_EXCESS = 0.03
 # Below this part of the KV cache that was planned, fewer users find room than were promised.
 _LEAST_KV_SHARE = 0.9
+# A shorter answer is no measurement of the speed.
+_MEASURED_TOKENS = 64
 
 
 def home_path(path: Path) -> str:
@@ -108,7 +110,7 @@ def check_line(candidate: Candidate, memory: Mapping[int, DeviceMemory], canary:
     cards = f"{', '.join(held)} GiB planned · " if held else ""
     rate = f" · {canary.generation_tok_s:.1f} tokens/s" if canary.generation_tok_s else ""
     if rate and (expected := expected_words(candidate)):
-        rate += f", too few to compare with the {expected} expected"
+        rate += f" in its first words, {expected} expected"
     return f"{cards}answered in {seconds(canary.seconds)}{rate}"
 
 
@@ -159,11 +161,13 @@ def actual_data(candidate: Candidate, memory: Mapping[int, DeviceMemory]) -> lis
     ]
 
 
-def answer_line(answer: Answer) -> str:
-    """Return how fast an answer came."""
+def answer_line(answer: Answer, candidate: Candidate | None = None) -> str:
+    """Return how fast an answer came and, of one that is long enough to be a measurement, what was expected."""
     parts = []
     if answer.generated_tokens is not None and answer.generation_tok_s:
-        parts.append(f"{answer.generated_tokens} tokens at {answer.generation_tok_s:.1f} tokens/s")
+        expected = expected_words(candidate) if candidate and answer.generated_tokens >= _MEASURED_TOKENS else None
+        beside = f" ({expected} expected)" if expected else ""
+        parts.append(f"{answer.generated_tokens} tokens at {answer.generation_tok_s:.1f} tokens/s{beside}")
     if answer.prompt_tokens and answer.prompt_tok_s:
         parts.append(f"prompt {answer.prompt_tokens} tokens at {answer.prompt_tok_s:.0f} tokens/s")
     if answer.finish_reason == "length":
