@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mgpu.machine.cards import card_for_name
 from mgpu.machine.snapshot import Gpu, Machine
 from mgpu.planning.candidates import Candidate
-from mgpu.planning.speed import Range
+from mgpu.planning.speed import Range, interval
 
 # Predictions are less certain than that: what is nearer counts as equal.
 _AS_FAST = 0.95
@@ -41,8 +41,9 @@ class Choice:
     @property
     def all_tokens_s(self) -> Range | None:
         """What all users get together; None where it cannot be run or nothing is predicted."""
-        together = self.candidate.speed.aggregate_tok_s if self.candidate.parallel > 1 else self.tokens_s
-        return together if self.runs else None
+        together = self.candidate.speed.aggregate_tok_s if self.runs else None
+        alone = self.candidate.parallel == 1 or (self.fits and self.candidate.backend == "vllm")
+        return together or (self.tokens_s if alone else None)  # vLLM lets users wait where it has room for one
 
     @property
     def runs(self) -> bool:
@@ -136,13 +137,6 @@ def statements(standings: Sequence[Standing], users: int) -> tuple[Statement, ..
     return tuple(found)
 
 
-def range_words(tokens_s: Range) -> str:
-    """Return an interval as it is printed: "34-40", "2.1-3.8", or one number where both ends round to it."""
-    digits = 0 if tokens_s.low >= 9.95 else 1
-    low, high = (f"{value:.{digits}f}" for value in (tokens_s.low, tokens_s.high))
-    return low if low == high else f"{low}-{high}"
-
-
 def _one_card(standing: Standing) -> Iterator[Statement]:
     """What one of several cards makes of it."""
     several, single = standing.one, standing.one_card
@@ -160,11 +154,11 @@ def _one_card(standing: Standing) -> Iterator[Statement]:
     name, all_cards = _card_name(standing, single), "both cards" if several.cards == 2 else f"{several.cards} cards"
     fast, slow = several.tokens_s, single.tokens_s
     as_well = _as_well(single, several)
-    beside = f"{_spoken(single)} on one {name}, {_spoken(several)} on {all_cards}"
+    beside = f"{_spoken(single)}, and {_spoken(several)} on {all_cards}"
     share = f"{slow.likely / fast.likely:.0%} of the speed" if fast and slow else ""
     if single.fits and single.file_bytes >= several.file_bytes * EQUAL_SIZE:
         kind = "one-card"
-        text = f"one of the {cards} cards does it as fast: {beside}"
+        text = f"one of the {cards} cards serves one user as fast: {beside}"
         if not as_well:
             text = f"one {name} holds it too" + (f", at {share}: {beside}" if share else "")
     elif single.fits:
@@ -177,7 +171,7 @@ def _one_card(standing: Standing) -> Iterator[Statement]:
         text = f"one {name} with layers in host memory serves one user as fast: {beside}"
         if not as_well:
             kept = next((reason for reason in single.candidate.reasons if "stay in host memory" in reason), "")
-            text = f"on one {name} {kept.partition(':')[0]}" + (f": {beside}" if share else "")
+            text = f"with one {name}, {kept.partition(':')[0]}" + (f": {beside}" if share else "")
     yield Statement(kind=kind, machine=standing.name, as_well=as_well, text=text)
 
 
@@ -193,6 +187,7 @@ def _other_machine(standing: Standing, standings: Sequence[Standing]) -> Iterato
     assert theirs.tokens_s
     smaller = theirs.file_bytes < mine.file_bytes * EQUAL_SIZE
     quants = (f" with {theirs.candidate.quant}", f" with {mine.candidate.quant}") if smaller else ("", "")
+    how = "faster than" if theirs.tokens_s.likely * _AS_FAST > mine.tokens_s.likely else "as fast as"
     counts = [len(each.machine.gpus) for each in (least, standing)]
     facts = [f"{counts[0]} card{'s' if counts[0] > 1 else ''} instead of {counts[1]}"] if counts[0] < counts[1] else []
     if least.watts and standing.watts and least.watts < standing.watts:
@@ -200,8 +195,8 @@ def _other_machine(standing: Standing, standings: Sequence[Standing]) -> Iterato
     if least.price is not None and standing.price is not None and least.price < standing.price:
         facts.append(f"{least.price:g} instead of {standing.price:g}")
     text = (
-        f"{least.name}{quants[0]} serves one user as fast as {standing.name}{quants[1]} "
-        f"({range_words(theirs.tokens_s)} and {range_words(mine.tokens_s)} tokens/s): {', '.join(facts)}"
+        f"{least.name}{quants[0]} serves one user {how} {standing.name}{quants[1]} "
+        f"({interval(theirs.tokens_s)} and {interval(mine.tokens_s)} tokens/s): {', '.join(facts)}"
     )
     yield Statement(kind="other-machine", machine=standing.name, as_well=True, text=text)
 
@@ -241,7 +236,7 @@ def _as_well(lesser: Choice, more: Choice) -> bool | None:
 
 def _spoken(choice: Choice) -> str:
     """A choice's quantisation and speed: "Q4_K_M 34-40 tokens/s"."""
-    speed = f" {range_words(choice.tokens_s)} tokens/s" if choice.tokens_s else ""
+    speed = f" {interval(choice.tokens_s)} tokens/s" if choice.tokens_s else ""
     return f"{choice.candidate.quant or 'it'}{speed}"
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from mgpu.cli.views.plan import shape_words, split_words
 from mgpu.cli.views.words import card_name, plain_table, width_of
-from mgpu.planning.advice import Choice, range_words
+from mgpu.planning.advice import Choice
 from mgpu.planning.choice import TITLES
+from mgpu.planning.speed import interval
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -55,14 +55,11 @@ def advice_screen(compared: Compared, width: int) -> Iterator[RenderableType]:
 
 
 def speed_cell(choice: Choice | None) -> str:
-    """Return what all users of a choice get together: an interval, "≤ 24" where only the bound is known, "?" where
-    nothing is, "-" where it does not run."""
+    """Return what all users of a choice get together: an interval, "?" where nothing is predicted, "-" where it does
+    not run."""
     if choice is None or not choice.runs:
         return "-"
-    if choice.all_tokens_s:
-        return range_words(choice.all_tokens_s)
-    bound = choice.candidate.speed.bound_tok_s
-    return f"≤ {math.floor(bound)}" if bound and choice.candidate.parallel == 1 else "?"
+    return interval(choice.all_tokens_s) if choice.all_tokens_s else "?"
 
 
 def _tables(compared: Compared, width: int) -> Iterator[RenderableType]:
@@ -126,7 +123,7 @@ def _notes(compared: Compared) -> Iterator[tuple[str, str]]:
     for statement in compared.statements:
         prefix = "" if statement.kind in ("other-machine", "money") else f"{statement.machine}: "
         yield "advice", f"{prefix}{statement.text}"
-    yield "tokens/s", f"of the largest quantisation that fits, {_users(compared.users)}; ≤ is the physical bound"
+    yield "tokens/s", f"of the largest quantisation that fits, with the context full, {_users(compared.users)}"
     yield "W", "the cards' default power limits together"
     if compared.prices:
         whom = "of one user" if compared.users == 1 else f"of one user / of {compared.users} users"
@@ -157,3 +154,4 @@ def _remarks(standing: Standing, *, allowed: bool) -> Iterator[str]:
     changed += [f"{candidate.ctx_tokens} tokens each"] if candidate.ctx_tokens < one.ctx_tokens else []
     if changed:
         yield f"{candidate.parallel} users with {', '.join(map(str, changed))}"
+    yield from (reason for reason in candidate.reasons if reason.endswith("others wait"))
