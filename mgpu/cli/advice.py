@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MOST_MACHINES = 16
 # Whom the second column is for, where nobody says how many.
 _USERS = 8
+# The context of each of them where a machine cannot give them all more at once: one question and a short answer.
+_SHORT_CTX_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +105,12 @@ def _compared(asked: Sequence[tuple[str, Asked]], options: PlannerOptions, price
 
     users = options.users or _USERS
     prepared: dict[Candidate, Prepared] = {}
-    standings = []
-    for name, each in asked:
-        machine = _Machine(asked=each, options=options, prepared=prepared)
-        standing = machine.standing(name, users)
-        standings.append(replace(standing, price=price_of(each.machine.gpus, prices)))
+    machines = [_Machine(name=name, asked=each, options=options, prepared=prepared) for name, each in asked]
+    alone = [machine.alone() for machine in machines]
+    standings = [
+        replace(standing, many=many, price=price_of(standing.machine.gpus, prices))
+        for standing, many in zip(alone, _together(machines, alone, users), strict=True)
+    ]
     missing = without_price(prices, (gpu for _, each in asked for gpu in each.machine.gpus)) if prices else []
     return Compared(
         name=asked[0][1].model.name,
@@ -121,26 +124,52 @@ def _compared(asked: Sequence[tuple[str, Asked]], options: PlannerOptions, price
     )
 
 
+def _together(machines: Sequence[_Machine], alone: Sequence[Standing], users: int) -> list[Choice | None]:
+    """The best way for several users on each machine: with the same context, unless the user says how much."""
+    pairs = [(machine, standing.one) for machine, standing in zip(machines, alone, strict=True)]
+    if users == 1:
+        return [None for _ in pairs]
+
+    def planned(ctx_tokens: int | None) -> list[Choice | None]:
+        return [
+            machine.together(users, at_most=one.file_bytes, ctx_tokens=ctx_tokens) if one.fits else None
+            for machine, one in pairs
+        ]
+
+    whole = planned(None)
+    short = any(one.fits and not _all_at_once(many, one) for (_, one), many in zip(pairs, whole, strict=True))
+    return planned(_SHORT_CTX_TOKENS) if short and machines[0].options.ctx is None else whole
+
+
+def _all_at_once(many: Choice | None, one: Choice) -> bool:
+    """Whether all users have the context that one alone would have, at the same time."""
+    if many is None or many.candidate.ctx_tokens < one.candidate.ctx_tokens:
+        return False
+    return not any(reason.endswith("others wait") for reason in many.candidate.reasons)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Machine:
     """Plans one model on one machine, or on one of its cards, in the largest of its quantisations that fits."""
 
+    name: str
     asked: Asked
     options: PlannerOptions
     prepared: dict[Candidate, Prepared]
 
-    def standing(self, name: str, users: int) -> Standing:
+    def alone(self) -> Standing:
+        """What it makes of the model for one user."""
         from mgpu.planning.advice import Standing
 
         one = self._largest(self.asked, 1, Goal.latency)
-        many = self._largest(self.asked, users, self.options.goal or Goal.throughput, at_most=one.file_bytes)
-        return Standing(
-            name=name,
-            machine=self.asked.machine,
-            one=one,
-            many=many if users > 1 and one.fits and many.fits else None,
-            one_card=self._on_one_card(one) if one.fits else None,
-        )
+        one_card = self._on_one_card(one) if one.fits else None
+        return Standing(name=self.name, machine=self.asked.machine, one=one, one_card=one_card)
+
+    def together(self, users: int, *, at_most: int, ctx_tokens: int | None = None) -> Choice | None:
+        """The best way for several users, in a file of at most that size; None where it does not fit."""
+        asked = self.asked if ctx_tokens is None else _with_ctx(self.asked, ctx_tokens)
+        many = self._largest(asked, users, self.options.goal or Goal.throughput, at_most=at_most)
+        return many if many.fits else None
 
     def _on_one_card(self, several: Choice) -> Choice | None:
         """The best way on a single card, where the machine has more; of each kind of card one is tried."""
@@ -198,6 +227,11 @@ def _for_users(asked: Asked, users: int, goal: Goal) -> Asked:
         wants = replace(way.wants, parallel=users)
         ways[name] = replace(way, wants=replace(wants, goal=goal) if isinstance(wants, VllmWants) else wants)
     return replace(asked, options=replace(asked.options, parallel=users, goal=goal), ways=ways)
+
+
+def _with_ctx(asked: Asked, ctx_tokens: int) -> Asked:
+    ways = {name: replace(way, wants=replace(way.wants, ctx_tokens=ctx_tokens)) for name, way in asked.ways.items()}
+    return replace(asked, ways=ways)
 
 
 def _with_offload(asked: Asked) -> Asked:

@@ -222,7 +222,7 @@ def _money(standings: Sequence[Standing], users: int) -> Iterator[Statement]:
             continue
         rate, name = max(known)
         whom = f"{users} users together" if many else "one user"
-        text = f"most for the money, {whom}: {name}, {rate:.1f} tokens/s per 1000"
+        text = f"most for the money, {whom}: {name}, {rate:.{0 if rate >= 99.5 else 1}f} tokens/s per 1000"
         yield Statement(kind="money", machine=name, as_well=None, text=text)
 
 

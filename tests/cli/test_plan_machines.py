@@ -117,6 +117,16 @@ def test_how_many_users_is_the_users_choice(quiet: Mgpu) -> None:
     assert "3 users" in quiet("plan", *shlex.split(words), "--parallel", "3").out
 
 
+def test_several_users_are_compared_with_the_same_context(quiet: Mgpu) -> None:
+    words = "llama-70b --machine 2x4090 --machine 8xH100"
+    assert [each["users"]["ctx_tokens"] for each in compared(quiet, words).values()] == [2048, 2048]
+    assert "8 users with 2048 tokens each" in quiet("plan", *shlex.split(words)).out
+    roomy = compared(quiet, "llama-8b --machine 4090 --machine 8xH100 --quant q4_k_m").values()
+    assert [each["users"]["ctx_tokens"] for each in roomy] == [8192, 8192]
+    asked = compared(quiet, f"{words} --ctx 4k").values()
+    assert [each["users"]["ctx_tokens"] for each in asked] == [4096, 4096]
+
+
 def test_prices_are_summed_over_the_cards(quiet: Mgpu) -> None:
     words = "llama-8b --machine 2x4090 --machine 4090+3060-12 --price 'RTX 4090=1800' --price 3060-12=250.50"
     prices = [each["price"] for each in compared(quiet, words).values()]

@@ -211,7 +211,7 @@ def test_most_for_the_money_is_said_of_prices_that_are_known() -> None:
     found = [(each.machine, each.text) for each in said(cheap, dear, own, users=8) if each.kind == "money"]
     assert found == [
         ("3090", "most for the money, one user: 3090, 57.1 tokens/s per 1000"),
-        ("4090", "most for the money, 8 users together: 4090, 500.0 tokens/s per 1000"),
+        ("4090", "most for the money, 8 users together: 4090, 500 tokens/s per 1000"),
     ]
     assert not [each for each in said(cheap, standing("4090", choice(60)), users=8) if each.kind == "money"]
 

@@ -114,12 +114,15 @@ def _number(value: float | None) -> str:
 
 def _per_1000(standing: Standing) -> str:
     rates = [rate for rate in (standing.one_per_1000, standing.many_per_1000) if rate is not None]
-    return " / ".join(f"{rate:.1f}" if rate < 99.5 else f"{rate:.0f}" for rate in rates) or "-"
+    return " / ".join(f"{rate:.1f}" if rate < 9.95 else f"{rate:.0f}" for rate in rates) or "-"
 
 
 def _notes(compared: Compared) -> Iterator[tuple[str, str]]:
     for standing in compared.standings:
         yield from (("note", f"{standing.name}: {text}") for text in _remarks(standing, allowed=compared.allowed))
+    short = {each.many.candidate.ctx_tokens for each in compared.standings if each.many}
+    if short and max(short) < max(each.one.candidate.ctx_tokens for each in compared.standings):
+        yield "note", f"{compared.users} users with {max(short)} tokens each: not every machine has room for more"
     for statement in compared.statements:
         prefix = "" if statement.kind in ("other-machine", "money") else f"{statement.machine}: "
         yield "advice", f"{prefix}{statement.text}"
@@ -151,7 +154,6 @@ def _remarks(standing: Standing, *, allowed: bool) -> Iterator[str]:
     candidate = many.candidate
     changed = [candidate.quant] if candidate.quant != one.quant else []
     changed += [_way(standing, many)] if _way(standing, many) != _way(standing, standing.one) else []
-    changed += [f"{candidate.ctx_tokens} tokens each"] if candidate.ctx_tokens < one.ctx_tokens else []
     if changed:
         yield f"{candidate.parallel} users with {', '.join(map(str, changed))}"
     yield from (reason for reason in candidate.reasons if reason.endswith("others wait"))
