@@ -211,8 +211,7 @@ def _by_speed(ways: Sequence[_Way], preferred: Preference) -> str | None:
     if better:
         there = rate(better.candidate, for_many=many)
         assert there
-        mine = f"{interval(own)} with {_named(chosen, ways)}"
-        would = f"{users}{interval(there)} tokens/s with {_named(better, ways)}, {mine}"
+        would = f"{users}{interval(there)} tokens/s with {TITLES[better.candidate.backend]}, not {interval(own)}"
         command = (better.offer.install or "").removeprefix("install it from ")
         return _first_short(f"{would}; not installed: {command}", f"{would}; not installed", would)
     rivals = [(way, found) for way, found in known if way.candidate.runs]
@@ -221,30 +220,34 @@ def _by_speed(ways: Sequence[_Way], preferred: Preference) -> str | None:
     rival, theirs = max(
         rivals, key=lambda pair: (pair[0].candidate.backend != chosen.candidate.backend, pair[1].likely)
     )
-    rest = _reason(chosen, rival, own, theirs, preferred)
     against = _named(rival, ways, beside=chosen)
     both = f"{users}{interval(own)} tokens/s with {_named(chosen, ways)}, {interval(theirs)} with {against}"
-    return _first_short(f"{both}{rest}", both, f"{interval(own)} tokens/s against {interval(theirs)}")
+    rest, alone = _reason(chosen, rival, own, theirs, preferred)
+    return _first_short(f"{both}{rest}", alone or both, f"{interval(own)} tokens/s against {interval(theirs)}")
 
 
-def _reason(chosen: _Way, rival: _Way, own: Range, theirs: Range, preferred: Preference) -> str:
-    """What made the difference besides the numbers; "" where they say it."""
-    one, other = chosen.candidate, rival.candidate
+def _reason(chosen: _Way, rival: _Way, own: Range, theirs: Range, preferred: Preference) -> tuple[str, str]:
+    """What made the difference besides the numbers, as their end and as a line of its own; "" where they say it."""
+    one, other, title = chosen.candidate, rival.candidate, TITLES[rival.candidate.backend]
     if other.verdict != one.verdict:
-        return ", which needs host memory"
+        return ", which needs host memory", f"{title} needs host memory"
     if other.ctx_tokens < one.ctx_tokens:
-        return f", which has room for {other.ctx_tokens} tokens only"
+        room = f"room for {other.ctx_tokens} tokens only"
+        return f", which has {room}", f"{title} is given {interval(theirs)} tokens/s, but has {room}"
     if preferred.all_cards and len(other.devices) < len(one.devices):
-        return ", which leaves cards unused"
+        return ", which leaves cards unused", f"{title} would leave cards unused"
     if not overlap(one, other, for_many=preferred.for_many) and own.likely > theirs.likely:
-        return ""
+        return "", ""
     if other.speed.thin and not one.speed.thin:
-        return ": thin evidence"
+        return ": thin evidence", f"{interval(theirs)} tokens/s with {title} is thin evidence, {interval(own)} is not"
     if one.backend != other.backend:
         if chosen.on_disk and not rival.on_disk:
-            return f"; the model is on disk for {TITLES[one.backend]} only"
-        return f"; {TITLES[one.backend]} is simpler" if own.likely < theirs.likely else ""
-    return ""
+            on_disk = f"the model is on disk for {TITLES[one.backend]} only"
+            return f"; {on_disk}", f"as fast as {title}, and {on_disk}"
+        if own.likely < theirs.likely:
+            simpler = f"{TITLES[one.backend]} is simpler"
+            return f"; {simpler}", f"{interval(own)} tokens/s, {interval(theirs)} with {title}; {simpler}"
+    return "", ""
 
 
 def _better_if_installed(chosen: _Way, missing: Sequence[_Way], preferred: Preference) -> _Way | None:

@@ -42,11 +42,13 @@ def predicted(
     found = predict(work) if work else None
     if work is None or found is None:
         return replace(candidate, speed=Speed(unknown=unknown or "nothing is known of what it reads"))
+    # Where one user's context is all that finds room, the others wait for it.
+    together = found.decode if candidate.parallel > 1 and work.users == 1 else found.aggregate
     speed = Speed(
         decode_tok_s=found.decode,
         decode_start_tok_s=found.start,
-        aggregate_tok_s=found.aggregate,
-        aggregate_users=round(work.users) if found.aggregate else None,
+        aggregate_tok_s=together,
+        aggregate_users=round(work.users) if together else None,
         prefill_tok_s=found.prefill,
         bound_tok_s=found.bound,
         basis=_basis(candidate, work, found),

@@ -76,7 +76,7 @@ def _one_user(work: Work, constants: Values, bound: float | None, thin: tuple[st
         low = 1 / (seconds * slowed(work, constants) * (1 + _spread(work, constants, thin)) + slowest)
         return _capped(low, math.sqrt(low * high), high, bound)
     likely = 1 / (seconds * slowed(work, constants))
-    return _around(likely, _spread(work, constants, thin), _power_spread(work, constants), bound)
+    return _around(likely, _spread(work, constants, thin), _downwards(work, constants), bound)
 
 
 def _all_users(work: Work, constants: Values, bound: float | None, thin: tuple[str, ...]) -> Range:
@@ -84,14 +84,14 @@ def _all_users(work: Work, constants: Values, bound: float | None, thin: tuple[s
     spread = _spread(work, constants, thin) + constants["spread users"]
     if not work.vllm:
         spread += constants["spread thin"]
-    return _around(likely, spread, _power_spread(work, constants), bound and bound * work.users)
+    return _around(likely, spread, _downwards(work, constants), bound and bound * work.users)
 
 
 def _prompt(work: Work, constants: Values) -> Range | None:
     likely = prefill_tok_s(work, constants)
     if likely is None:
         return None
-    return _around(likely / slowed(work, constants), constants["spread prefill"], _power_spread(work, constants), None)
+    return _around(likely / slowed(work, constants), constants["spread prefill"], _downwards(work, constants), None)
 
 
 def _around(likely: float, spread: float, downwards: float, bound: float | None) -> Range:
@@ -119,8 +119,14 @@ def slowed(work: Work, constants: Values) -> float:
     return 1 / (1 - constants["power shift"] * _cut(work))
 
 
-def _power_spread(work: Work, constants: Values) -> float:
-    return constants["power spread"] * _cut(work)
+def _downwards(work: Work, constants: Values) -> float:
+    """How much lower than it is higher the speed may be."""
+    unequal = constants["spread unequal"] if work.width > 1 and _are_unequal(work) else 0.0
+    return constants["power spread"] * _cut(work) + unequal
+
+
+def _are_unequal(work: Work) -> bool:
+    return any(len({share.chip.bandwidth_gb_s for share in stage.shares}) > 1 for stage in work.stages)
 
 
 def _at_the_start(work: Work) -> Work:
@@ -208,7 +214,7 @@ def _thin(work: Work) -> Iterator[str]:
         yield "vLLM's pipeline: not measured"
     if work.vllm and any(chip.vendor != "nvidia" for chip in chips):
         yield "vLLM on cards that are not NVIDIA's: one source"
-    if len({chip.bandwidth_gb_s for chip in chips}) > 1 and tensor:
+    if _are_unequal(work):
         yield "unequal cards at the same time: one measurement"
     if any(chip.vendor not in ("nvidia", "amd") for chip in chips):
         yield "cards that are neither NVIDIA's nor AMD's: one source"

@@ -68,17 +68,22 @@ def _first(ways: Sequence[Way], *, for_many: bool) -> Way:
     solid = [way for way in ways if not way.candidate.speed.thin]
     sure = max(map(likely, solid), default=0.0)
     eligible = solid + [way for way in ways if way.candidate.speed.thin and rates[id(way)].low > sure] or [*ways]
-    best_of_engine: dict[str, float] = {}
+    best_of_engine: dict[bool, float] = {}
     for way in eligible:
-        best_of_engine[way.candidate.backend] = max(likely(way), best_of_engine.get(way.candidate.backend, 0.0))
+        best_of_engine[_is_vllm(way)] = max(likely(way), best_of_engine.get(_is_vllm(way), 0.0))
     top = rates[id(max(eligible, key=likely))]
     as_fast = _AS_FAST_FOR_MANY if for_many else _AS_FAST
     close = [
         way
         for way in eligible
-        if rates[id(way)].high >= top.low and likely(way) >= as_fast * best_of_engine[way.candidate.backend]
+        if rates[id(way)].high >= top.low and likely(way) >= as_fast * best_of_engine[_is_vllm(way)]
     ]
     return min(close, key=lambda way: (not way.on_disk, _simplicity(way.candidate)))
+
+
+def _is_vllm(way: Contestant) -> bool:
+    """Which engine computes: Ollama runs llama.cpp."""
+    return way.candidate.backend == "vllm"
 
 
 def _simplicity(candidate: Candidate) -> int:

@@ -104,6 +104,7 @@ CONSTANTS: dict[str, Constant] = {
     "spread vLLM experts": _factor(0.35, "the same"),
     "spread thin": _factor(0.15, "added where the evidence is thin"),
     "spread users": _factor(0.10, "added for several users"),
+    "spread unequal": _factor(0.65, "added downwards, one measurement: RTX 5090 and 3090 Ti, 0.61 of two RTX 3090"),
     "spread prefill": _factor(1.00, "the same"),
     # A power limit below the card's own.
     "power shift": _factor(0.40, "fit: how much of the cut in power is lost in speed", 7, 3),

@@ -464,11 +464,17 @@ def test_a_layer_split_that_was_asked_for_has_no_rivals() -> None:
             "qwen3-32b",
             cards(12.0, 10.0),
             Wants(ctx_tokens=8192),
-            ["--ctx 6400", "--kv-type q8_0", "--quant Q3_K_M", "--offload allow"],
+            ["--ctx 6400", "--kv-type q8_0", "--quant Q3_K_M", "1 more card", "--offload allow"],
             id="mildest first",
         ),
-        pytest.param("qwen3-32b", cards(12.0, 3.0), Wants(), ["--quant Q2_K", "--offload allow"], id="far too small"),
-        pytest.param("qwen3-32b", cards(4.0), Wants(), ["--offload allow"], id="one card, nothing but offload"),
+        pytest.param(
+            "qwen3-32b",
+            cards(12.0, 3.0),
+            Wants(),
+            ["--quant Q2_K", "1 more card", "--offload allow"],
+            id="far too small",
+        ),
+        pytest.param("qwen3-32b", cards(4.0), Wants(), ["6 more card", "--offload allow"], id="one small card"),
         pytest.param("qwen3-32b", cards(24.0), Wants(), [], id="nothing to mend"),
     ],
 )
@@ -484,7 +490,18 @@ def test_fixes_are_planned_again_and_fit(model: str, gpus: tuple[Gpu, ...], want
 
 def test_offload_is_no_way_out_where_the_host_is_too_small() -> None:
     plan = planned("qwen3-32b", machine_of(cards(4.0), ram_gib=8))
-    assert plan.fixes == ()
+    assert [fix.change for fix in plan.fixes] == ["6 more card"]
+
+
+def test_cards_that_lie_idle_are_a_way_out_before_more_are_bought() -> None:
+    machine = machine_of(cards(12.0, 12.0, 12.0))
+    for source, change in (("probed", "--gpus gpu0,gpu1"), ("simulated", "--gpus gpu0,gpu1")):
+        plan = make_plan(facts("qwen3-32b"), replace(machine, source=source), machine.gpus[:1], Wants(ctx_tokens=1024))
+        assert [fix.change for fix in plan.fixes] == [change, "--offload allow"]
+        assert len(plan.fixes[0].candidate.devices) == 2
+    probed = replace(machine_of(cards(12.0)), source="probed")
+    plan = make_plan(facts("qwen3-32b"), probed, probed.gpus, Wants(ctx_tokens=1024))
+    assert [fix.change for fix in plan.fixes] == ["--offload allow"]
 
 
 def test_plans_keep_their_order_of_cards() -> None:

@@ -10,10 +10,19 @@ import pytest
 
 from mgpu.planning.prediction import predict
 from mgpu.planning.speed_constants import CONSTANTS, VALUES
-from mgpu.planning.work import HostPart
+from mgpu.planning.work import HostPart, Work
 from tests.planning.measured_rows import MeasuredRow, single_stream
 from tests.planning.measured_scores import Recorder, evidence
-from tests.planning.works import CHIPS, ENGINES, LIBRARIES, dense, predicted, with_experts
+from tests.planning.works import (
+    CHIPS,
+    ENGINES,
+    LIBRARIES,
+    RTX_4090,
+    RX_7900_XTX,
+    dense,
+    predicted,
+    with_experts,
+)
 
 
 def summed_ms(lines: tuple[str, ...]) -> float:
@@ -62,4 +71,19 @@ def test_every_constant_is_used() -> None:
         for each in (work, with_experts(work), replace(work, before_2025=True), replace(work, quantised=False)):
             for link in ("nvlink", "peer", "host"):
                 predict(replace(each, link=link), recorder)
+    predict(work_of_unequal_cards(), recorder)
     assert recorder.read == set(CONSTANTS)
+
+
+def work_of_unequal_cards() -> Work:
+    work = dense(RTX_4090, cards=2, tensor=True)
+    (stage,) = work.stages
+    slower = replace(stage.shares[1], chip=RX_7900_XTX)
+    return replace(work, stages=(replace(stage, shares=(stage.shares[0], slower)),))
+
+
+def test_unequal_cards_at_once_may_be_slower_than_the_slower_one_twice() -> None:
+    """Measured once: RTX 5090 and 3090 Ti 93.7 tokens/s, two RTX 3090 154."""
+    found = predicted(work_of_unequal_cards()).decode
+    alike = predicted(dense(RX_7900_XTX, cards=2, tensor=True)).decode
+    assert found.low < 0.61 * alike.likely
