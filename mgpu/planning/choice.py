@@ -177,8 +177,7 @@ def _fixes(chosen: Offer, offers: Sequence[Offer]) -> Iterator[Fix]:
     found: list[Fix] = []
     for offer in sorted(offers, key=lambda offer: offer is not chosen):
         if offer.install is None:
-            prefix = "" if offer is chosen else f"--backend {offer.backend} "
-            found += [replace(fix, change=f"{prefix}{fix.change}") for fix in offer.fixes]
+            found += [fix if offer is chosen else _of(offer.backend, fix) for fix in offer.fixes]
         elif (way := next((each for each in offer.candidates if each.runs), None)) is not None:
             found.append(Fix(change=offer.install, candidate=way))
     yield from found
@@ -186,6 +185,13 @@ def _fixes(chosen: Offer, offers: Sequence[Offer]) -> Iterator[Fix]:
         for offer in offers:
             prefix = f"{offer.install}, then --backend {offer.backend} "
             yield from (replace(fix, change=f"{prefix}{fix.change}") for fix in offer.fixes)
+
+
+def _of(backend: str, fix: Fix) -> Fix:
+    """A way out of another engine than the chosen one, with its name."""
+    is_option = fix.change.startswith(("--", "without --"))
+    change = f"--backend {backend} {fix.change}" if is_option else f"{fix.change} ({TITLES[backend]})"
+    return replace(fix, change=change)
 
 
 def _by_speed(ways: Sequence[_Way], preferred: Preference) -> str | None:
@@ -239,7 +245,8 @@ def _reason(chosen: _Way, rival: _Way, own: Range, theirs: Range, preferred: Pre
     if not overlap(one, other, for_many=preferred.for_many) and own.likely > theirs.likely:
         return "", ""
     if other.speed.thin and not one.speed.thin:
-        return ": thin evidence", f"{interval(theirs)} tokens/s with {title} is thin evidence, {interval(own)} is not"
+        mine = f"{interval(own)} tokens/s with {TITLES[one.backend]}"
+        return ": thin evidence", f"{mine}; {title}'s {interval(theirs)} rest on thin evidence"
     if one.backend != other.backend:
         if chosen.on_disk and not rival.on_disk:
             on_disk = f"the model is on disk for {TITLES[one.backend]} only"

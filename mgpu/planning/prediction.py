@@ -52,9 +52,10 @@ def predict(work: Work, constants: Values = VALUES) -> Prediction | None:
         return None
     known = bound_seconds(work)
     bound = 1 / known if known else None
-    thin = tuple(_thin(work))
-    decode = _one_user(work, constants, bound, thin)
-    start = _one_user(_at_the_start(work), constants, bound, thin)
+    alone = tuple(_thin(work))
+    thin = (*alone, *_thin_for_many(work))
+    decode = _one_user(work, constants, bound, alone)
+    start = _one_user(_at_the_start(work), constants, bound, alone)
     aggregate = _all_users(work, constants, bound, thin) if work.users > 1 and not work.host else None
     prefill = None if work.host else _prompt(work, constants)
     return Prediction(
@@ -82,8 +83,6 @@ def _one_user(work: Work, constants: Values, bound: float | None, thin: tuple[st
 def _all_users(work: Work, constants: Values, bound: float | None, thin: tuple[str, ...]) -> Range:
     likely = aggregate_tok_s(work, constants) / slowed(work, constants)
     spread = _spread(work, constants, thin) + constants["spread users"]
-    if not work.vllm:
-        spread += constants["spread thin"]
     return _around(likely, spread, _downwards(work, constants), bound and bound * work.users)
 
 
@@ -193,6 +192,11 @@ def _basis(
             f"{work.users:.0f} users: {work.users:.0f} ÷ {each * 1e3:.2f} ms = {aggregate.likely:.0f} tokens/s, "
             f"{aggregate.low:.0f} to {aggregate.high:.0f}"
         )
+
+
+def _thin_for_many(work: Work) -> Iterator[str]:
+    if work.users > 1 and not work.vllm and not work.host:
+        yield "several users of llama.cpp at once: two measurements"
 
 
 def _thin(work: Work) -> Iterator[str]:

@@ -130,7 +130,7 @@ def shape(candidate: Json) -> str:
             "--machine 5090+4090",
             ALL,
             "llama.cpp",
-            "with its tensor split: thin evidence",
+            "tokens/s with llama.cpp's layer split",
             "llama.cpp fits",
             id="unequal cards",
         ),
@@ -138,18 +138,18 @@ def shape(candidate: Json) -> str:
             "--machine 3x4090",
             ALL,
             "vllm",
-            "with vLLM's tensor parallel 2",
+            "rest on thin evidence",
             "vllm 2x1 fits",
             id="3x4090",
         ),
         pytest.param(
-            "--machine 3x4090 --gpus 3", ALL, "llama.cpp", "which leaves cards unused", "llama.cpp fits", id="counted"
+            "--machine 3x4090 --gpus 3", ALL, "llama.cpp", "would leave cards unused", "llama.cpp fits", id="counted"
         ),
         pytest.param(
             "--machine 3x4090 --gpus 0,1,2 --backend vllm", ALL, "vllm", None, "vllm 1x3 fits", id="cards by name"
         ),
         pytest.param("--machine 4090", ALL, None, None, "llama.cpp does-not-fit", id="one card"),
-        pytest.param("--machine 8xA100-80", ALL, "vllm", "with vLLM's tensor parallel 8", "vllm 8x1 fits", id="8xA100"),
+        pytest.param("--machine 8xA100-80", ALL, "vllm", "rest on thin evidence", "vllm 8x1 fits", id="8xA100"),
         pytest.param("--machine '2xRX 7900 XTX'", ALL, "vllm", "with vLLM", "vllm 2x1 fits", id="AMD"),
         pytest.param("--machine '2xArc A770'", ALL, None, None, "llama.cpp does-not-fit", id="Intel: not for vLLM"),
         pytest.param("--machine none", ("llama.cpp", "ollama"), "llama.cpp", "as planned", "llama.cpp fits", id="none"),
@@ -224,7 +224,7 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
         pytest.param(
             "--machine 4090+4080 --parallel 8",
             ("llama.cpp",),
-            ["--quant Q3_K_M", "--offload allow"],
+            ["--quant Q3_K_M", "1 more RTX N", "--offload allow"],
             id="of the installed engine, without its name",
         ),
         pytest.param(
@@ -235,6 +235,7 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
                 "--backend llama.cpp --ctx N",
                 "--backend llama.cpp --kv-type q8_0",
                 "--backend llama.cpp --quant Q3_K_M",
+                "1 more RTX N (llama.cpp)",
                 "--backend llama.cpp --offload allow",
             ],
             id="the engine that would do comes first",
@@ -242,7 +243,7 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
         pytest.param(
             "--machine 2x4090 --quant fp8",
             ("vllm",),
-            ["--quant awq"],
+            ["--quant awq", "2 more RTX N"],
             id="another quantisation for vLLM",
         ),
         pytest.param(
