@@ -103,6 +103,8 @@ def plan(
         if money:
             yield from ("", f"  {'price':<9} {money['words']}")
         hints = [] if explain else ["--explain shows the sums"]
+        if options.users and not options.parallel:
+            hints.insert(0, f"{options.users} users are assumed: --parallel N")
         if fits and prepared.plan.machine.source != "simulated":
             hints = [run_command(model), *hints, "run --dry-run shows the command"]
         if hints:

@@ -235,15 +235,16 @@ def _by_speed(ways: Sequence[_Way], preferred: Preference) -> str | None:
 def _reason(chosen: _Way, rival: _Way, own: Range, theirs: Range, preferred: Preference) -> tuple[str, str]:
     """What made the difference besides the numbers, as their end and as a line of its own; "" where they say it."""
     one, other, title = chosen.candidate, rival.candidate, TITLES[rival.candidate.backend]
+    apart = one.backend == other.backend or not overlap(one, other, for_many=preferred.for_many)
+    if own.likely > theirs.likely and apart:
+        return "", ""
     if other.verdict != one.verdict:
         return ", which needs host memory", f"{title} needs host memory"
     if other.ctx_tokens < one.ctx_tokens:
         room = f"room for {other.ctx_tokens} tokens only"
-        return f", which has {room}", f"{title} is given {interval(theirs)} tokens/s, but has {room}"
+        return f", which has {room}", f"{title} at {interval(theirs)} tokens/s has {room}"
     if preferred.all_cards and len(other.devices) < len(one.devices):
         return ", which leaves cards unused", f"{title} would leave cards unused"
-    if not overlap(one, other, for_many=preferred.for_many) and own.likely > theirs.likely:
-        return "", ""
     if other.speed.thin and not one.speed.thin:
         mine = f"{interval(own)} tokens/s with {TITLES[one.backend]}"
         return ": thin evidence", f"{mine}; {title}'s {interval(theirs)} rest on thin evidence"

@@ -165,7 +165,7 @@ def shape(candidate: Json) -> str:
             id="8 users without a queue",
         ),
         pytest.param(
-            "--machine 3x4090 --for throughput", ALL, "vllm", "serves 8 users", "vllm 1x3 fits", id="throughput"
+            "--machine 3x4090 --for throughput", ALL, "vllm", "vLLM is simpler", "vllm 1x3 fits", id="throughput"
         ),
         pytest.param("--machine 3x4090 --for latency", ALL, "vllm", "with vLLM", "vllm 2x1 fits", id="latency"),
         pytest.param(

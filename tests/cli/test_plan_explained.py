@@ -39,7 +39,7 @@ def lines(mgpu: Mgpu, words: str) -> list[str]:
 
 def tolerance(printed: str) -> float:
     """Half of the last digit that is printed."""
-    return 0.5 * 10 ** -len(printed.partition(".")[2])
+    return 0.5 / float(10 ** len(printed.partition(".")[2]))
 
 
 @pytest.mark.parametrize("words", CASES)

@@ -195,6 +195,7 @@ def _other_ways(plan: Plan, width: int) -> Iterator[RenderableType]:
         lambda: _ways_table(plan, others, quantised=True, options=True),
         lambda: _ways_table(plan, others, quantised=False, options=True),
         lambda: _ways_table(plan, others, quantised=False, options=False),
+        lambda: _ways_table(plan, others, quantised=False, options=False, short=True),
     )
     for candidate in others:
         if candidate.verdict == "illegal":
@@ -204,7 +205,9 @@ def _other_ways(plan: Plan, width: int) -> Iterator[RenderableType]:
             yield from _hanging("illegal", f"{_name(candidate)}: {'; '.join((first, *sizes))}", width)
 
 
-def _ways_table(plan: Plan, others: Sequence[Candidate], *, quantised: bool, options: bool) -> Table:
+def _ways_table(
+    plan: Plan, others: Sequence[Candidate], *, quantised: bool, options: bool, short: bool = False
+) -> Table:
     users = plan.chosen.parallel
     table = plain_table(
         [
@@ -218,7 +221,7 @@ def _ways_table(plan: Plan, others: Sequence[Candidate], *, quantised: bool, opt
     for candidate in others:
         speed = candidate.speed
         cells = [
-            f"{_name(candidate)}, {candidate.quant or '?'}" if quantised else _name(candidate),
+            _name(candidate, short=short) + (f", {candidate.quant or '?'}" if quantised else ""),
             _SHORT_VERDICTS[candidate.verdict],
             interval(speed.decode_tok_s, speed.bound_tok_s) if speed.decode_tok_s else "",
         ]
@@ -228,8 +231,9 @@ def _ways_table(plan: Plan, others: Sequence[Candidate], *, quantised: bool, opt
     return table
 
 
-def _name(candidate: Candidate) -> str:
-    return f"{TITLES[candidate.backend]}, {split_words(candidate)}"
+def _name(candidate: Candidate, *, short: bool = False) -> str:
+    how = shape_words(candidate) if short else ""
+    return f"{TITLES[candidate.backend]}, {how or split_words(candidate)}"
 
 
 def _how(plan: Plan, candidate: Candidate) -> str:
