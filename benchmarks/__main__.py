@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import doctor, follow, growth, memory, ready, startup
+from benchmarks import doctor, follow, growth, memory, planner, ready, speed, startup
 
 BENCHMARKS = {
     "startup": startup.main,
@@ -12,6 +12,8 @@ BENCHMARKS = {
     "follow": follow.main,
     "growth": growth.main,
     "memory": memory.main,
+    "planner": planner.main,
+    "speed": speed.main,
     "doctor": doctor.main,
 }
 

@@ -46,8 +46,9 @@ class Way:
 
         return self.engine is not None or isinstance(self.running, Attached)
 
-    def offer(self, machine: Machine, model: Model) -> tuple[Offer, Weights]:
-        """Return what the engine can make of the model, in the first form that fits, or else in the first one."""
+    def offer(self, machine: Machine, model: Model, *, fixes: bool = True) -> tuple[Offer, Weights]:
+        """Return what the engine can make of the model, in the first form that fits, or else in the first one; with
+        the ways out where it does not run, unless `fixes` are of no use."""
         tried = [(weights, self._candidates(weights.facts, machine)) for weights in self.weights]
         weights, candidates = next(
             ((weights, found) for weights, found in tried if any(each.verdict == "fits" for each in found)), tried[0]
@@ -59,7 +60,7 @@ class Way:
             install=None if self.available else self.install,
             on_disk=weights.path is not None,
         )
-        if not any(each.runs for each in candidates):
+        if fixes and not any(each.runs for each in candidates):
             offer = self._with_fixes(offer, machine, model, weights)
         return offer, weights
 
@@ -70,7 +71,7 @@ class Way:
                 from mgpu.planning.vllm_memory import VllmWants
 
                 assert isinstance(self.wants, VllmWants)
-                return vllm_candidates(facts, self.wants, self.gpus, machine.host)
+                return vllm_candidates(facts, self.wants, self.gpus, machine.host, machine.links)
             case Backend.ollama:
                 from mgpu.planning.ollama_candidates import ollama_candidates
 
@@ -88,7 +89,7 @@ class Way:
             from mgpu.planning.vllm_memory import VllmWants
 
             assert isinstance(self.wants, VllmWants)
-            return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine.host))
+            return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine))
         if self.backend == Backend.ollama:
             from mgpu.planning.ollama_candidates import ollama_fixes
 

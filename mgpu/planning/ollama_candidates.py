@@ -14,6 +14,7 @@ from mgpu.models.facts import ModelFacts
 from mgpu.planning.candidates import Candidate, place_layers
 from mgpu.planning.memory import CTX_GRANULARITY
 from mgpu.planning.plan import Fix, find_fixes
+from mgpu.planning.predicted import predicted
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS, Wants
 from mgpu.units import GIB, MIB, gib
 
@@ -102,7 +103,10 @@ def ollama_candidates(facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], 
     return tuple(
         candidate
         if candidate.verdict == "illegal"  # then only that matters
-        else replace(candidate, reasons=(*([why] if why else []), *notes, *candidate.reasons))
+        else replace(
+            predicted(candidate, facts, usable, machine.host, machine.links),
+            reasons=(*([why] if why else []), *notes, *candidate.reasons),
+        )
         for candidate, why in zip(candidates, reasons, strict=True)
         if candidate is candidates[0] or candidate.verdict == "fits"
     )
