@@ -6,12 +6,13 @@ import pytest
 
 from mgpu.doctor.check import Finding, Purpose
 from mgpu.doctor.checks import memory
-from mgpu.machine.inspection import DiskSpace, Inspection
+from mgpu.machine.inspection import DiskSpace, Inspection, Listener
 from mgpu.machine.snapshot import GpuProcess
 from tests.doctor.inspections import GIB, H100, MIB, bare, changed, changed_card, changed_gpu, changed_machine, healthy
 from tests.doctor.said import said
 
 VLLM = Purpose(backend="vllm", tensor_parallel=2)
+ENGINE = GpuProcess(pid=4711, name="llama-server", bytes=9 * GIB)
 DESKTOP = GpuProcess(pid=900, name="Xorg", bytes=700 * MIB)
 
 
@@ -19,6 +20,14 @@ def taken(size_bytes: int, *processes: GpuProcess, display: bool = False) -> Ins
     gpu = healthy().machine.gpus[0]
     assert gpu.free_bytes is not None
     return changed_gpu(healthy(), 0, free_bytes=gpu.free_bytes - size_bytes, used_by=processes, display=display)
+
+
+def inside(size_bytes: int, *processes: GpuProcess, ports: tuple[int, ...] | None = (), **card: Any) -> Inspection:
+    """In a container where these ports are listened on."""
+    there = changed_machine(taken(size_bytes, *processes), host={"container": "lxc"})
+    listeners = tuple(Listener(port=port, everywhere=True) for port in ports or ())
+    host = {"listeners": listeners, "listeners_known": ports is not None}
+    return changed_gpu(changed(there, host=host), 0, power_limit_w=350.0, **card)
 
 
 def untold(size_bytes: int) -> Inspection:
@@ -66,6 +75,20 @@ def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> In
             ["info 0"],
             id="what others hold outside of a container",
         ),
+        pytest.param("vram-in-use", inside(23 * GIB), Purpose(), ["warn 0"], id="nothing can start in a container"),
+        pytest.param("vram-in-use", inside(23 * GIB, power_w=188.0), Purpose(), ["warn 0"], id="others compute there"),
+        pytest.param(
+            "vram-in-use", inside(23 * GIB, ENGINE), Purpose(), ["info 0"], id="who has it is listed in a container"
+        ),
+        *(
+            pytest.param("vram-in-use", inside(23 * GIB, ports=(port,)), Purpose(), ["info 0"], id=f"port {port}")
+            for port in (8000, 8081, 11434)
+        ),
+        pytest.param("vram-in-use", inside(23 * GIB, ports=(5000,)), Purpose(), ["warn 0"], id="port 5000 at rest"),
+        pytest.param(
+            "vram-in-use", inside(23 * GIB, ports=(5000,), power_w=188.0), Purpose(), ["info 0"], id="it may compute"
+        ),
+        pytest.param("vram-in-use", inside(23 * GIB, ports=None), Purpose(), ["info 0"], id="ports unread"),
         pytest.param(
             "vram-in-use",
             changed_gpu(taken(3 * GIB), 0, power_w=188.0, power_limit_w=350.0),
@@ -217,9 +240,6 @@ def test_a_desktop_without_cards_has_no_memory_of_cards_to_judge() -> None:
     assert [said(memory.CHECKS, check, bare()) for check in checks] == [[], [], [], []]
 
 
-ENGINE = GpuProcess(pid=4711, name="llama-server", bytes=9 * GIB)
-
-
 @pytest.mark.parametrize(
     ("inspection", "fix"),
     [
@@ -255,6 +275,8 @@ ENGINE = GpuProcess(pid=4711, name="llama-server", bytes=9 * GIB)
             taken(9 * GIB, GpuProcess(pid=7, bytes=9 * GIB)), ("kill 7",), id="a process whose name is not told"
         ),
         pytest.param(taken(9 * GIB, display=True), ("sudo fuser -v /dev/nvidia*",), id="nobody is listed"),
+        pytest.param(inside(9 * GIB), ("sudo fuser -v /dev/nvidia*  # on the host",), id="nobody, in a container"),
+        pytest.param(inside(23 * GIB), ("sudo fuser -v /dev/nvidia*  # on the host",), id="nobody, and it is full"),
     ],
 )
 def test_who_holds_memory_is_ended_in_a_way_of_its_own(inspection: Inspection, fix: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import BUSY_PERCENT, BUSY_SHARE, in_use_bytes, named, unread, usable_cards
 from mgpu.machine.families import family
+from mgpu.machine.host_facts import ENGINE_PORTS
 from mgpu.machine.inspection import DiskSpace, Inspection
 from mgpu.machine.layout import health, in_container
 from mgpu.machine.snapshot import Gpu
@@ -16,6 +17,8 @@ from mgpu.units import GIB, MIB, gib
 
 _WORTH_SAYING_BYTES = 256 * MIB
 _LOW_DISK_BYTES = 20 * GIB
+_LEAST_FREE_SHARE = 0.1
+_FIRST_USER_PORT = 1024
 _PRESSED_PERCENT = 5.0
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "fuse.rclone", "fuse.s3fs", "ceph", "glusterfs")
 
@@ -26,7 +29,9 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
 
     Read: the card's total and free memory without what the driver reserves, and the processes that NVML lists.
     Rule: warn when over 1 GiB is taken that no listed process accounts for, of a card at rest (a zombie); info in
-    a container and of a card that works, where somebody has it who cannot be seen from here. Warn above 10 % in use
+    a container and of a card that works, where somebody has it who cannot be seen from here; but warn in a container
+    when under a tenth of a card is free, no process is listed, and no engine listens on its usual port or the next nine
+    (nor, while a card works, anything above port 1023): nothing can start there. Warn above 10 % in use
     when an engine is named that is to have the cards, else info from 256 MiB. Info too, whatever the size, where the
     driver lists no processes at all (WSL2, some containers): what is in use may be anybody's, and may go.
     Why: vLLM ends at once when less is free than its share of the card, the most common failure on local machines.
@@ -36,25 +41,62 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
     """
     unknown: list[int] = []
     untold: dict[int, int] = {}
+    full: dict[int, int] = {}
+    inside = in_container(inspection)
+    served = _engine_is_seen(inspection)
     for gpu in usable_cards(inspection):
         card = health(inspection, gpu)
         used = in_use_bytes(gpu, card)
         if used is None:
             unknown.append(gpu.index)
             continue
+        if inside and not served and _is_full(gpu):
+            full[gpu.index] = used
+            continue
         if gpu.vendor == "nvidia" and not card.used_by_known:
             if used >= _WORTH_SAYING_BYTES:
                 untold[gpu.index] = used
             continue
         wanted = purpose.backend is not None or purpose.weights_bytes is not None
-        elsewhere = in_container(inspection) or _works(gpu)
-        finding = _taken(gpu, used, inspection.mgpu_processes, wanted=wanted, elsewhere=elsewhere)
+        finding = _taken(gpu, used, inspection.mgpu_processes, wanted=wanted, inside=inside)
         if finding:
             yield finding
+    if full:
+        yield _filled(full)
     if untold:
         yield _untold(untold)
     if unknown:
         yield unread(inspection, "memory in use", "MemoryInfo", "mem_info", of=unknown)
+
+
+def _is_full(gpu: Gpu) -> bool:
+    """Whether nothing can start on a card, and nobody is seen to have it."""
+    total, free = gpu.total_bytes or 0, gpu.free_bytes or 0
+    return gpu.vendor == "nvidia" and free < _LEAST_FREE_SHARE * total and not gpu.used_by
+
+
+def _engine_is_seen(inspection: Inspection) -> bool:
+    """Whether an engine listens where engines do, or may listen elsewhere while a card works, or that is unknown. The
+    driver lists no processes to most containers, so that the memory may well be its own."""
+    if not inspection.host.listeners_known or inspection.mgpu_processes:
+        return True
+    ports = {listener.port for listener in inspection.host.listeners}
+    if any(first <= port < first + 10 for port in ports for first in ENGINE_PORTS):
+        return True
+    return any(port >= _FIRST_USER_PORT for port in ports) and any(map(_works, usable_cards(inspection)))
+
+
+def _filled(used: dict[int, int]) -> Finding:
+    return Finding(
+        severity=Severity.warn,
+        summary=f"{named(used)}: less than a tenth is free, by nobody seen in here: nothing can start",
+        evidence=tuple(
+            Evidence(path=f"memory of GPU{index}", value=f"{gib(size)} in use") for index, size in used.items()
+        ),
+        fix=(_WHO_ON_HOST,),
+        gpus=tuple(used),
+        needs_root=True,
+    )
 
 
 def _untold(used: dict[int, int]) -> Finding:
@@ -70,7 +112,8 @@ def _untold(used: dict[int, int]) -> Finding:
     )
 
 
-_WHO = ("sudo fuser -v /dev/nvidia*",)
+_WHO = "sudo fuser -v /dev/nvidia*"
+_WHO_ON_HOST = f"{_WHO}  # on the host"
 _DESKTOP = re.compile(
     r"(?i)X|X(org|wayland)(\.bin)?|(gnome|kwin|plasma|ksm|kde|xfwm|xfce|cinnamon|budgie|cosmic|mate-|xdg|gdm|sddm|lightdm)"
     r"\S*|mutter\S*|sway|hyprland|weston|niri|wayfire|labwc|river|marco|muffin|picom|compiz|gamescope\S*"
@@ -98,7 +141,7 @@ def _ended(gpu: Gpu, own: tuple[int, ...]) -> tuple[str, ...]:
             lines.append(f"kill {process.pid}" + (f"  # {shlex.quote(name)}" if name else ""))
     if any(_DESKTOP.fullmatch(process.name or "") for process in gpu.used_by):
         lines.append("plug the monitor into the mainboard, or log out of the desktop")
-    return tuple(dict.fromkeys(lines)) or (_WHO if gpu.vendor == "nvidia" else ())
+    return tuple(dict.fromkeys(lines)) or ((_WHO,) if gpu.vendor == "nvidia" else ())
 
 
 def _works(gpu: Gpu) -> bool:
@@ -107,14 +150,14 @@ def _works(gpu: Gpu) -> bool:
     return (gpu.utilisation_percent or 0) >= BUSY_PERCENT or bool(drawn and limit and drawn > BUSY_SHARE * limit)
 
 
-def _taken(gpu: Gpu, used: int, own: tuple[int, ...], *, wanted: bool, elsewhere: bool) -> Finding | None:
+def _taken(gpu: Gpu, used: int, own: tuple[int, ...], *, wanted: bool, inside: bool) -> Finding | None:
     if used < _WORTH_SAYING_BYTES:
         return None
     sizes = [process.bytes for process in gpu.used_by]
     hidden = used - sum(size or 0 for size in sizes)
     # The desktop's own share and what a process will not tell are no mystery.
     unlisted = gpu.vendor == "nvidia" and hidden > GIB and None not in sizes and not gpu.display
-    mysterious = unlisted and not elsewhere
+    mysterious = unlisted and not (inside or _works(gpu))
     large = bool(gpu.total_bytes) and used > 0.1 * (gpu.total_bytes or 0)
     processes = tuple(
         Evidence(
@@ -128,7 +171,7 @@ def _taken(gpu: Gpu, used: int, own: tuple[int, ...], *, wanted: bool, elsewhere
         severity=Severity.warn if mysterious or (large and wanted) else Severity.info,
         summary=what if unlisted else f"{gib(used)} of {named([gpu.index])} are in use",
         evidence=(Evidence(path=f"memory of GPU{gpu.index}", value=f"{gib(used)} in use"), *processes[:8]),
-        fix=_WHO if unlisted else _ended(gpu, own),
+        fix=(_WHO_ON_HOST if inside else _WHO,) if unlisted else _ended(gpu, own),
         gpus=(gpu.index,),
         needs_root=unlisted,
     )
