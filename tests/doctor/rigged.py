@@ -142,8 +142,7 @@ COMPUTERS = {
     "2x3090-nvlink": Computer(
         rig="2x3090-nvlink",
         tree=_in_lxc,
-        finds=("warn vram-in-use",),
-        notes=("persistence-off", "bar1-small", "pcie-host-gen", "psu-budget", "virtualised"),
+        notes=("persistence-off", "bar1-small", "pcie-host-gen", "psu-budget", "virtualised", "vram-in-use"),
         hidden=_UNTOLD,
     ),
     "4x3090-2nvlink": Computer(

@@ -9,7 +9,6 @@ from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import BUSY_PERCENT, BUSY_SHARE, in_use_bytes, named, unread, usable_cards
 from mgpu.machine.families import family
-from mgpu.machine.host_facts import ENGINE_PORTS
 from mgpu.machine.inspection import DiskSpace, Inspection
 from mgpu.machine.layout import health, in_container
 from mgpu.machine.snapshot import Gpu
@@ -18,7 +17,6 @@ from mgpu.units import GIB, MIB, gib
 _WORTH_SAYING_BYTES = 256 * MIB
 _LOW_DISK_BYTES = 20 * GIB
 _LEAST_FREE_SHARE = 0.1
-_FIRST_USER_PORT = 1024
 _PRESSED_PERCENT = 5.0
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "fuse.rclone", "fuse.s3fs", "ceph", "glusterfs")
 
@@ -29,9 +27,7 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
 
     Read: the card's total and free memory without what the driver reserves, and the processes that NVML lists.
     Rule: warn when over 1 GiB is taken that no listed process accounts for, of a card at rest (a zombie); info in
-    a container and of a card that works, where somebody has it who cannot be seen from here; but warn in a container
-    when under a tenth of a card is free, no process is listed, and no engine listens on its usual port or the next nine
-    (nor, while a card works, anything above port 1023): nothing can start there. Warn above 10 % in use
+    a container and of a card that works, where somebody has it who cannot be seen from here. Warn above 10 % in use
     when an engine is named that is to have the cards, else info from 256 MiB. Info too, whatever the size, where the
     driver lists no processes at all (WSL2, some containers): what is in use may be anybody's, and may go.
     Why: vLLM ends at once when less is free than its share of the card, the most common failure on local machines.
@@ -43,26 +39,25 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
     untold: dict[int, int] = {}
     full: dict[int, int] = {}
     inside = in_container(inspection)
-    served = _engine_is_seen(inspection)
+    wanted = purpose.backend is not None or purpose.weights_bytes is not None
     for gpu in usable_cards(inspection):
         card = health(inspection, gpu)
         used = in_use_bytes(gpu, card)
         if used is None:
             unknown.append(gpu.index)
             continue
-        if inside and not served and _is_full(gpu):
+        if inside and _is_full(gpu):
             full[gpu.index] = used
             continue
         if gpu.vendor == "nvidia" and not card.used_by_known:
             if used >= _WORTH_SAYING_BYTES:
                 untold[gpu.index] = used
             continue
-        wanted = purpose.backend is not None or purpose.weights_bytes is not None
         finding = _taken(gpu, used, inspection.mgpu_processes, wanted=wanted, inside=inside)
         if finding:
             yield finding
     if full:
-        yield _filled(full)
+        yield _filled(full, wanted=wanted)
     if untold:
         yield _untold(untold)
     if unknown:
@@ -75,21 +70,10 @@ def _is_full(gpu: Gpu) -> bool:
     return gpu.vendor == "nvidia" and free < _LEAST_FREE_SHARE * total and not gpu.used_by
 
 
-def _engine_is_seen(inspection: Inspection) -> bool:
-    """Whether an engine listens where engines do, or may listen elsewhere while a card works, or that is unknown. The
-    driver lists no processes to most containers, so that the memory may well be its own."""
-    if not inspection.host.listeners_known or inspection.mgpu_processes:
-        return True
-    ports = {listener.port for listener in inspection.host.listeners}
-    if any(first <= port < first + 10 for port in ports for first in ENGINE_PORTS):
-        return True
-    return any(port >= _FIRST_USER_PORT for port in ports) and any(map(_works, usable_cards(inspection)))
-
-
-def _filled(used: dict[int, int]) -> Finding:
+def _filled(used: dict[int, int], *, wanted: bool) -> Finding:
     return Finding(
-        severity=Severity.warn,
-        summary=f"{named(used)}: less than a tenth is free, by nobody seen in here: nothing can start",
+        severity=Severity.warn if wanted else Severity.info,
+        summary=f"{named(used)}: less than a tenth is free, and who has the rest cannot be seen in here",
         evidence=tuple(
             Evidence(path=f"memory of GPU{index}", value=f"{gib(size)} in use") for index, size in used.items()
         ),
