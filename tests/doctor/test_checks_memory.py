@@ -71,9 +71,7 @@ def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> In
             ["info 0"],
             id="what others hold outside of a container",
         ),
-        pytest.param(
-            "vram-in-use", inside(23 * GIB), Purpose(), ["info 0"], id="full by others, seen from a container"
-        ),
+        pytest.param("vram-in-use", inside(23 * GIB), Purpose(), ["info 0"], id="full by others, as seen in one"),
         pytest.param("vram-in-use", inside(23 * GIB), VLLM, ["warn 0"], id="full by others, and vLLM is to have it"),
         pytest.param(
             "vram-in-use", inside(23 * GIB, ENGINE), Purpose(), ["info 0"], id="who has it is listed in a container"
