@@ -36,6 +36,9 @@ def steps(inspection: Inspection, task: Task, **values: object) -> tuple[str, ..
     that is missing."""
     table = _TABLE[task]
     family = None if in_container(inspection) else inspection.host.distribution
+    if task is Task.kernel_option and family in _WITH_BOOT_LOADERS:
+        loader = inspection.host.boot_loader
+        family = family if loader == "grub" else loader if family == "debian" and loader in table else None
     return tuple(line.format(**values) for line in table.get(family, table[None]))
 
 
@@ -56,6 +59,8 @@ def install_fabric_manager(inspection: Inspection, version: str | None) -> tuple
 
 # What is no version gets into no command.
 _VERSION = re.compile(r"\d{3}(\.\d{1,4}){1,3}")
+# Their kernel options are set with the boot loader, of which they have more than one.
+_WITH_BOOT_LOADERS = ("debian", "arch", "suse")
 _GRUB = "add {option} to GRUB_CMDLINE_LINUX_DEFAULT in /etc/default/grub"
 _REBUILD = "sudo nixos-rebuild boot && sudo reboot"
 _BLACKLIST = "echo 'blacklist {module}' | sudo tee /etc/modprobe.d/blacklist-{module}.conf"
@@ -80,13 +85,19 @@ _TABLE: Final[dict[Task, dict[str | None, tuple[str, ...]]]] = {
         "fedora": ("sudo grubby --update-kernel=ALL --args={option} && sudo reboot",),
         "arch": (_GRUB, "sudo grub-mkconfig -o /boot/grub/grub.cfg && sudo reboot"),
         "suse": (_GRUB, "sudo grub2-mkconfig -o /boot/grub2/grub.cfg && sudo reboot"),
+        "kernelstub": ("sudo kernelstub -a {option} && sudo reboot",),
+        "proxmox": (
+            "add {option} to the line in /etc/kernel/cmdline, or, where that is absent, "
+            + _GRUB.removeprefix("add {option} "),
+            "sudo proxmox-boot-tool refresh && sudo reboot",
+        ),
         "nixos": ('add "{option}" to boot.kernelParams in configuration.nix', _REBUILD),
         None: ("add {option} to the kernel's command line, in the boot loader's configuration", "sudo reboot"),
     },
     Task.module_option: {
         "nixos": (
             'set boot.extraModprobeConfig = "options {module} {option}"; in configuration.nix',
-            _REBUILD,
+            "sudo nixos-rebuild switch",
         ),
         None: (_OPTION,),
     },
@@ -108,7 +119,7 @@ _TABLE: Final[dict[Task, dict[str | None, tuple[str, ...]]]] = {
             "sudo zypper install kernel-default-devel",
             "install the NVIDIA driver's kmp package again: that builds the module",
         ),
-        "nixos": ("sudo nixos-rebuild boot && sudo reboot  # builds the module for its kernel",),
+        "nixos": ("sudo nixos-rebuild boot  # builds the module for its kernel",),
         None: ("install the headers of the kernel that runs, then build the NVIDIA module again (DKMS does)",),
     },
     Task.enrol_key: {

@@ -45,6 +45,7 @@ def read_host_facts(
     return HostFacts(
         distribution=_distribution(root),
         boot_age_s=_first_number(root / "proc/uptime"),
+        boot_loader=_boot_loader(root),
         kernel_command_line=_command_line(root, unread),
         wsl=_wsl(root),
         iommu_present=_has_entries(root / "sys/class/iommu", root / "sys/class"),
@@ -103,6 +104,18 @@ def _distribution(root: Path) -> str | None:
         return None
     words = (own, *" ".join(like).split())
     return next((family for word in words if (family := _FAMILIES.get(word.partition("-")[0]))), None)
+
+
+# What takes the kernel's options from where, by a file of its own. Pop!_OS and Proxmox may have GRUB's files as well.
+_BOOT_LOADERS = {
+    "etc/kernelstub/configuration": "kernelstub",
+    "etc/kernel/proxmox-boot-uuids": "proxmox",
+    "etc/default/grub": "grub",
+}
+
+
+def _boot_loader(root: Path) -> str | None:
+    return next((name for file, name in _BOOT_LOADERS.items() if sysfs.is_there(root / file)), None)
 
 
 def _first_number(path: Path) -> float | None:

@@ -213,16 +213,18 @@ class UnitVariable:
 class HostFacts:
     """The computer around the cards, as far as it breaks or slows them.
 
-    `kernel_command_line` holds only the options that matter to cards; it is for who reads a saved inspection, and no
-    check judges it. `memory_pressure_percent` is the share of the
-    last minute in which something waited for memory. `allowed_cpus` counts the processors that this process may use, by
-    affinity and quota; `allowed_cpu_list` names those of its affinity ("0-7,16"). `governors` are those in use, each
-    once. `environment`, `nccl_configuration` and `unit_variables` hold only the variables that change what engines do
-    with cards. `distribution` is the family of Linux distributions: "debian", "fedora", "arch", "suse" or "nixos".
+    `kernel_command_line` holds only the options that matter to cards. `boot_loader` is what has the kernel's options
+    changed: "kernelstub" (Pop!_OS), "proxmox" (proxmox-boot-tool) or "grub", None where none of them is known to.
+    `memory_pressure_percent` is the share of the last minute in which something waited for memory. `allowed_cpus`
+    counts the processors that this process may use, by affinity and quota; `allowed_cpu_list` names those of its
+    affinity ("0-7,16"). `governors` are those in use, each once. `environment`, `nccl_configuration` and
+    `unit_variables` hold only the variables that change what engines do with cards. `distribution` is the family of
+    Linux distributions: "debian", "fedora", "arch", "suse" or "nixos".
     """
 
     distribution: str | None = None
     boot_age_s: float | None = None
+    boot_loader: str | None = None
     kernel_command_line: str | None = None
     wsl: bool | None = None
     iommu_present: bool | None = None

@@ -349,6 +349,7 @@ def _driver(switched: bool, *, open_module: bool) -> NvidiaDriver:
 def _host(switched: bool) -> HostFacts:
     return HostFacts(
         distribution="debian",
+        boot_loader="grub",
         boot_age_s=30 * DAY_S,
         kernel_command_line="BOOT_IMAGE=/vmlinuz root=/dev/nvme0n1p2 ro quiet iommu=pt",
         wsl=False,

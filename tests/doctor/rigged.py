@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 RIGS = REPOSITORY / "tests/machines/rigs"
 SAVED = REPOSITORY / "tests/machines/saved"
 ACS_REDIRECTS = 0x1D
+_WITHOUT_OPTIONS: dict[str, str | bytes] = {"proc/cmdline": "BOOT_IMAGE=/vmlinuz root=UUID=5c3f quiet splash\n"}
 _CARD, _CARD_CLASS, _DRIVER = "0000:01:00.0", 0x030000, "580.126.20"
 _AMD_CHIPSET = (0x1022, 0x43F4)
 _LIMIT_S = 60
@@ -48,7 +49,7 @@ def _in_lxc(root: Path, rig: Path) -> SysfsTree:
 
 
 def _remapped(root: Path, rig: Path) -> SysfsTree:
-    return tree_of_rig(root, rig, acs=ACS_REDIRECTS, group_type="DMA-FQ")
+    return tree_of_rig(root, rig, acs=ACS_REDIRECTS, group_type="DMA-FQ").files(_WITHOUT_OPTIONS)
 
 
 def _passed_through(root: Path, rig: Path) -> SysfsTree:
@@ -88,7 +89,7 @@ def _radeons(root: Path, _rig: Path) -> SysfsTree:
 
 
 def _translated_radeons(root: Path, _rig: Path) -> SysfsTree:
-    return two_radeons(root, group_type="DMA-FQ")
+    return two_radeons(root, group_type="DMA-FQ").files(_WITHOUT_OPTIONS)
 
 
 def _unequal_radeons(root: Path, _rig: Path) -> SysfsTree:
@@ -137,11 +138,11 @@ _WINDOWS_HIDES = (
 COMPUTERS = {
     "2x4090-x670e": Computer(rig="2x4090-x670e", notes=_STOCK, hidden=_UNTOLD),
     "2x5090-x8": Computer(rig="2x5090-x8", notes=_STOCK, hidden=_UNTOLD),
-    "3xp40": Computer(rig="3xp40", notes=("persistence-off", "psu-budget"), hidden=_UNTOLD),
+    "3xp40": Computer(rig="3xp40", notes=("persistence-off", "psu-budget", "p2p-grant-unsafe"), hidden=_UNTOLD),
     "2x3090-nvlink": Computer(
         rig="2x3090-nvlink",
         tree=_in_lxc,
-        notes=("persistence-off", "bar1-small", "pcie-host-gen", "vram-in-use", "psu-budget", "virtualised"),
+        notes=("persistence-off", "bar1-small", "pcie-host-gen", "psu-budget", "virtualised", "vram-in-use"),
         hidden=_UNTOLD,
     ),
     "4x3090-2nvlink": Computer(
@@ -160,7 +161,10 @@ COMPUTERS = {
         hidden=_UNTOLD,
     ),
     "2xpro6000-identity": Computer(
-        rig="2xpro6000-p2p-hang", tree=_passed_through, notes=("persistence-off", "psu-budget"), hidden=_UNTOLD
+        rig="2xpro6000-p2p-hang",
+        tree=_passed_through,
+        notes=("persistence-off", "psu-budget", "p2p-grant-unsafe"),
+        hidden=_UNTOLD,
     ),
     "no-card": Computer(rig="no-driver", tree=_bare, notes=("no-gpu",)),
     "2xpro6000-p2p-hang": Computer(

@@ -226,9 +226,21 @@ def test_what_to_do_about_a_card_that_refuses_fits_its_error(
     refusing = changed_gpu(changed_card(healthy(), 1, nvml_error=error), 1, problem=problem)
     (finding,) = gpu_lost.run(refusing, Purpose())
     assert isinstance(finding, Finding)
-    assert finding.summary == f"GPU1: {summary}"
-    assert fix in finding.fix[0]
+    assert finding.summary == f"GPU1 at 0000:20:00.0: {summary}"
+    assert fix in finding.fix[1 if error == 15 else 0]
     assert ("-lgc" in "".join(finding.fix)) is (error == 15)
+
+
+def test_a_lost_card_is_found_by_its_address() -> None:
+    lost = changed_gpu(changed_card(healthy(), 1, nvml_error=15, bus_id="0000:20:00.0"), 1, problem="x", bus_id=None)
+    (finding,) = gpu_lost.run(lost, Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.fix[0] == "lspci -vs 0000:20:00.0  # which card, and its slot"
+    assert finding.fix[2].startswith("sudo nvidia-smi -i 0000:20:00.0 -lgc 300,1500  # after it is back")
+    (finding,) = gpu_lost.run(changed_card(lost, 1, bus_id=None), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.summary == "GPU1: fell off the bus"
+    assert "lspci" not in "".join(finding.fix)
 
 
 def test_no_card_is_called_lost_where_the_whole_driver_hangs() -> None:

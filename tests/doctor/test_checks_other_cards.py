@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -288,15 +289,17 @@ def test_a_machine_without_their_cards_hears_nothing_of_them(check: str, inspect
 
 
 def test_the_kernels_option_is_set_as_the_distribution_does_it() -> None:
-    (finding,) = amd.amd_multi_gpu.run(changed(TRANSLATED, host={"distribution": "fedora"}), Purpose())
+    (finding,) = amd.amd_multi_gpu.run(
+        changed(TRANSLATED, host={"distribution": "fedora", "kernel_command_line": ""}), Purpose()
+    )
     assert isinstance(finding, Finding)
-    assert finding.fix[0] == "sudo grubby --update-kernel=ALL --args=iommu=pt && sudo reboot"
+    assert finding.fix[-1] == "sudo grubby --update-kernel=ALL --args=iommu=pt && sudo reboot"
     assert [each.value for each in finding.evidence] == ["DMA-FQ"]
 
 
 def fixes(inspection: Inspection) -> list[str]:
     found = (item for item in amd.amd_gfx_override.run(inspection, Purpose()) if isinstance(item, Finding))
-    return [line for item in found for line in item.fix if "export" in line or "instead set" in line]
+    return [line for item in found for line in item.fix if re.search("export|instead set|Environment", line)]
 
 
 NEAREST = "  # the nearest version that is in the list"
@@ -307,12 +310,12 @@ NEAREST = "  # the nearest version that is in the list"
     [
         pytest.param(
             radeons("gfx1031", engines=(OLLAMA,)),
-            [f"export HSA_OVERRIDE_GFX_VERSION=10.3.0{NEAREST}"],
+            ["Environment=HSA_OVERRIDE_GFX_VERSION=10.3.0"],
             id="the only card of AMD's",
         ),
         pytest.param(
-            beside_nvidia(radeons("gfx1100", "gfx1101", engines=(OLLAMA,))),
-            [f"export HSA_OVERRIDE_GFX_VERSION_2=11.0.0{NEAREST}"],
+            beside_nvidia(radeons("gfx1030", "gfx1031", engines=(VLLM,))),
+            [f"export HSA_OVERRIDE_GFX_VERSION_2=10.3.0{NEAREST}"],
             id="by AMD's number, of the card's own generation",
         ),
         pytest.param(radeons("gfx1201", engines=(OLLAMA,)), [], id="no version of its generation is in the list"),
@@ -329,6 +332,28 @@ NEAREST = "  # the nearest version that is in the list"
 )
 def test_an_override_is_one_that_the_card_can_run(inspection: Inspection, expected: list[str]) -> None:
     assert fixes(inspection) == expected
+
+
+def test_a_service_is_told_in_its_unit() -> None:
+    for user, control in ((False, "sudo systemctl"), (True, "systemctl --user")):
+        variable = UnitVariable(unit="ollama.service", path="/etc/a.conf", name="OLLAMA_HOST", value="x", user=user)
+        there = changed(radeons("gfx1031", engines=(OLLAMA,)), host={"unit_variables": (variable,)})
+        (finding,) = amd.amd_gfx_override.run(there, Purpose())
+        assert isinstance(finding, Finding)
+        assert finding.fix[:-1] == (
+            f"{control} edit ollama.service{NEAREST}; write there:",
+            "[Service]",
+            "Environment=HSA_OVERRIDE_GFX_VERSION=10.3.0",
+            f"{control} restart ollama.service",
+        )
+
+
+def test_an_override_of_a_service_is_changed_before_it_starts_again() -> None:
+    there = of_service(radeons("gfx1100", "gfx1031"), HSA_OVERRIDE_GFX_VERSION="10.3.0")
+    (finding,) = amd.amd_gfx_override.run(there, Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.fix[1] == "instead set Environment=HSA_OVERRIDE_GFX_VERSION_2=10.3.0"
+    assert "restart" in finding.fix[2]
 
 
 @pytest.mark.parametrize(

@@ -108,18 +108,19 @@ BRIDGED = changed_pair(healthy(2, RTX_3090), 0, 1, kind="NVLink", read=0, write=
         pytest.param(p2p_grant_unsafe, granted(iommu="DMA-FQ"), {}, "warn", id="granted and translated"),
         pytest.param(p2p_grant_unsafe, granted(iommu="DMA-FQ"), VLLM, "fail", id="granted and translated, for vLLM"),
         pytest.param(p2p_grant_unsafe, granted(iommu="DMA-FQ", root=False), {}, "warn", id="translated, ACS unread"),
-        pytest.param(p2p_grant_unsafe, granted(acs=0x1D), {}, "info", id="granted and redirected"),
+        pytest.param(p2p_grant_unsafe, granted(acs=0x1D), {}, "warn", id="granted and redirected"),
         pytest.param(p2p_grant_unsafe, granted(acs=0x1D), TP2, "warn", id="granted and redirected, a model is cut"),
-        pytest.param(p2p_grant_unsafe, granted(acs=0x11), TP2, "", id="ACS that does not redirect"),
-        pytest.param(p2p_grant_unsafe, granted(), TP2, "", id="granted, and nothing in the way"),
-        pytest.param(p2p_grant_unsafe, no_iommu(granted()), TP2, "", id="no IOMMU translates nothing"),
+        pytest.param(p2p_grant_unsafe, granted(acs=0x11), TP2, "info", id="ACS that does not redirect"),
+        pytest.param(p2p_grant_unsafe, granted(), {}, "info", id="granted, nothing in the way, unproven"),
+        pytest.param(p2p_grant_unsafe, no_iommu(granted()), TP2, "info", id="no IOMMU translates nothing"),
         pytest.param(p2p_grant_unsafe, granted(root=False), {}, "skip", id="identity, ACS unread"),
-        pytest.param(p2p_grant_unsafe, no_iommu(granted(), present=True), TP2, "", id="an IOMMU that is off for cards"),
+        pytest.param(p2p_grant_unsafe, no_iommu(granted(), present=True), {}, "info", id="no IOMMU for cards"),
         pytest.param(p2p_grant_unsafe, granted(iommu=None), {}, "skip", id="group's type unread"),
         pytest.param(p2p_grant_unsafe, changed(granted(), pci=()), {}, "skip", id="bus unread"),
         pytest.param(p2p_grant_unsafe, refused(iommu="DMA-FQ", acs=0x1D), TP2, "", id="not granted"),
         pytest.param(p2p_grant_unsafe, board(BRIDGED, iommu="DMA-FQ", acs=0x1D), TP2, "", id="NVLink goes another way"),
         pytest.param(p2p_grant_unsafe, virtual(granted(iommu="DMA-FQ", acs=0x1D)), TP2, "", id="a guest's own tables"),
+        pytest.param(p2p_grant_unsafe, board(FORCED), {}, "", id="of GeForce patched-p2p-risk says it"),
         pytest.param(iommu_translated, refused(iommu="DMA-FQ"), {}, "warn", id="two cards, translated"),
         pytest.param(iommu_translated, granted(iommu="DMA-FQ"), {}, "info", id="the joined verdict speaks"),
         pytest.param(iommu_translated, vfio(refused(iommu="DMA-FQ")), {}, "info", id="vfio needs it"),
@@ -210,7 +211,9 @@ def test_the_joined_verdict_names_its_three_facts_and_turns_off_only_what_redire
     (finding,) = p2p_grant_unsafe.run(inspection, Purpose())
     assert isinstance(finding, Finding)
     assert [each.value for each in finding.evidence] == ["OK", "DMA-FQ", "DMA-FQ", "0x001d"]
-    assert [each for each in finding.fix if "setpci" in each] == [f"sudo setpci -s {PORTS[1]} ECAP_ACS+6.w=0000"]
+    assert [each for each in finding.fix if "setpci" in each] == [
+        f"sudo setpci -s {PORTS[1]} ECAP_ACS+6.w=0000  # until the reboot"
+    ]
 
 
 @pytest.mark.parametrize("check", [pytest.param(check, id=check.id) for check in (p2p_grant_unsafe, acs_redirect)])
@@ -231,7 +234,7 @@ def test_acs_is_never_turned_off_where_vfio_is_in_use(check: Check) -> None:
     ],
 )
 def test_the_kernels_options_are_changed_as_the_distribution_does_it(family: str | None, step: str) -> None:
-    translated = changed(refused(iommu="DMA-FQ"), host={"distribution": family})
+    translated = changed(refused(iommu="DMA-FQ"), host={"distribution": family, "kernel_command_line": "quiet"})
     (finding,) = iommu_translated.run(translated, Purpose())
     assert isinstance(finding, Finding)
     assert step in finding.fix
@@ -259,6 +262,8 @@ def test_the_kernels_options_are_changed_as_the_distribution_does_it(family: str
             "fail",
             id="all three, wrong sums",
         ),
+        pytest.param("p2p-grant-unsafe", granted(), None, "info", id="nothing in the way, not probed"),
+        pytest.param("p2p-grant-unsafe", granted(), proof(), "", id="nothing in the way, all arrives"),
         pytest.param("p2p-grant-unsafe", granted(root=False), proof(), "", id="ACS unread, all arrives"),
         pytest.param(
             "p2p-grant-unsafe", granted(root=False), proof(pair="hang"), "skip", id="ACS unread, a copy hangs"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -210,6 +211,15 @@ def test_power_is_judged_by_what_lasts(
 
 
 BLIND = changed_card(healthy(), 1, readings=())
+
+
+def test_events_that_were_read_once_are_not_called_unread() -> None:
+    (reading, *_) = healthy().cards[1].readings
+    once = changed_card(healthy(), 1, readings=(dataclasses.replace(reading, events=0x80),))
+    for inspection in (once, BLIND):
+        (skip,) = power.hw_slowdown.run(inspection, Purpose())
+        assert isinstance(skip, Skip)
+        assert (skip.reason == "clock events of GPU1 were read once, not three times") is (inspection is once)
 
 
 @pytest.mark.parametrize(

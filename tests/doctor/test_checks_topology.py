@@ -140,6 +140,21 @@ def test_the_cards_that_are_not_on_the_chipset_are_named() -> None:
     assert finding.evidence[0].path == "/sys/bus/pci/devices/0000:00:01.1"
 
 
+@pytest.mark.parametrize(
+    ("inspection", "words", "gpus"),
+    [
+        pytest.param(TWO_BRIDGES, "GPU0,1 and GPU2,3 are on one socket", (0, 1, 2, 3), id="two bridges of a processor"),
+        pytest.param(linked(2, {}, "NODE"), "GPU0,1 are on one socket", (0, 1), id="a card on each"),
+        pytest.param(FIVE, "some cards are on different processors", (0, 1, 2, 3, 4), id="two sockets"),
+    ],
+)
+def test_what_is_crossed_is_said_of_the_cards(inspection: Inspection, words: str, gpus: tuple[int, ...]) -> None:
+    (finding,) = topo_cross_socket.run(inspection, Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.summary.startswith(words)
+    assert finding.gpus == gpus
+
+
 def test_the_better_set_is_exported_as_cuda_would_count_it() -> None:
     (finding,) = topo_cross_socket.run(FIVE, Purpose(tensor_parallel=2))
     assert isinstance(finding, Finding)

@@ -58,6 +58,28 @@ def test_no_other_part_of_the_doctor_has_a_command_of_one_distribution() -> None
     assert elsewhere == []
 
 
+@pytest.mark.parametrize(
+    ("family", "loader", "words"),
+    [
+        pytest.param("debian", "grub", "sudo update-grub && sudo reboot", id="Ubuntu"),
+        pytest.param("debian", "kernelstub", "sudo kernelstub -a iommu=pt && sudo reboot", id="Pop!_OS"),
+        pytest.param("debian", "proxmox", "/etc/kernel/cmdline", id="Proxmox with systemd-boot"),
+        pytest.param("debian", None, "in the boot loader's configuration", id="Debian with systemd-boot"),
+        pytest.param("arch", "grub", "sudo grub-mkconfig", id="Arch with GRUB"),
+        pytest.param("arch", None, "in the boot loader's configuration", id="Arch with systemd-boot"),
+        pytest.param("fedora", None, "sudo grubby", id="Fedora, whose tool knows them all"),
+        pytest.param("nixos", None, "boot.kernelParams", id="NixOS"),
+    ],
+)
+def test_the_kernels_options_are_changed_where_the_boot_loader_has_them(
+    family: str, loader: str | None, words: str
+) -> None:
+    told = "\n".join(steps(on(family, boot_loader=loader), Task.kernel_option, option="iommu=pt"))
+    assert words in told
+    assert ("update-grub" in told) is (family == "debian" and loader == "grub")
+    assert ("proxmox-boot-tool refresh" in told) is (loader == "proxmox")
+
+
 def test_the_fabric_manager_is_of_the_drivers_version() -> None:
     assert install_fabric_manager(on("debian"), "580.95.05") == (
         "sudo apt install 'nvidia-fabricmanager-580=580.95.05-*'",

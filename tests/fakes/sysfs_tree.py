@@ -37,6 +37,7 @@ _HOST: dict[str, str | bytes] = {
     "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c": b"\x06\0\0\0\0",
     "dev/kmsg": "6,1,0,-;Linux version 6.8.0\n",
     "etc/os-release": 'NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n',
+    "etc/default/grub": 'GRUB_CMDLINE_LINUX_DEFAULT="quiet splash"\n',
     "etc/group": "root:x:0:\nvideo:x:44:\nrender:x:992:\n",
     "usr/bin/env": "",
 }

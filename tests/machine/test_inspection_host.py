@@ -84,6 +84,9 @@ CASES = [
     pytest.param(
         "distribution", {"etc/os-release": "", "usr/lib/os-release": "ID=arch\n"}, "arch", id="the vendor's os-release"
     ),
+    pytest.param("boot_loader", {}, "grub", id="GRUB"),
+    pytest.param("boot_loader", {"etc/kernelstub/configuration": "{}"}, "kernelstub", id="Pop!_OS"),
+    pytest.param("boot_loader", {"etc/kernel/proxmox-boot-uuids": "1F2E\n"}, "proxmox", id="Proxmox"),
     pytest.param("distribution", {"run/ostree-booted": ""}, None, id="an image, whose packages are not changed so"),
     pytest.param("distribution", {"etc/os-release": "ID=steamos\nID_LIKE=arch\n"}, None, id="SteamOS"),
     pytest.param("wsl", {"proc/sys/kernel/osrelease": "5.15.1-microsoft-standard-WSL2"}, True, id="WSL by its kernel"),

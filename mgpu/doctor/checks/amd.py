@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
-from mgpu.doctor.commands import Task, steps
 from mgpu.doctor.facts import named, rocm_cards, settings, unread, usable_cards
+from mgpu.doctor.peer_ways import untranslated
 from mgpu.doctor.visibility import kfd_node, rocm_sees_only
 from mgpu.machine.chipset import chipset_bridge
 from mgpu.machine.inspection import Inspection, InstalledEngine, PciDevice
@@ -137,10 +137,7 @@ def amd_multi_gpu(inspection: Inspection, _purpose: Purpose) -> Said:
                 )
                 for gpu in translated
             ),
-            fix=(
-                *steps(inspection, Task.kernel_option, option="iommu=pt"),
-                "export NCCL_P2P_DISABLE=1  # until then",
-            ),
+            fix=("export NCCL_P2P_DISABLE=1  # helps at once", *untranslated(inspection)),
             gpus=tuple(gpu.index for gpu in translated),
             needs_root=True,
         )
@@ -225,6 +222,7 @@ def amd_gfx_override(inspection: Inspection, purpose: Purpose) -> Said:
     for each in overrides if len(kinds) > 1 else ():
         meant = [gpu for gpu in cards if _version(gpu.gfx or "")[:2] == _numbers(each.value)[:2]]
         node = kfd_node(inspection, meant[0]) if len(meant) == 1 else None
+        unit = "Environment=" if len(each.removal) > 1 else ""  # a service's is not the shell's
         yield Finding(
             severity=Severity.warn,
             summary=f"one gfx override for unlike AMD cards breaks some of them ({each.place[:24]})",
@@ -233,8 +231,9 @@ def amd_gfx_override(inspection: Inspection, purpose: Purpose) -> Said:
                 *(Evidence(path=f"GPU{gpu.index}", value=gpu.gfx or "unknown") for gpu in cards),
             ),
             fix=(
-                *each.removal,
-                f"instead set {_OVERRIDE}_{'N' if node is None else node}={shlex.quote(each.value[:20])}",
+                each.removal[0],
+                f"instead set {unit}{_OVERRIDE}_{'N' if node is None else node}={shlex.quote(each.value[:20])}",
+                *each.removal[1:],
             ),
             gpus=tuple(gpu.index for gpu in cards),
         )
@@ -252,6 +251,7 @@ def amd_gfx_override(inspection: Inspection, purpose: Purpose) -> Said:
 
 
 _OVERRIDE = "HSA_OVERRIDE_GFX_VERSION"
+_OLLAMA = "ollama.service"
 
 
 def _unbuilt(inspection: Inspection, purpose: Purpose, cards: Sequence[Gpu]) -> Said:
@@ -270,7 +270,7 @@ def _unbuilt(inspection: Inspection, purpose: Purpose, cards: Sequence[Gpu]) -> 
             evidence=(
                 Evidence(path=f"architectures of {engine.path or engine.backend}", value=" ".join(sorted(built))[:200]),
             ),
-            fix=(*_nearest(inspection, missing[0], built), _VULKAN),
+            fix=(*_nearest(inspection, engine, missing[0], built), _VULKAN),
             gpus=tuple(gpu.index for gpu in missing),
         )
 
@@ -284,7 +284,7 @@ def _is_overridden(inspection: Inspection, engine: InstalledEngine) -> bool:
     return any(each.name.startswith(_OVERRIDE) and each.place.startswith(own) for each in settings(inspection))
 
 
-def _nearest(inspection: Inspection, gpu: Gpu, built: set[str]) -> tuple[str, ...]:
+def _nearest(inspection: Inspection, engine: InstalledEngine, gpu: Gpu, built: set[str]) -> tuple[str, ...]:
     """The override by which a card runs code of the nearest version of its own generation; none before RDNA, whose
     versions do not run each other's code. One for all where it is AMD's only GPU."""
     version = _version(gpu.gfx or "")
@@ -295,7 +295,18 @@ def _nearest(inspection: Inspection, gpu: Gpu, built: set[str]) -> tuple[str, ..
         return ()
     nearest = min(alike, key=lambda other: (abs(other[2] - version[2]), other))
     name = _OVERRIDE if alone else f"{_OVERRIDE}_{node}"
-    return (f"export {name}={'.'.join(map(str, nearest))}  # the nearest version that is in the list",)
+    setting, why = f"{name}={'.'.join(map(str, nearest))}", "the nearest version that is in the list"
+    if engine.backend != "ollama":
+        return (f"export {setting}  # {why}",)
+    # Ollama runs as a service, which no shell's environment reaches.
+    own = any(each.user and each.unit == _OLLAMA for each in inspection.host.unit_variables)
+    control = "systemctl --user" if own else "sudo systemctl"
+    return (
+        f"{control} edit {_OLLAMA}  # {why}; write there:",
+        "[Service]",
+        f"Environment={setting}",
+        f"{control} restart {_OLLAMA}",
+    )
 
 
 def _version(gfx: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 
 from mgpu.doctor import subjects
@@ -33,10 +34,13 @@ def gpu_lost(inspection: Inspection, _purpose: Purpose) -> Said:
     if inspection.driver.nvml_error == _NO_ANSWER:  # driver-not-loaded says it of all cards
         return
     health = {card.gpu: card.nvml_error for card in inspection.cards}
+    addresses = {card.gpu: card.bus_id for card in inspection.cards}
     for gpu in inspection.machine.gpus:
         error = health.get(gpu.index)
         if gpu.vendor != "nvidia" or not (error or gpu.problem):
             continue
+        address = gpu.bus_id or addresses.get(gpu.index)
+        name, where = (shlex.quote(address), f" at {address}") if address else (str(gpu.index), "")
         said, _, advice = (gpu.problem or f"does not answer (NVML error {error})").partition(": ")
         fix: tuple[str, ...] = (advice or "sudo dmesg | grep NVRM  # names the reason",)
         if error == 16:
@@ -45,15 +49,16 @@ def gpu_lost(inspection: Inspection, _purpose: Purpose) -> Said:
             said, fix = (
                 "fell off the bus",
                 (
+                    *((f"lspci -vs {shlex.quote(address)}  # which card, and its slot",) if address else ()),
                     "turn the machine off at its power supply, reseat the card and its power cables",
-                    f"sudo nvidia-smi -i {gpu.index} -lgc 300,1500  # then a test with less power",
-                    "BIOS: set the slot's PCIe generation one lower",
+                    f"sudo nvidia-smi -i {name} -lgc 300,1500  # after it is back: a test with less power",
+                    "if it is lost again, BIOS: set the slot's PCIe generation one lower",
                 ),
             )
         log = [entry for entry in inspection.host.log if entry.kind == "bus" and entry.bus_id in (None, gpu.bus_id)]
         yield Finding(
             severity=Severity.fail,
-            summary=f"GPU{gpu.index}: {said}"[:90],
+            summary=f"GPU{gpu.index}{where[:20]}: {said}"[:90],
             evidence=(
                 Evidence(
                     path=f"nvml GPU{gpu.index}",

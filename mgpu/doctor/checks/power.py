@@ -6,7 +6,7 @@ from functools import partial
 from statistics import median
 
 from mgpu.doctor import subjects
-from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
+from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import at_work, event, in_use_bytes, is_busy, lasting, named, nvidia_cards, unread, usable_cards
 from mgpu.doctor.power_limits import default_limit_w, requested_limit_w
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
@@ -49,7 +49,7 @@ def thermal(inspection: Inspection, _purpose: Purpose) -> Said:
         elif gpu.temperature_c is not None and gpu.temperature_c > 70 and gpu.utilisation_percent == 0:
             yield _hot(gpu, card, Severity.info, f"{named([gpu.index])} is at {gpu.temperature_c} °C while idle")
     if unknown:
-        yield unread(inspection, "temperature limits and events", "Temperature", "Event", "Throttle", of=unknown)
+        yield _unsure(inspection, "temperature limits and events", unknown, "Temperature")
 
 
 def _place(margin_c: int) -> str:
@@ -92,6 +92,16 @@ def _lower_limit(gpu: Gpu, card: CardHealth, until: str = "") -> tuple[str, ...]
     return (f"{command} {watts:.0f}{until}",) if watts < min(limits) else ()
 
 
+def _unsure(inspection: Inspection, what: str, indices: list[int], *paths: str) -> Skip:
+    """Why it is unknown whether an event of these cards lasts: a single reading does not show it."""
+    events = [
+        [r.events for r in card.readings if r.events is not None] for card in inspection.cards if card.gpu in indices
+    ]
+    if events and all(len(masks) == 1 for masks in events):
+        return Skip(reason=f"{what} of {named(indices)} were read once, not three times")
+    return unread(inspection, what, *paths, "Event", "Throttle", of=indices)
+
+
 def _events(gpu: Gpu, card: CardHealth) -> tuple[Evidence, ...]:
     masks = [f"{reading.events:#x}" for reading in card.readings if reading.events is not None]
     path = f"nvmlDeviceGetCurrentClocksEventReasons({gpu.index})"
@@ -129,7 +139,7 @@ def hw_slowdown(inspection: Inspection, _purpose: Purpose) -> Said:
         elif braked is None:
             unknown.append(gpu.index)
     if unknown:
-        yield unread(inspection, "clock events", "Event", "Throttle", of=unknown)
+        yield _unsure(inspection, "clock events", unknown)
 
 
 @check("sw-power-cap", Area.power, "B", about=(subjects.busy,))
@@ -158,7 +168,7 @@ def sw_power_cap(inspection: Inspection, _purpose: Purpose) -> Said:
         elif capped is None:
             unknown.append(gpu.index)
     if unknown:
-        yield unread(inspection, "clock events", "Event", "Throttle", of=unknown)
+        yield _unsure(inspection, "clock events", unknown)
 
 
 def _at_limit(reading: Readings, limit_w: float | None) -> bool | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.facts import named, of_one_size
+from mgpu.doctor.peer_ways import between
 from mgpu.doctor.visibility import cuda_sees_only
 from mgpu.machine.chipset import chipset_bridge
 from mgpu.machine.inspection import Inspection
@@ -64,7 +65,7 @@ def topo_cross_socket(inspection: Inspection, purpose: Purpose) -> Said:
     Read: the nearest common ancestor of every two cards (SYS: two sockets; NODE: two host bridges of one), and NVLink,
     which makes it irrelevant.
     Rule: warn where the best set of --tensor-parallel cards, or the only pair there is, crosses sockets; info where
-    better sets exist.
+    better sets exist, and for NODE, which costs little.
     Why: SYS goes through the link between the sockets, 6 to 40 GB/s shared by all.
     Do: move a card, or keep engine and memory on one node with numactl.
     """
@@ -92,12 +93,14 @@ def topo_cross_socket(inspection: Inspection, purpose: Purpose) -> Said:
                 summary=f"some cards are on different processors; best {size} together: {best}"[:90],
                 evidence=_paths(crossing),
                 fix=(cuda_sees_only(groups[0]),),
+                gpus=_members(crossing),
             )
     elif node := [pair for pair in pcie if pair.kind == "NODE"]:
         yield Finding(
             severity=Severity.info,
-            summary="some cards are on different host bridges of one processor",
+            summary=f"{between(node)} are on one socket, but on two parts of it (NODE): a little slower"[:90],
             evidence=_paths(node),
+            gpus=_members(node),
         )
     elif all(pair.kind == "unknown" for pair in pcie):
         yield Skip(reason="how the cards reach each other could not be read")
@@ -179,6 +182,10 @@ def _grown(first: int, cards_left: list[int], size: int, costs: dict[frozenset[i
         others = [index for index in cards_left if index not in group]
         group.append(min(others, key=lambda index: sum(costs[frozenset((index, member))] for member in group)))
     return tuple(sorted(group))
+
+
+def _members(found: list[Pair]) -> tuple[int, ...]:
+    return tuple(sorted({index for pair in found for index in pair.indices}))
 
 
 def _paths(found: list[Pair]) -> tuple[Evidence, ...]:
