@@ -7,14 +7,15 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from mgpu.backends.backend import Backend, DeviceMemory, Get, Launch, Serving
-from mgpu.backends.engine import LLAMA_CPP
+from mgpu.backends.engine import LLAMA_CPP, Engine, ask
 from mgpu.backends.llama_cpp_failure import diagnose
 from mgpu.backends.llama_cpp_log import Phase, buffers_by_device, parse_line
 from mgpu.backends.llama_cpp_metrics import sample_from_text
 from mgpu.backends.samples import Sample
-from mgpu.errors import UsageError
+from mgpu.errors import EngineFailed, UsageError
 from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.planning.memory import padded_ctx_tokens
 from mgpu.planning.wants import Wants
@@ -83,6 +84,7 @@ _OVERRIDES = ("-ot", "--override-tensor")
 # More layers than any model has.
 _ALL_LAYERS = 1_000_000
 _LAYERS_TRIED = 200
+_HELP_LIMIT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +214,17 @@ def build_launch(candidate: Candidate, serving: Serving) -> Launch:
         # Of a single key llama-server writes the last four characters to its log, of several only how many.
         env[API_KEY_VARIABLE] = api_key if "," in api_key else f"{api_key},{secrets.token_hex(16)}"
     return Launch(argv=tuple(argv), env=env, secrets=frozenset({API_KEY_VARIABLE} if api_key else ()))
+
+
+@cache
+def knows_tensor_split(engine: Engine) -> bool:
+    """Return whether the llama-server has `--split-mode tensor`, as its --help tells; blocks for a second or so when it
+    is asked for the first time. One that gives no answer is taken to know it: its start will tell."""
+    try:
+        modes = re.search(r"--split-mode\s+\{([^}]*)\}", ask(engine, ["--help"], limit_s=_HELP_LIMIT_S))
+    except EngineFailed:
+        return True
+    return modes is None or "tensor" in modes[1].split(",")
 
 
 def memory(lines: Sequence[str], candidate: Candidate) -> dict[int, DeviceMemory]:

@@ -215,6 +215,10 @@ def find_way(
             f"--tensor-split has {len(wants.tensor_split)} proportions for {len(gpus)} cards",
             hint="give one for each card that --gpus chooses",
         )
+    if backend == Backend.llama_cpp and engine and not simulated and len(gpus) > 1:
+        from mgpu.backends.llama_cpp import knows_tensor_split
+
+        wants = replace(wants, knows_tensor_split=wants.split_mode in ("layer", "none") or knows_tensor_split(engine))
     if profile := model.profile:
         wants = replace(wants, ctx_tokens=wants.ctx_tokens or profile.ctx, parallel=options.users or profile.parallel)
     return Way(

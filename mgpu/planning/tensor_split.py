@@ -27,6 +27,8 @@ _EFFICIENT = 128  # cuts fall on a power of two of values up to this where the c
 
 def problems(facts: ModelFacts, wants: Wants, devices: int) -> Iterator[str]:
     """Yield why llama.cpp would refuse to cut `facts` over `devices`; nothing where it would not."""
+    if not wants.knows_tensor_split:
+        yield "the llama-server that is installed is too old for --split-mode tensor"
     if facts.architecture in _UNSUPPORTED:
         yield f"llama.cpp has no tensor split for the architecture {facts.architecture}"
     if not wants.uses_flash_attention:

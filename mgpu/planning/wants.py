@@ -47,7 +47,8 @@ class Wants:
     `offload` allows layers in host memory. The rest are llama-server's own switches, known here because they move
     memory: `kv_unified` (one KV cache shared by all users), `swa_full` (sliding-window layers keep the whole context),
     `kv_on_host` (`--no-kv-offload`), `cpu_moe_layers` (`--n-cpu-moe`, experts of the first layers on the host),
-    `embeddings` (`--embeddings`: an output for every token, not only for each user's last).
+    `embeddings` (`--embeddings`: an output for every token, not only for each user's last). `knows_tensor_split` says
+    whether the llama-server that is to run it has `--split-mode tensor`; older ones have not.
     """
 
     ctx_tokens: int | None = None
@@ -65,6 +66,7 @@ class Wants:
     kv_on_host: bool = False
     cpu_moe_layers: int = 0
     embeddings: bool = False
+    knows_tensor_split: bool = True
 
     @property
     def uses_flash_attention(self) -> bool:
