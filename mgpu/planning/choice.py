@@ -241,13 +241,15 @@ def _reason(chosen: _Way, rival: _Way, own: Range, theirs: Range, preferred: Pre
     if other.verdict != one.verdict:
         return ", which needs host memory", f"{title} needs host memory"
     if other.ctx_tokens < one.ctx_tokens:
-        room = f"room for {other.ctx_tokens} tokens only"
-        return f", which has {room}", f"{title} at {interval(theirs)} tokens/s has {room}"
+        room = f"room for {other.ctx_tokens} tokens{' each' if other.parallel > 1 else ''}"
+        alone = f"{title} ({interval(theirs)} tokens/s) has {room}, not {one.ctx_tokens}"
+        return f", which has {room} only", alone
     if preferred.all_cards and len(other.devices) < len(one.devices):
         return ", which leaves cards unused", f"{title} would leave cards unused"
     if other.speed.thin and not one.speed.thin:
-        mine = f"{interval(own)} tokens/s with {TITLES[one.backend]}"
-        return ": thin evidence", f"{mine}; {title}'s {interval(theirs)} rest on thin evidence"
+        mine, against = _apart(chosen, rival)
+        alone = f"{interval(own)} tokens/s with {mine}; {against}'s {interval(theirs)} rest on thin evidence"
+        return " on thin evidence", alone
     if one.backend != other.backend:
         if chosen.on_disk and not rival.on_disk:
             on_disk = f"the model is on disk for {TITLES[one.backend]} only"
@@ -285,6 +287,15 @@ def _named(way: _Way, ways: Sequence[_Way], *, beside: _Way | None = None) -> st
     if candidate.tensor_parallel > 1:
         return f"{its} tensor parallel {candidate.tensor_parallel}"
     return f"{its} pipeline" if candidate.backend == "vllm" else f"{its} {candidate.split_mode} split"
+
+
+def _apart(one: _Way, other: _Way) -> tuple[str, str]:
+    """What tells the two apart: their engines, or of one engine the splits."""
+    backends = {one.candidate.backend, other.candidate.backend}
+    if len(backends) == 2 or "none" in (one.candidate.split_mode, other.candidate.split_mode):
+        return TITLES[one.candidate.backend], TITLES[other.candidate.backend]
+    names = [_named(way, (one, other)).removeprefix(f"{TITLES[way.candidate.backend]}'s ") for way in (one, other)]
+    return f"the {names[0]}", f"the {names[1]}"
 
 
 def _first_short(*lines: str) -> str:

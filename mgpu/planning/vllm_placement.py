@@ -283,7 +283,7 @@ class _Placement:
             users = min(held, default=self.wants.parallel) * self.wants.replicas
             if users < self.wants.parallel:
                 reasons.append(
-                    f"{users} of {self.wants.parallel} users can have the whole context at once; others wait"
+                    f"room for {users} of {self.wants.parallel} users at {self.ctx_tokens} tokens; the others wait"
                 )
         return reasons, short
 

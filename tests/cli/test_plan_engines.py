@@ -154,13 +154,13 @@ def shape(candidate: Json) -> str:
         pytest.param("--machine '2xArc A770'", ALL, None, None, "llama.cpp does-not-fit", id="Intel: not for vLLM"),
         pytest.param("--machine none", ("llama.cpp", "ollama"), "llama.cpp", "as planned", "llama.cpp fits", id="none"),
         pytest.param(
-            "--machine 2x4090 --parallel 8", ALL, "vllm", "room for 2304 tokens only", "vllm 2x1 fits", id="8 users"
+            "--machine 2x4090 --parallel 8", ALL, "vllm", "room for 2304 tokens each", "vllm 2x1 fits", id="8 users"
         ),
         pytest.param(
             "--machine 2x4090 --parallel 8 --for latency",
             ALL,
             "vllm",
-            "room for 2304 tokens only",
+            "room for 2304 tokens each",
             "vllm 2x1 fits",
             id="8 users without a queue",
         ),

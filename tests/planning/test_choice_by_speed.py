@@ -134,7 +134,7 @@ def chosen(*offers: Offer, goal: Goal = Goal.latency, parallel: int = 1) -> Plan
         pytest.param(
             [offered(LLAMA, at(17, 22)), offered(VLLM, at(18, 39, thin=True))],
             LLAMA,
-            "17-22 tokens/s with llama.cpp, 18-39 with vLLM: thin evidence",
+            "17-22 tokens/s with llama.cpp, 18-39 with vLLM on thin evidence",
             id="thin evidence does not go first",
         ),
         pytest.param(
@@ -143,7 +143,7 @@ def chosen(*offers: Offer, goal: Goal = Goal.latency, parallel: int = 1) -> Plan
         pytest.param(
             [offered(LLAMA, at(17, 22)), offered(VLLM, at(29, 39), ctx_tokens=4096)],
             LLAMA,
-            "17-22 tokens/s with llama.cpp, 29-39 with vLLM, which has room for 4096 tokens only",
+            "17-22 tokens/s with llama.cpp, 29-39 with vLLM, which has room for 4096 tokens each only",
             id="the context asked for before speed",
         ),
         pytest.param(

@@ -173,7 +173,10 @@ def test_replicas_hold_the_model_each_and_their_users_together() -> None:
         each for each in planned(TWELVE, "4x3090", VllmWants(parallel=64, ctx_tokens=8192)) if each.replicas == 4
     )
     assert users_at_once(four, TWELVE) == 4 * users_at_once(alone, TWELVE) < 64
-    assert f"{users_at_once(four, TWELVE)} of 64 users can have the whole context at once; others wait" in four.reasons
+    assert (
+        f"room for {users_at_once(four, TWELVE)} of 64 users at {four.ctx_tokens} tokens; the others wait"
+        in four.reasons
+    )
 
 
 def test_replicas_of_experts_are_cut_over_all_cards() -> None:
@@ -330,7 +333,7 @@ def test_a_context_nobody_asked_for_is_lowered_and_said() -> None:
 def test_users_who_must_wait_are_counted() -> None:
     (candidate,) = vllm_candidates(EIGHT, VllmWants(parallel=16, ctx_tokens=8192), [card(24, 23.5)], HOST)
     assert candidate.verdict == "fits", "vLLM queues what does not fit at once"
-    assert "5 of 16 users can have the whole context at once; others wait" in candidate.reasons
+    assert f"room for 5 of 16 users at {candidate.ctx_tokens} tokens; the others wait" in candidate.reasons
     assert planned_kv_tokens(candidate, EIGHT) // 8192 == 5
 
 
@@ -403,6 +406,12 @@ def test_an_unknown_bandwidth_bounds_nothing() -> None:
 def test_an_unknown_memory_is_no_ground_to_plan_on() -> None:
     (candidate,) = vllm_candidates(EIGHT, VllmWants(), [replace(card(24, 23), total_bytes=None)], HOST)
     assert candidate.reasons == ("gpu0's memory is unknown",)
+
+
+def test_equal_cards_that_differ_in_memory_are_still_read_at_once_where_nothing_else_fits() -> None:
+    gpus = [card(total, free, index) for index, (total, free) in enumerate([(16.5, 15), (16, 6), (16, 14.5)])]
+    best = vllm_candidates(EIGHT, VllmWants(), gpus, HOST)[0]
+    assert (best.verdict, best.tensor_parallel, [device.gpu for device in best.devices]) == ("fits", 2, [0, 2])
 
 
 def test_the_cpu_build_takes_whole_gibibytes_for_each_worker() -> None:
