@@ -11,7 +11,7 @@ from mgpu.planning.compute import compute_buffers
 from mgpu.planning.ledger import PlannedDevice, PlannedHost
 from mgpu.planning.memory import cache_bytes, device_kind, padded_ctx_tokens
 from mgpu.planning.speed import Speed
-from mgpu.planning.split import balanced_split, split_by_proportions
+from mgpu.planning.split import split_behind_first, split_by_proportions
 from mgpu.planning.tensor_split import problems as tensor_split_problems
 from mgpu.planning.tensor_split import tensor_split_bytes
 from mgpu.planning.wants import Wants
@@ -95,26 +95,33 @@ def _with_offload(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Ho
     def placed(host_units: int, expert_layers: int) -> Candidate:
         return place_layers(facts, wants, gpus, host, ctx_tokens, host_units=host_units, expert_layers=expert_layers)
 
+    def held(candidate: Candidate) -> bool:
+        return all(lacking <= 0 for lacking in _lacking_bytes(wants, gpus, candidate.devices))
+
     def fewest(most: int, tried: Callable[[int], Candidate]) -> int:
         low, high = 1, most
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if _cards_hold(tried(middle)) else (middle + 1, high)
+            low, high = (low, middle) if held(tried(middle)) else (middle + 1, high)
         return low
 
     layers = len(facts.layers)
     experts = 0
     if any(layer.expert_bytes for layer in facts.layers):
         least = fewest(layers, lambda count: placed(0, count))
-        if _cards_hold(candidate := placed(0, least)):
+        if held(candidate := placed(0, least)):
             return candidate
         experts = layers
     return placed(fewest(layers + 1, lambda count: placed(count, experts)), experts)
 
 
-def _cards_hold(candidate: Candidate) -> bool:
-    headroom_bytes = candidate.wants.headroom_bytes
-    return all(device.idle or device.spare_bytes >= headroom_bytes for device in candidate.devices)
+def _lacking_bytes(wants: Wants, gpus: Sequence[Gpu], devices: Sequence[PlannedDevice]) -> tuple[int, ...]:
+    """By how much each of `gpus` misses its headroom with what is planned on it; negative where more stays free."""
+    return tuple(
+        wants.headroom_on(gpu) - device.spare_bytes
+        for gpu, device in zip(gpus, devices, strict=bool(devices))
+        if not device.idle
+    )
 
 
 def place_layers(
@@ -149,14 +156,17 @@ def place_layers(
     elif wants.tensor_split:
         counts = split_by_proportions(len(unit_bytes), wants.tensor_split)
     else:
-        capacities = [
-            _planned_on_bytes(gpu)
-            - device_kind(name).runtime_bytes
-            - wants.headroom_bytes
-            - (buffers.first if i == 0 else buffers.other).bytes
-            for i, (gpu, name) in enumerate(zip(gpus, names, strict=True))
+        rooms = [
+            _planned_on_bytes(gpu) - device_kind(name).runtime_bytes - wants.headroom_on(gpu)
+            for gpu, name in zip(gpus, names, strict=True)
         ]
-        counts = balanced_split(unit_bytes, capacities)
+        counts = split_behind_first(
+            unit_bytes,
+            rooms,
+            first_bytes=buffers.first.bytes,
+            other_bytes=buffers.other.bytes,
+            head_bytes=buffers.head_only.bytes,
+        )
     if 0 in counts:
         used = tuple(name for name, count in zip(names, counts, strict=True) if count)
         buffers = compute_buffers(facts, wants, ctx_tokens, devices=used, host_layers=host_layers)
@@ -282,20 +292,18 @@ def _judged(
     host: PlannedHost,
 ) -> Candidate:
     used = [device for device in devices if not device.idle]
-    short = sum(max(wants.headroom_bytes - device.spare_bytes, 0) for device in used)
+    lacking = _lacking_bytes(wants, gpus, devices)
+    short = sum(max(each, 0) for each in lacking)
     unread = {gpu.index: gpu.total_bytes for gpu in gpus if gpu.free_bytes is None}
     unknown = [device.gpu for device in devices if device.gpu in unread and unread[device.gpu] is None]
     assumed = [device.gpu for device in used if device.gpu in unread and unread[device.gpu] is not None]
     reasons = [f"memory of gpu{index} is unknown" for index in unknown]
     reasons += [f"free memory of gpu{index} is unknown: planned on its whole memory" for index in assumed]
     if short and not any(device.gpu in unknown for device in used):
-        fullest = min(used, key=lambda device: device.spare_bytes)
-        needed = sum(device.total_bytes + wants.headroom_bytes for device in used)
+        most, fullest = max(zip(lacking, used, strict=True), key=lambda pair: pair[0])
         free = sum(device.free_bytes for device in used)
-        reasons.append(
-            f"{gib(needed)} needed on the cards, {gib(free)} free; "
-            f"gpu{fullest.gpu} is short by {gib(wants.headroom_bytes - fullest.spare_bytes)}"
-        )
+        needed = free + sum(lacking)
+        reasons.append(f"{gib(needed)} needed on the cards, {gib(free)} free; gpu{fullest.gpu} is short by {gib(most)}")
     if host.spare_bytes is not None and host.spare_bytes < 0:
         short += -host.spare_bytes
         reasons.append(f"{gib(host.total_bytes)} needed in host memory, {gib(host.free_bytes or 0)} available")

@@ -273,13 +273,14 @@ def _library(gpu: Gpu) -> str:
 
 
 def _named(gpu: Gpu, machine: Machine) -> Gpu:
-    """`gpu` with the name under which Ollama can be told of it first among its engine devices."""
+    """`gpu` as Ollama sees it, with the name under which it can be told of it as its only engine device."""
     library = _library(gpu)
     known = next((name for name in gpu.engine_devices if name.rstrip("0123456789") == library), None)
     if known is None:
         same = [other.index for other in machine.gpus if _library(other) == library]
         known = f"{library}{same.index(gpu.index) if gpu.index in same else gpu.index}"
-    return replace(gpu, engine_devices=(known,))
+    # Ollama keeps one margin on all cards, whether they drive a display or not.
+    return replace(gpu, engine_devices=(known,), display=None)
 
 
 def _names(gpus: Sequence[Gpu]) -> str:

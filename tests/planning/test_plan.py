@@ -182,6 +182,18 @@ def totals(candidate: Candidate) -> list[int]:
     return [*(device.total_bytes for device in candidate.devices), candidate.host.total_bytes]
 
 
+def test_a_card_that_drives_a_display_keeps_more_free() -> None:
+    gpus = tuple(replace(gpu, display=gpu.index == 0) for gpu in cards(3, 3))
+    left = [
+        [device.spare_bytes for device in planned("llama-3.1-8b", machine_of(gpus), wants).chosen.devices]
+        for wants in (Wants(ctx_tokens=4096, offload=True), Wants(ctx_tokens=4096, offload=True, headroom_bytes=0))
+    ]
+    assert left[0][0] >= GIB > left[0][1] >= 256 * MIB
+    assert left[1][0] < GIB
+    (short,) = planned("llama-3.1-8b", machine_of(gpus[:1]), Wants(ctx_tokens=4096)).candidates
+    assert short.short_bytes == GIB - short.devices[0].spare_bytes
+
+
 @given(model=MODELS, wants=WANTS, free_gib=FREE_GIB, larger=st.integers(0, 3), by_gib=st.floats(0, 40))
 @settings(max_examples=150, deadline=None)
 def test_a_larger_card_never_turns_fits_into_does_not_fit(
