@@ -34,7 +34,8 @@ def vllm_candidates(
     With a shape in `wants` that one alone, legal or not. Without one: tensor parallel over cards of one model (with
     a pipeline where the model cannot be cut that often, or where a link is slow), a pipeline over unlike cards, the
     largest group of like cards among unlike ones, for several users replicas of all sizes that divide the cards, and
-    the best single card where the model fits on one.
+    the best single card where the model fits on one. Where none of these fits, what does without the fullest cards, or
+    over cards of one model that differ in memory.
 
     For one user, or for the latency of several, the fastest comes first; for the throughput of several what gives most
     of them their context at once, then what has most replicas; with `wants.all_cards` what uses all cards. What does
@@ -56,6 +57,8 @@ def vllm_candidates(
     kinds = {(gpu.name, gpu.total_bytes, gpu.free_bytes, gpu.bandwidth_gb_s, gpu.display): gpu for gpu in cards[::-1]}
     singles = [_with_context(facts, wants, (gpu,), host, (1, 1)) for gpu in cards if gpu in kinds.values()]
     best_single = max((predicted(single, facts, cards, host, links) for single in singles), key=_rank)
+    if shapes and wants.split_mode != "tensor" and not any(each.verdict == "fits" for each in (*found, best_single)):
+        found += _first_fitting(facts, wants, cards, host)
     found = [predicted(candidate, facts, cards, host, links) for candidate in found]
     if best_single.verdict == "fits" or not found:
         found.append(best_single)
@@ -81,6 +84,41 @@ def _shapes(facts: ModelFacts, wants: VllmWants, cards: tuple[Gpu, ...], alike: 
         yield cards, (1, len(cards))
         if len(alike) > 1:
             yield alike, best_shape(facts, len(alike))
+
+
+def _first_fitting(facts: ModelFacts, wants: VllmWants, cards: tuple[Gpu, ...], host: Host) -> list[Candidate]:
+    """The first of the other shapes that fits, where no usual one does; empty where none does either."""
+    ctx_tokens = wants.ctx_tokens or min(_SMALLEST_USEFUL_CTX, facts.context_length or _SMALLEST_USEFUL_CTX)
+    for some, (size, stages) in dict.fromkeys(_last_resorts(facts, wants, cards)):
+        tried = vllm_candidate(facts, wants, some, host, ctx_tokens, tensor_parallel=size, pipeline_parallel=stages)
+        if tried.verdict == "fits":
+            return [_with_context(facts, wants, some, host, (size, stages))]
+    return []
+
+
+def _last_resorts(facts: ModelFacts, wants: VllmWants, cards: tuple[Gpu, ...]) -> Iterator[_Shape]:
+    """Cards of one model though they differ in memory, most of them first, and pipelines without the fullest cards.
+
+    vLLM takes the same share of every card, so that a full one costs room on all others; which to leave out is told by
+    what is free, in bytes or as a share of the card.
+    """
+
+    def free_share(gpu: Gpu) -> float:
+        return ((gpu.free_bytes or 0) - wants.headroom_on(gpu)) / (gpu.total_bytes or 1)
+
+    def leaving_out(some: tuple[Gpu, ...], count: int) -> Iterator[tuple[Gpu, ...]]:
+        yield _freest(some, count)
+        sharing = sorted(some, key=free_share, reverse=True)[:count]
+        yield tuple(gpu for gpu in some if gpu in sharing)
+
+    for name in dict.fromkeys(gpu.name for gpu in cards):
+        same = tuple(gpu for gpu in cards if gpu.name == name)
+        for count in range(len(same), 1, -1):
+            for some in leaving_out(same, count):
+                yield some, best_shape(facts, count)
+    for count in range(len(cards) - 1, 1, -1):
+        for some in leaving_out(cards, count):
+            yield some, (1, count)
 
 
 def _replicas(

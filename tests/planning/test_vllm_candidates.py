@@ -409,7 +409,7 @@ def test_an_unknown_memory_is_no_ground_to_plan_on() -> None:
 
 
 def test_equal_cards_that_differ_in_memory_are_still_read_at_once_where_nothing_else_fits() -> None:
-    gpus = [card(total, free, index) for index, (total, free) in enumerate([(16.5, 15), (16, 6), (16, 14.5)])]
+    gpus = [card(total, free, index) for index, (total, free) in enumerate([(17, 15), (16, 6), (16, 14.5)])]
     best = vllm_candidates(EIGHT, VllmWants(), gpus, HOST)[0]
     assert (best.verdict, best.tensor_parallel, [device.gpu for device in best.devices]) == ("fits", 2, [0, 2])
 
