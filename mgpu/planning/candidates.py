@@ -24,6 +24,7 @@ __all__ = [
     "layer_split",
     "place_layers",
     "place_tensors",
+    "planned_on_bytes",
     "with_max_ctx",
 ]
 
@@ -157,7 +158,7 @@ def place_layers(
         counts = split_by_proportions(len(unit_bytes), wants.tensor_split)
     else:
         rooms = [
-            _planned_on_bytes(gpu) - device_kind(name).runtime_bytes - wants.headroom_on(gpu)
+            planned_on_bytes(gpu) - device_kind(name).runtime_bytes - wants.headroom_on(gpu)
             for gpu, name in zip(gpus, names, strict=True)
         ]
         counts = split_behind_first(
@@ -273,13 +274,13 @@ def _device(
         compute_bytes=compute_bytes,
         runtime_bytes=device_kind(device).runtime_bytes if layers or head else 0,
         card_bytes=gpu.total_bytes,
-        free_bytes=_planned_on_bytes(gpu),
+        free_bytes=planned_on_bytes(gpu),
         basis=f"weights: {facts.weights_basis}, KV: formula, compute: formula, runtime: table",
     )
 
 
-def _planned_on_bytes(gpu: Gpu) -> int:
-    """The card's free memory; the whole of it where the driver does not say what is free, 0 where it says nothing."""
+def planned_on_bytes(gpu: Gpu) -> int:
+    """Return the card's free memory; all of it where the driver does not say what is free, 0 where it says nothing."""
     return next((known for known in (gpu.free_bytes, gpu.total_bytes) if known is not None), 0)
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from mgpu.machine.snapshot import Gpu, Host, Machine
 from mgpu.models.facts import ModelFacts
-from mgpu.planning.candidates import Candidate, place_layers
-from mgpu.planning.memory import CTX_GRANULARITY
+from mgpu.planning.candidates import Candidate, place_layers, planned_on_bytes
+from mgpu.planning.memory import CTX_GRANULARITY, cache_bytes
 from mgpu.planning.plan import Fix, find_fixes
 from mgpu.planning.predicted import predicted
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS, Wants
@@ -158,13 +158,24 @@ def _placed(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], host: Host, 
     cards_only = replace(wants, offload=False)
     while low < high:
         middle = (low + high + 1) // 2
-        tried = _fitted(facts, cards_only, gpus, host, middle * CTX_GRANULARITY)
-        low, high = (middle, high) if tried.verdict == "fits" else (low, middle - 1)
+        fits = _may_fit(facts, wants, gpus, middle * CTX_GRANULARITY)
+        fits = fits and _fitted(facts, cards_only, gpus, host, middle * CTX_GRANULARITY).verdict == "fits"
+        low, high = (middle, high) if fits else (low, middle - 1)
     largest = low * CTX_GRANULARITY
     candidate = replace(candidate, max_ctx_tokens=largest)
     if refusals := _refusals(facts, wants):
         candidate = replace(candidate, verdict="illegal", reasons=refusals)
     return candidate
+
+
+def _may_fit(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], ctx_tokens: int) -> bool:
+    """Whether the cards together hold weights and KV cache, if not compute buffers: told without a split."""
+    if not gpus or wants.kv_on_host or wants.cpu_moe_layers:
+        return True
+    planned = replace(wants, ubatch=_micro_batch(facts, wants, gpus, ctx_tokens))  # a window's cache depends on it
+    kept = sum(layer.weights_bytes for layer in facts.layers) + facts.head_bytes
+    room = sum(max(planned_on_bytes(gpu) - wants.headroom_bytes, 0) for gpu in gpus)
+    return kept + sum(cache_bytes(facts, planned, ctx_tokens)) <= room
 
 
 def _fitted(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], host: Host, ctx_tokens: int) -> Candidate:
