@@ -207,8 +207,16 @@ def _filled_from_the_back(
 ) -> list[int]:
     """How many layers each card takes, the head counted as one, when the last card is filled first."""
     units, counts = len(facts.layers) + 1, [0] * len(gpus)
+    caches = (0,) * (units - 1) if wants.kv_on_host else cache_bytes(facts, wants, ctx_tokens)
+    kept = [layer.weights_bytes - layer.expert_bytes + cache for layer, cache in zip(facts.layers, caches, strict=True)]
+    if not wants.cpu_moe_layers:
+        kept = [size + layer.expert_bytes for layer, size in zip(facts.layers, kept, strict=True)]
+    kept.append(facts.head_bytes)
 
     def room(device: int, count: int) -> bool:
+        end = units - sum(counts[device + 1 :])
+        if sum(kept[end - count : end]) > planned_on_bytes(gpus[device]) - wants.headroom_bytes:
+            return False  # without a look at the compute buffers
         tried = [*counts[:device], count, *counts[device + 1 :]]
         if device and sum(tried) < units:
             tried[0] = 1  # layers in RAM are computed on the first card, which has yet to get some
