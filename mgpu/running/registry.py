@@ -4,6 +4,7 @@
     NAME/instance.json   the record, replaced as a whole
     NAME/engine.pid      who the engine is, on a line of its own: found although the record is damaged
     NAME/engine.log      what the engine writes, which also tells who it is (identity.py)
+    NAME/supervisor.log  what mgpu itself says, where nobody sees it
 
 A supervisor starts the engine, then writes down who it is. Should it be killed between the two, the engine is still
 found as the one that writes to the log.
@@ -30,6 +31,7 @@ from mgpu.running.state import check_name, state_folder, state_path
 RECORD = "instance.json"
 ENGINE = "engine.pid"
 LOG = "engine.log"
+SUPERVISOR_LOG = "supervisor.log"
 LOCK = "lock"
 
 _LOGS = (LOG, f"{LOG}.1")
