@@ -241,8 +241,6 @@ def _ended(instance: Instance, event: EngineEnded, now: Moment) -> tuple[Instanc
 
 
 def _refused(instance: Instance, failure: Failure, now: Moment) -> tuple[Instance, tuple[Action, ...]]:
-    if instance.setup is None:  # nothing was ever there to recover
-        return _over(instance, State.FAILED, _no_exit(failure, now)), ()
     if instance.on_trial and instance.trouble:
         instance = _last_refused(instance, failure)
         # The start was not made, so that it does not count.

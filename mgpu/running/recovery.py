@@ -311,7 +311,7 @@ def _utilisation(failure: Failure, now: float, tried: Sequence[Change]) -> _Step
         if now < _MOST_UTILISATION:
             yield setting, f"{now:g}", f"{_MOST_UTILISATION:g}"
         return
-    taken = [float(change.value) for change in _tries(setting, tried) if change.refused and change.value]
+    taken = [float(change.value) for change in _tries(setting, tried) if change.value]
     smaller = round(min([now, *taken]) - _UTILISATION_STEP, 2)
     if smaller >= _LEAST_UTILISATION:
         yield setting, f"{now:g}", f"{smaller:g}"

@@ -244,6 +244,7 @@ def test_what_is_recorded_of_a_start() -> None:
     assert (ready.backend, ready.gpus, ready.url) == ("vllm", SHARES, "http://127.0.0.1:8080")
     assert (ready.engine, ready.group, ready.argv) == (STARTED.engine, 4711, ("vllm", "serve"))
     assert (ready.ready_at, ready.phase, ready.remaining_s) == (at(1007).utc, None, None)
+    assert replayed((LOADING, replace(PLANNED, gpus=())), ready)[0] == ready, "what is late is of no interest"
     measured, *_ = replayed((Sampled(rate=Rate(generation_tok_s=19.0), gpus=SHARES[:1]),), ready)
     assert (measured.gpus, measured.rate) == (SHARES[:1], Rate(generation_tok_s=19.0))
 
@@ -292,6 +293,18 @@ def test_every_change_is_remembered_and_one_the_engine_does_not_know_is_taken_ba
     assert [change.refused for change in instance.changes] == [None, "it was bad-flag"]
     assert instance.state is State.RESTARTING, "a flag of mgpu's own is no reason to give up"
     assert instance.restarts == 3
+
+
+def test_a_change_that_was_proven_is_not_blamed_for_what_comes_later() -> None:
+    instance, *_ = replayed((*UP, broken("hung"), ended("killed", -9), *UP, ended("killed", -9), PLANNED, STARTED))
+    instance, *_ = replayed((ended("model-missing", 1, deterministic=True),), instance)
+    assert (instance.state, instance.changes[0].refused) == (State.FAILED, None)
+
+
+def test_a_restart_that_comes_to_no_plan_tells_that() -> None:
+    instance, *_ = replayed((*UP, ended("killed", -9), PlanRefused(failure=failure("illegal", deterministic=True))))
+    assert instance.exit is not None
+    assert (instance.exit.cause, instance.exit.message, instance.exit.signal) == ("illegal", "it was illegal", 9)
 
 
 def test_a_start_that_the_plan_refused_does_not_count() -> None:

@@ -172,6 +172,12 @@ def changes(why: Failure, setup: Setup) -> list[Change]:
             id="a card that vLLM took too large a share of",
         ),
         pytest.param(
+            failure("out-of-memory", part="kv", device="CUDA0"),
+            replace(VLLM, ctx_tokens=2048, parallel=1, utilisation=0.7, kv_type="fp8", other_cards=()),
+            "--quant AWQ|--backend llama.cpp",
+            id="a share that is small already",
+        ),
+        pytest.param(
             failure("out-of-memory", part="kv"),
             replace(VLLM, ctx_tokens=2048, parallel=1, other_cards=(), smaller_quants=()),
             "--kv-type fp8|-- --gpu-memory-utilization 0.95|--backend llama.cpp",
@@ -201,6 +207,12 @@ def changes(why: Failure, setup: Setup) -> list[Change]:
         pytest.param(failure("hung"), LLAMA, "", id="a layer split exchanges nothing that could be left out"),
         pytest.param(failure("hung"), replace(VLLM, cards=CARDS[:1]), "", id="nor does one card"),
         pytest.param(failure("device-lost", device="CUDA1"), LLAMA, "--gpus GPU-00000000", id="a card was lost"),
+        pytest.param(
+            failure("device-lost", device="CUDA0"),
+            replace(LLAMA, cards=(CARDS[0], *(Card(index=i, uuid=f"GPU-00000000-{i}") for i in (1, 2)), Card(index=3))),
+            "--gpus GPU-00000000-1,GPU-00000000-2,3",
+            id="cards whose names begin alike, or that have none",
+        ),
         pytest.param(failure("device-lost"), LLAMA, "", id="which card was lost is not known"),
         pytest.param(
             failure("device-lost", device="CUDA0"), replace(LLAMA, cards=CARDS[:1]), "", id="the only card was lost"
@@ -245,6 +257,15 @@ def test_engines_are_not_tried_twice() -> None:
         proven=False,
         restarts=0,
     )
+    assert step == Stop(reason="it was out-of-memory")
+
+
+def test_a_card_that_was_left_out_stays_out() -> None:
+    lost = next_step(failure("device-lost", device="CUDA1"), LLAMA, (), frozenset(), proven=False, restarts=0)
+    assert isinstance(lost, Change)
+    less = replace(LLAMA, cards=CARDS[:1], other_cards=CARDS[1:], smaller_quants=(), other_backends=())
+    why = failure("out-of-memory", part="weights")
+    step = next_step(why, less, [lost], frozenset(), proven=False, restarts=0)
     assert step == Stop(reason="it was out-of-memory")
 
 
@@ -315,7 +336,7 @@ def test_what_only_the_user_can_change_is_the_fix(why: Failure, expected: str) -
     [
         pytest.param("mgpu run m", "--ctx", "4096", "mgpu run m --ctx 4096", id="added"),
         pytest.param("mgpu run m --ctx 8k -d", "--ctx", "4096", "mgpu run m -d --ctx 4096", id="replaced"),
-        pytest.param("mgpu run m --ctx=8k", "--ctx", "4096", "mgpu run m --ctx 4096", id="replaced, joined"),
+        pytest.param("mgpu run m --ctx=8k -d", "--ctx", "4096", "mgpu run m -d --ctx 4096", id="replaced, joined"),
         pytest.param("mgpu run m -- -x", "--ctx", "4096", "mgpu run m --ctx 4096 -- -x", id="before --"),
         pytest.param("mgpu run m", "NCCL_P2P_DISABLE", "1", "NCCL_P2P_DISABLE=1 mgpu run m", id="a variable"),
         pytest.param(

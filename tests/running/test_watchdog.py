@@ -17,7 +17,7 @@ from mgpu.running.watchdog import Ask, Patience, Watch, answered, asked, begin, 
 SANE = Canary(text=" John and I am", seconds=0.5, generation_tok_s=None)
 SPOILT = Canary(text="!!!!!!!!", seconds=0.5, generation_tok_s=None)
 PATIENCE = Patience(still_s=60, idle_s=900, answer_s=120, queued_answer_s=600)
-BOTH_BUSY = (100, 100)
+Percents = Callable[[float], tuple[int | None, ...]]
 History = Callable[[float], Sample | None]
 
 
@@ -33,7 +33,7 @@ def replayed(
     until_s: float,
     answers: bool = False,
     patience: Patience = PATIENCE,
-    utilisation: tuple[int | None, ...] = (),
+    utilisation: Percents = lambda now: (),
     signs: Callable[[float], tuple[float, ...]] = lambda now: (),
     **begun: int | bool,
 ) -> tuple[list[float], tuple[float, Failure] | None]:
@@ -42,7 +42,7 @@ def replayed(
     questions: list[float] = []
     for look in range(int(until_s / 5) + 1):
         now = look * 5.0
-        watch = observe(watch, history(now), now, utilisation_percent=utilisation, other_signs=signs(now))
+        watch = observe(watch, history(now), now, utilisation_percent=utilisation(now), other_signs=signs(now))
         found = judge(watch, now, patience)
         if isinstance(found, Failure):
             return questions, (now, found)
@@ -121,7 +121,7 @@ def test_an_engine_that_computes_is_left_alone(
         pytest.param(lambda now: sample(), {}, 1020, "hung", "no token", id="nobody asked for long, and it is dead"),
         pytest.param(
             lambda now: sample(running=1),
-            {"utilisation": BOTH_BUSY, "exchanges_data": True},
+            {"utilisation": lambda now: (100, 99), "exchanges_data": True},
             180,
             "nccl-hang",
             "all 2 cards at 100 % and no token for 180 s (NCCL hang)",
@@ -129,7 +129,7 @@ def test_an_engine_that_computes_is_left_alone(
         ),
         pytest.param(
             lambda now: sample(running=1),
-            {"utilisation": (100, 3), "exchanges_data": True},
+            {"utilisation": lambda now: (100, 3), "exchanges_data": True},
             180,
             "hung",
             "no token",
@@ -137,7 +137,42 @@ def test_an_engine_that_computes_is_left_alone(
         ),
         pytest.param(
             lambda now: sample(running=1),
-            {"utilisation": (100, None), "exchanges_data": True},
+            {"utilisation": lambda now: (100,), "exchanges_data": True},
+            180,
+            "hung",
+            "no token",
+            id="one card alone waits for no other",
+        ),
+        pytest.param(
+            lambda now: sample(running=1),
+            {"utilisation": lambda now: (100, 100) if now > 170 else (0, 0), "exchanges_data": True},
+            180,
+            "hung",
+            "no token",
+            id="cards that were idle until a moment ago",
+        ),
+        pytest.param(
+            lambda now: sample(running=4), {}, 660, "hung", "no token", id="the question queues behind full slots"
+        ),
+        pytest.param(
+            lambda now: sample(now, running=4, waiting=3) if now <= 100 else None,
+            {},
+            280,
+            "hung",
+            "no token",
+            id="what was full long ago says nothing of an engine that is silent",
+        ),
+        pytest.param(
+            lambda now: sample(None if now % 10 else 0, running=1),
+            {},
+            180,
+            "hung",
+            "no token",
+            id="a counter that comes and goes does not move",
+        ),
+        pytest.param(
+            lambda now: sample(running=1),
+            {"utilisation": lambda now: (100, None), "exchanges_data": True},
             180,
             "hung",
             "no token",
@@ -145,7 +180,7 @@ def test_an_engine_that_computes_is_left_alone(
         ),
         pytest.param(
             lambda now: sample(running=1),
-            {"utilisation": BOTH_BUSY},
+            {"utilisation": lambda now: (100, 100)},
             180,
             "hung",
             "no token",
