@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mgpu import __version__
-from mgpu.cli import backends, doctor, logs, machine, models, plan, profiles, run
+from mgpu.cli import backends, doctor, export, logs, machine, models, plan, profiles, run
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result, failure
 from mgpu.errors import Interrupted, MgpuError, Missing, UsageError
@@ -22,8 +22,8 @@ from mgpu.machine.patience import is_awaited
 # A pipe's reader has left, or the terminal was closed.
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_ENGINE_ARGUMENT_COMMANDS = ("run", "plan")
-_COMMANDS = ("run", "plan", "logs", "doctor", "pull", "ls", "gpus", "backends", "profiles")
+_ENGINE_ARGUMENT_COMMANDS = ("run", "plan", "export")
+_COMMANDS = ("run", "plan", "export", "logs", "doctor", "pull", "ls", "gpus", "backends", "profiles")
 # What stands after the name of a family of commands.
 _FAMILIES = {"profiles": ("list", "show", "check", "new", "schema"), "backends": ("install",)}
 # Shorter than it takes to think twice, longer than it takes to begin to stop.
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
+app.command("export")(export.export)
 app.command("logs")(logs.logs)
 app.command("doctor")(doctor.doctor)
 app.command("pull")(models.pull)
@@ -124,6 +125,7 @@ def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) 
     if "_MGPU_COMPLETE" in os.environ:
         command()  # a shell asks what can be completed
     run.output = models.output = backends.output = doctor.output = logs.output = out
+    export.output = out
     try:
         # Not `command.main()`: it would turn interrupts and broken pipes into exits of its own.
         with command.make_context("mgpu", arguments, obj=engine_arguments) as context:
