@@ -7,8 +7,10 @@ from before the engine's program begins until the last of them ends, whatever mg
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
+import signal
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -34,6 +36,35 @@ def identity(pid: int) -> ProcessId | None:
 def alive(process: ProcessId) -> bool:
     """Whether exactly this process still runs: a zombie is dead, and another process with its number is not it."""
     return identity(process.pid) == process
+
+
+def send(process: ProcessId, number: int) -> bool:
+    """Signal exactly this process, and never another one that has got its number; returns whether it was there.
+
+    Raises PermissionError when it is another user's.
+    """
+    try:
+        handle = os.pidfd_open(process.pid)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # there are no handles before Linux 5.3, and in some sandboxes
+            return False
+        handle = None
+    try:
+        # Looked at after the handle was taken: whoever it is for then, the signal is for nobody else.
+        if not alive(process):
+            return False
+        if _user(process.pid) != os.geteuid():
+            raise PermissionError(errno.EPERM, "it is another user's")
+        if handle is None:
+            os.kill(process.pid, number)
+        else:
+            signal.pidfd_send_signal(handle, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        if handle is not None:
+            os.close(handle)
+    return True
 
 
 def in_groups(leaders: Collection[ProcessId]) -> dict[ProcessId, tuple[ProcessId, ...]]:
@@ -84,6 +115,15 @@ def _stat(pid: int) -> tuple[str, int, int] | None:
         fields = (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
         return fields[0].decode(), int(fields[2]), int(fields[19])
     except (OSError, ValueError, IndexError):
+        return None
+
+
+def _user(pid: int) -> int | None:
+    """Who a process acts for. Its folder's owner is root where it may not be looked into."""
+    try:
+        lines = (_PROC / str(pid) / "status").read_text(errors="replace").splitlines()
+        return next(int(line.split()[2]) for line in lines if line.startswith("Uid:"))
+    except (OSError, ValueError, StopIteration):
         return None
 
 
