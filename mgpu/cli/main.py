@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import signal
 import sys
-import time
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +16,7 @@ from mgpu.cli.output import Output
 from mgpu.cli.result import Result, failure
 from mgpu.errors import Interrupted, MgpuError, Missing, UsageError
 from mgpu.machine.patience import is_awaited
+from mgpu.running.interrupts import interrupts
 
 # A pipe's reader has left, or the terminal was closed.
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
@@ -26,8 +25,6 @@ _ENGINE_ARGUMENT_COMMANDS = ("run", "plan", "export")
 _COMMANDS = ("run", "plan", "export", "logs", "doctor", "pull", "ls", "gpus", "backends", "profiles")
 # What stands after the name of a family of commands.
 _FAMILIES = {"profiles": ("list", "show", "check", "new", "schema"), "backends": ("install",)}
-# Shorter than it takes to think twice, longer than it takes to begin to stop.
-_TOGETHER_S = 0.5
 
 app = typer.Typer(
     name="mgpu",
@@ -150,34 +147,20 @@ def run_main() -> None:
     """Entry point of the `mgpu` program."""
     # A service manager's SIGTERM and a closed terminal end mgpu the way Ctrl-C does: the engine is stopped.
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-    interrupt = _Interrupt()
     for number, handler in usual.items():
         if signal.getsignal(number) == handler:
-            signal.signal(number, interrupt)
+            signal.signal(number, interrupts)
     try:
         exit_code = run_command(sys.argv[1:])
     except KeyboardInterrupt:
         exit_code = Interrupted.exit_code
-    interrupt.deaf_until = math.inf
+    interrupts.end()
     for number in usual:
         signal.signal(number, signal.SIG_IGN)  # all is done: a signal now could only spoil the exit code
     _let_go_of_the_streams()
     if is_awaited():
         os._exit(exit_code)
     sys.exit(exit_code)
-
-
-class _Interrupt:
-    """Raises KeyboardInterrupt for a signal, but once for those that come together: a second one, milliseconds later,
-    could only break off the tidying up after the first."""
-
-    def __init__(self) -> None:
-        self.deaf_until = -math.inf
-
-    def __call__(self, *_: object) -> None:
-        if time.monotonic() > self.deaf_until:
-            self.deaf_until = time.monotonic() + _TOGETHER_S
-            raise KeyboardInterrupt
 
 
 def _let_go_of_the_streams() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,10 +115,12 @@ def prepare(
     machine: str | None = None,
     engine_arguments: Sequence[str] = (),
     must_run: bool = False,
+    without: Callable[[Machine], Machine] | None = None,
 ) -> Prepared:
     """Return the plan for `model` on this machine, or on the simulated one that `machine` describes.
 
-    With `must_run` an engine that cannot start is an error. Raises MgpuError: UsageError for what was typed, Missing
+    With `must_run` an engine that cannot start is an error. `without` takes from the machine what is not to be counted
+    on. Raises MgpuError: UsageError for what was typed, Missing
     for what is not there.
     """
     source = parse_model(model)
@@ -129,6 +131,7 @@ def prepare(
         backends = eligible(prepared, options, engine_arguments)
         engines = _installed(backends, simulated=machine is not None)
         found, warnings = _with_devices(found, query, engines, backends, must_run=must_run)
+    found = without(found) if without else found
     if found.driver and found.driver.problem:
         warnings.append(found.driver.problem)
     if prepared.profile and _shadows_shipped(prepared.profile.name):

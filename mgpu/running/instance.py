@@ -91,7 +91,9 @@ class Instance:
     `started_at` is when it began, `ready_at` when its engine last became ready (None: never); both ISO 8601 UTC.
     `restarts` counts all starts of engines after the first. `engine` is there from its start until it is known to be
     gone, with its process `group`. `command` is the argv of mgpu that starts it again, without any key; `pinned` what
-    of it the user typed. `changes` are all that recovery has tried, oldest first.
+    of it the user typed. `changes` are all that recovery has tried, oldest first. `restarts_itself` says whether
+    anything is tried at all when an engine ends. `exit_code` is what mgpu itself ended with, and `log_reference` where
+    in the log the reason stands.
 
     For recovery alone: `setup` is what runs, `broken` why mgpu is ending the engine, `trouble` the failure that the
     restart is for, `on_trial` says that the last change has not been proven, `recent_restarts` are those since the
@@ -121,6 +123,9 @@ class Instance:
     command: tuple[str, ...] = ()
     pinned: tuple[str, ...] = ()
     mgpu_version: str | None = None
+    restarts_itself: bool = True
+    exit_code: int | None = None
+    log_reference: str | None = None
     setup: Setup | None = None
     broken: Failure | None = None
     trouble: Failure | None = None

@@ -63,7 +63,9 @@ class EngineStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The engine has proven that it answers."""
+    """The engine has proven that it answers; `url` is where, of one that mgpu has not started."""
+
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +144,7 @@ def step(instance: Instance, event: Event, now: Moment) -> tuple[Instance, tuple
     loads = instance.state in (State.STARTING, State.RESTARTING)
     match event:
         case Ready():
-            return _ready(instance, now), ()
+            return _ready(instance if event.url is None else replace(instance, url=event.url), now), ()
         case Broken():
             return _broken(instance, event.failure, now)
         case Loading() if loads:
@@ -260,6 +262,10 @@ def _recover(
     instance: Instance, failure: Failure, now: Moment, *, at_once: bool = False
 ) -> tuple[Instance, tuple[Action, ...]]:
     """The next step of the ladder; a change of the plan alone need not wait."""
+    if not instance.restarts_itself:
+        last = instance.exit or _no_exit(failure, now)
+        told = replace(last, cause=failure.code, message=failure.message, hint=failure.hint)
+        return _over(instance, State.FAILED, told), ()
     found = next_step(
         failure,
         instance.setup,

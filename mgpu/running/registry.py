@@ -127,6 +127,14 @@ def clear(name: str) -> None:
         raise Missing(f"{folder} cannot be cleared: {error.strerror}", code="state-folder") from None
 
 
+def forget(name: str) -> None:
+    """Remove the record of an instance that ended as it was asked to, and keep its logs. For the holder of the lock."""
+    folder = state_path() / check_name(name)
+    for file in (RECORD, ENGINE):
+        with contextlib.suppress(OSError):
+            (folder / file).unlink()
+
+
 def _living(name: str, why: str, *, hint: str) -> NoAnswer:
     return NoAnswer(f"{name} cannot be cleared: {why}", code="instance-lives", hint=hint)
 

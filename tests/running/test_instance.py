@@ -65,6 +65,9 @@ FULL = Instance(
     broken=Failure(code="hung", message="m", deterministic=False),
     trouble=Failure(code="killed", message="m", hint="h", deterministic=False, part="kv", wanted_bytes=1),
     on_trial=True,
+    restarts_itself=False,
+    exit_code=4,
+    log_reference="/engine.log, line 3",
     recent_restarts=1,
     healthy_since_s=99.5,
 )
