@@ -203,8 +203,9 @@ def _running(
             raise
         finally:
             if process.poll() is None:
-                if supervisor.ending(error, sum(seconds for _, seconds in stages[:1])) == 0 and stages:
-                    stages = stop_stages(0.0)  # it is no good, and need not be asked for long
+                grace_s = supervisor.ending(error, sum(seconds for _, seconds in stages[:1]))
+                # One that is no good is not asked for long.
+                stages = stop_stages(grace_s) if stages else ()
                 screen.stopping(endpoint.name)
                 begun = time.monotonic()
                 if not stages:

@@ -346,9 +346,10 @@ def _tries(setting: str, tried: Sequence[Change]) -> list[Change]:
 
 
 def _names(cards: Sequence[Card]) -> str:
-    """Cards as --gpus takes them: by the beginning of the UUID, since indices move when a card is gone."""
+    """Cards as --gpus takes them: by the beginning of the UUID, since indices move when a card is gone. A bare index
+    would be a count where it stands alone."""
     beginnings = [card.uuid[:_UUID_CHARACTERS] if card.uuid else None for card in cards]
     return ",".join(
-        str(card.index) if not short else short if beginnings.count(short) == 1 else str(card.uuid)
+        f"gpu{card.index}" if not short else short if beginnings.count(short) == 1 else str(card.uuid)
         for card, short in zip(cards, beginnings, strict=True)
     )

@@ -39,6 +39,7 @@ from mgpu.running.logs import keep_small
 from mgpu.running.notify import ServiceManager
 from mgpu.running.recovery import Settings, failure_from, in_effect
 from mgpu.running.state import state_folder
+from mgpu.running.stopping import asked_grace_s
 
 if TYPE_CHECKING:
     from mgpu.running.process import EngineProcess
@@ -145,12 +146,13 @@ class Supervisor:
 
     def ending(self, error: BaseException | None, grace_s: float) -> float:
         """Take in that the engine, which lives, is about to be ended: because of an error of its own, or else as asked,
-        with `grace_s` for the answers it gives. Returns the seconds that it has."""
+        with `grace_s` for the answers it gives unless whoever asked wished otherwise. Returns the seconds it has."""
         self._end = None
         if isinstance(error, MgpuError):
             self.report(Broken(failure=_failure(error)))
         else:
-            self.report(StopAsked(grace_s=grace_s))
+            wished_s = asked_grace_s(self.folder)
+            self.report(StopAsked(grace_s=grace_s if wished_s is None else wished_s))
         return self._end.grace_s if self._end else 0.0
 
     def _one_engine(

@@ -210,7 +210,7 @@ def changes(why: Failure, setup: Setup) -> list[Change]:
         pytest.param(
             failure("device-lost", device="CUDA0"),
             replace(LLAMA, cards=(CARDS[0], *(Card(index=i, uuid=f"GPU-00000000-{i}") for i in (1, 2)), Card(index=3))),
-            "--gpus GPU-00000000-1,GPU-00000000-2,3",
+            "--gpus GPU-00000000-1,GPU-00000000-2,gpu3",
             id="cards whose names begin alike, or that have none",
         ),
         pytest.param(failure("device-lost"), LLAMA, "", id="which card was lost is not known"),
