@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mgpu import __version__
-from mgpu.cli import backends, doctor, export, logs, machine, models, plan, profiles, run
+from mgpu.cli import backends, doctor, export, logs, machine, models, plan, profiles, ps, reap, run, stop
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result, failure
 from mgpu.errors import Interrupted, MgpuError, Missing, UsageError
@@ -22,7 +22,10 @@ from mgpu.running.interrupts import interrupts
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ENGINE_ARGUMENT_COMMANDS = ("run", "plan", "export")
-_COMMANDS = ("run", "plan", "export", "logs", "doctor", "pull", "ls", "gpus", "backends", "profiles")
+_COMMANDS = (
+    *("run", "plan", "export", "ps", "logs", "stop", "reap", "top"),
+    *("doctor", "pull", "ls", "gpus", "backends", "profiles"),
+)
 # What stands after the name of a family of commands.
 _FAMILIES = {"profiles": ("list", "show", "check", "new", "schema"), "backends": ("install",)}
 
@@ -37,7 +40,11 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("export")(export.export)
+app.command("ps")(ps.ps)
 app.command("logs")(logs.logs)
+app.command("stop")(stop.stop)
+app.command("reap")(reap.reap)
+app.command("top")(ps.top)
 app.command("doctor")(doctor.doctor)
 app.command("pull")(models.pull)
 app.command("ls")(models.ls)
@@ -122,7 +129,7 @@ def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) 
     if "_MGPU_COMPLETE" in os.environ:
         command()  # a shell asks what can be completed
     run.output = models.output = backends.output = doctor.output = logs.output = out
-    export.output = out
+    export.output = ps.output = stop.output = reap.output = out
     try:
         # Not `command.main()`: it would turn interrupts and broken pipes into exits of its own.
         with command.make_context("mgpu", arguments, obj=engine_arguments) as context:

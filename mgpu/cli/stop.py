@@ -42,28 +42,35 @@ def stop(
     """End instances: answers that are being given may end first, then the engine is stopped and its memory freed."""
     from mgpu.cli.named import named
     from mgpu.running.census import census
+    from mgpu.running.interrupts import interrupts
 
     if bool(names) == everything:
         raise UsageError("give the NAMEs of instances, or --all", hint="mgpu ps shows them")
     before = census()
     meant = [entry.name for entry in before.entries if entry.supervisor] if everything else names or []
     entries = named(meant, "mgpu stop")
+    measured = _Measured.before(entries, before)
     errors: list[MgpuError] = []
     outcomes = []
     asked = []
-    for entry in entries:
-        try:
-            if _asked(entry, grace):
-                asked.append(entry)
-            else:
-                outcomes.append(_outcome(entry, "over"))
-                output.note(f"{entry.name} is not running")
-        except MgpuError as error:
-            outcomes.append(_outcome(entry, "left"))
-            errors.append(error)
-    measured = _Measured.before(asked, before)
     limit_s = _LIMIT_S + (grace or 0.0)
-    took_s = _wait(asked, limit_s)
+    try:
+        with interrupts.held():  # all are asked, or none
+            for entry in entries:
+                try:
+                    if _asked(entry, grace):
+                        asked.append(entry)
+                    else:
+                        outcomes.append(_outcome(entry, "over"))
+                        output.note(f"{entry.name} is not running")
+                except MgpuError as error:
+                    outcomes.append(_outcome(entry, "left"))
+                    errors.append(error)
+        took_s = _wait(asked, limit_s)
+    except KeyboardInterrupt:
+        if asked:
+            output.note("the stop goes on: mgpu ps shows how far it is")
+        raise Interrupted("interrupted while waiting: the stop goes on") from None
     errors += [_still_there(entry, limit_s) for entry in asked if entry.name not in took_s]
     outcomes += [_outcome(entry, "stopped" if entry.name in took_s else "stopping") for entry in asked]
     freed = measured.after() if took_s else {}
@@ -107,28 +114,24 @@ def _wait(entries: Sequence[Entry], limit_s: float) -> dict[str, float]:
 
     begun = spoke_at = time.monotonic()
     took_s: dict[str, float] = {}
-    try:
-        while waiting := [entry for entry in entries if entry.name not in took_s]:
-            now = time.monotonic()
-            found = [read(entry.folder) for entry in waiting]
-            # Whoever has the name by now is somebody else.
-            over = [
-                new.name
-                for old, new in zip(waiting, found, strict=True)
-                if new.is_over or new.supervisor not in (old.supervisor, None)
-            ]
-            took_s |= dict.fromkeys(over, round(now - begun, 3))
-            if now - begun > limit_s:
-                break
-            if now - spoke_at > _SPEAK_EVERY_S:
-                spoke_at = now
-                for each in found:
-                    output.note(f"{'wait':<8} {_awaited(each)}")
-            if not over:
-                time.sleep(_POLL_S)
-    except KeyboardInterrupt:
-        output.note("the stop goes on: mgpu ps shows how far it is")
-        raise Interrupted("interrupted while waiting: the stop goes on", code="interrupted") from None
+    while waiting := [entry for entry in entries if entry.name not in took_s]:
+        now = time.monotonic()
+        found = [read(entry.folder) for entry in waiting]
+        # Whoever has the name by now is somebody else.
+        over = [
+            new.name
+            for old, new in zip(waiting, found, strict=True)
+            if new.is_over or new.supervisor not in (old.supervisor, None)
+        ]
+        took_s |= dict.fromkeys(over, round(now - begun, 3))
+        if now - begun > limit_s:
+            break
+        if now - spoke_at > _SPEAK_EVERY_S:
+            spoke_at = now
+            for each in found:
+                output.note(f"{'wait':<8} {_awaited(each)}")
+        if not over:
+            time.sleep(_POLL_S)
     return took_s
 
 

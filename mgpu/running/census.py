@@ -68,10 +68,22 @@ def census_of(entries: Sequence[Entry], machine: Machine, root: Path) -> Census:
             owners[pid] = owner
     own_ports = {port_of(entry.instance.url) for entry in entries if entry.instance and not entry.is_over}
     return Census(
-        entries=tuple(_as_found(entry, machine, owners) for entry in entries),
+        entries=tuple(as_found(entry, machine, owners) for entry in entries),
         machine=machine,
         strangers=strangers(machine, owners, own_ports - {None}, root),
     )
+
+
+def as_found(entry: Entry, machine: Machine, owners: Mapping[int, str]) -> Entry:
+    """Return an instance as it is now on `machine`, where processes on the cards belong to instances as `owners` says:
+    one whose supervisor is gone has failed, and what a live one holds is what the driver says."""
+    instance = entry.instance
+    if instance is None:
+        return entry
+    if entry.supervisor is None and not instance.state.is_over:
+        instance = _lost(entry, instance)
+    shares = tuple(_measured(share, card_of(share, machine), entry, owners) for share in instance.gpus)
+    return replace(entry, instance=replace(instance, gpus=shares))
 
 
 def card_of(share: GpuShare, machine: Machine) -> Gpu | None:
@@ -106,16 +118,6 @@ def port_of(url: str | None) -> int | None:
 
 def _processes(entry: Entry) -> tuple[ProcessId, ...]:
     return (*((entry.supervisor,) if entry.supervisor else ()), *entry.engine)
-
-
-def _as_found(entry: Entry, machine: Machine, owners: Mapping[int, str]) -> Entry:
-    instance = entry.instance
-    if instance is None:
-        return entry
-    if entry.supervisor is None and not instance.state.is_over:
-        instance = _lost(entry, instance)
-    shares = tuple(_measured(share, card_of(share, machine), entry, owners) for share in instance.gpus)
-    return replace(entry, instance=replace(instance, gpus=shares))
 
 
 def _measured(share: GpuShare, card: Gpu | None, entry: Entry, owners: Mapping[int, str]) -> GpuShare:

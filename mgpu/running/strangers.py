@@ -75,7 +75,7 @@ def strangers(
         address = min(
             (listening[inode] for inode in inodes), key=lambda each: (each[1] not in PORTS, each[1]), default=None
         )
-        found.append(_stranger(pid, name or names.get(pid) or f"pid {pid}", address, held.get(pid, {}), machine))
+        found.append(_stranger(pid, name or names.get(pid) or "?", address, held.get(pid, {}), machine))
     for inode, address in listening.items():
         if inode not in sockets and inode not in taken and (asked := _asked(address)):
             found.append(_stranger(None, asked, address, {}, machine))

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from mgpu.cli.views.words import cell_gib, plain_table
 from mgpu.machine.snapshot import to_json
 from mgpu.running.census import SUPERVISOR_DIED, Census, card_of
-from mgpu.running.instance import Instance, instance_to_json
-from mgpu.units import gib, seconds
+from mgpu.running.instance import Instance, State, instance_to_json
+from mgpu.units import GIB, gib, seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,6 +33,11 @@ _NO_RECORD: dict[str, Any] = dict.fromkeys(_KEYS) | {"gpus": [], "restarts": 0, 
 # A column of words that wraps is readable from here on.
 _LEAST_WORDS = 18
 _LONGEST_LINE = 200
+_LONGEST_ADDRESS = 60
+_LONGEST_WORD = 24
+_MOST_LINES = 6
+_MOST_NAMED = 3
+_FOREIGN = "(foreign)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +101,8 @@ def driver_problem(census: Census) -> str | None:
 
 def running_words(entries: Sequence[Entry]) -> str:
     """Return what runs in a few words: `llama-70b ready, coder failed`."""
-    return ", ".join(f"{entry.name} {_state(entry)}" for entry in entries) or "nothing running"
+    more = f", {len(entries) - _MOST_NAMED} more" if len(entries) > _MOST_NAMED else ""
+    return ", ".join(f"{entry.name} {_state(entry)}" for entry in entries[:_MOST_NAMED]) + more or "nothing running"
 
 
 def _nothing(census: Census) -> str:
@@ -138,7 +144,7 @@ def _row(entry: Entry, cards: Sequence[Gpu], census: Census, now: datetime) -> _
     return _Row(
         name=entry.name,
         state=_state(entry),
-        engine=instance.backend or "-",
+        engine=printable(instance.backend or "-")[:_LONGEST_WORD],
         endpoint=_endpoint(instance.url),
         cards=tuple("-" if entry.is_over else _held(instance, card, census) for card in cards),
         rate="-" if rate is None or rate.generation_tok_s is None else f"{rate.generation_tok_s:.1f}",
@@ -150,14 +156,14 @@ def _row(entry: Entry, cards: Sequence[Gpu], census: Census, now: datetime) -> _
 def _stranger_row(stranger: Stranger, cards: Sequence[Gpu]) -> _Row:
     held = {share.index: cell_gib(share.actual_bytes, 1) for share in stranger.gpus}
     return _Row(
-        name="(foreign)",
+        name=_FOREIGN,
         state="-",
-        engine=printable(stranger.name),
+        engine=printable(stranger.name)[:_LONGEST_WORD],
         endpoint=_endpoint(stranger.url),
         cards=tuple(held.get(card.index, "-") for card in cards),
         rate="-",
         users="-",
-        up="not started by mgpu" + (f", pid {stranger.pid}" if stranger.pid else ""),
+        up="not mgpu's" + (f", pid {stranger.pid}" if stranger.pid else ""),
     )
 
 
@@ -176,7 +182,7 @@ def _held(instance: Instance, card: Gpu, census: Census) -> str:
         return "-"
     if share.actual_bytes is not None:
         return cell_gib(share.actual_bytes, 1)
-    return "?" if share.planned_bytes is None else f"({share.planned_bytes / (1 << 30):.1f})"
+    return "?" if share.planned_bytes is None else f"({share.planned_bytes / GIB:.1f})"
 
 
 def _is_of(share: GpuShare, card: Gpu, census: Census) -> bool:
@@ -196,7 +202,7 @@ def _up(entry: Entry, instance: Instance, now: datetime) -> str:
     if instance.restarts:
         words.append(f"{instance.restarts} restart" + ("s" if instance.restarts > 1 else ""))
     if instance.phase:
-        words.append(printable(instance.phase))
+        words.append(printable(instance.phase)[:_LEAST_WORDS])
     return ", ".join(words)
 
 
@@ -210,7 +216,7 @@ def _ending(instance: Instance) -> str:
             return f"signal {last.signal}"
     if last.code is not None:
         return f"exit {last.code}"
-    return "mgpu killed" if last.cause == SUPERVISOR_DIED else printable(last.cause)
+    return "mgpu killed" if last.cause == SUPERVISOR_DIED else printable(last.cause)[:_LONGEST_WORD]
 
 
 def _seconds_between(earlier: str | None, later: str) -> float | None:
@@ -221,7 +227,10 @@ def _seconds_between(earlier: str | None, later: str) -> float | None:
 
 
 def _endpoint(url: str | None) -> str:
-    return printable(urlsplit(url).netloc) if url else "-"
+    try:
+        return printable(urlsplit(url).netloc)[:_LONGEST_ADDRESS] if url else "-"
+    except ValueError:
+        return "?"
 
 
 def _fitting(rows: Sequence[_Row], cards: Sequence[Gpu], width: int) -> Table:
@@ -230,9 +239,10 @@ def _fitting(rows: Sequence[_Row], cards: Sequence[Gpu], width: int) -> Table:
 
     console = Console(width=1000, markup=False, emoji=False)
     tables: tuple[Callable[[], Table], ...] = (
-        lambda: _table(rows, cards, users=True, each_card=True),
-        lambda: _table(rows, cards, users=False, each_card=True, short=True),
-        lambda: _table(rows, cards, users=False, each_card=False, short=True),
+        lambda: _table(rows, cards),
+        lambda: _table(rows, cards, short=True),
+        lambda: _table(rows, cards, short=True, rates=False),
+        lambda: _table(rows, cards, short=True, rates=False, each_card=False),
     )
     for make in tables:
         table = make()
@@ -241,36 +251,37 @@ def _fitting(rows: Sequence[_Row], cards: Sequence[Gpu], width: int) -> Table:
     return table
 
 
-def _table(rows: Sequence[_Row], cards: Sequence[Gpu], *, users: bool, each_card: bool, short: bool = False) -> Table:
-    """The table: without USERS, with the port alone, and with one column for all cards where it has to be `short`."""
-    headings = [("NAME", "left"), ("STATE", "left")]
-    headings += [] if short else [("ENGINE", "left")]
-    headings += [("ENDPOINT", "left")]
-    if each_card:
-        headings += [(f"GPU{card.index}", "right") for card in cards]
-    elif cards:
-        headings += [("GPUS", "right")]
-    headings += [("TOK/S", "right"), *([("USERS", "right")] if users else []), ("UP", "left")]
-    table = plain_table(headings)
+def _table(
+    rows: Sequence[_Row], cards: Sequence[Gpu], *, short: bool = False, rates: bool = True, each_card: bool = True
+) -> Table:
+    """The table; `short` leaves out engines, users and what is the same of all addresses."""
+    headings = [("NAME", "left"), ("STATE", "left"), *([] if short else [("ENGINE", "left")]), ("ENDPOINT", "left")]
+    if cards:
+        headings += [(f"GPU{card.index}", "right") for card in cards] if each_card else [("GPUS", "right")]
+    headings += [("TOK/S", "right")] if rates else []
+    headings += [] if short else [("USERS", "right")]
+    table = plain_table([*headings, ("UP", "left")])
     longest = max((len(row.up) for row in rows), default=0)
-    table.columns[-1].min_width = min(longest, _LEAST_WORDS)
-    table.columns[-1].overflow = "fold"
+    table.columns[-1].min_width = min(longest, _LEAST_WORDS // 2 if short else _LEAST_WORDS)
 
     def add(row: _Row, style: str | None = None) -> None:
-        endpoint = f":{row.endpoint.rpartition(':')[2]}" if short and ":" in row.endpoint else row.endpoint
+        name, state, endpoint = row.name, row.state, row.endpoint
+        if short:
+            endpoint = f":{endpoint.rpartition(':')[2]}" if ":" in endpoint else endpoint
+            name, state = (row.engine, "foreign") if name == _FOREIGN else (name, state)
         held = row.cards if each_card else (_together(row.cards),) if cards else ()
-        middle = () if short else (row.engine,)
-        name = f"{row.name} {row.engine}" if short and row.name == "(foreign)" else row.name
-        last = (row.rate, *((row.users,) if users else ()), row.up)
-        table.add_row(name, row.state, *middle, endpoint, *held, *last, style=style)
+        engine, users = ((), ()) if short else ((row.engine,), (row.users,))
+        table.add_row(
+            name, state, *engine, endpoint, *held, *((row.rate,) if rates else ()), *users, row.up, style=style
+        )
 
     for row in rows:
         add(row, "bold red" if row.state in ("failed", "orphaned", "damaged") else None)
     if any(card.free_bytes is not None for card in cards):
-        totals = {f"{card.total_bytes / (1 << 30):.1f}" for card in cards if card.total_bytes}
-        free = tuple(f"{card.free_bytes / (1 << 30):.1f}" if card.free_bytes is not None else "?" for card in cards)
-        of = f"free GiB of {'/'.join(sorted(totals))}" if len(totals) <= 2 else "free GiB"
-        add(_Row(name="free GiB", state="", engine="", endpoint="", cards=free, rate="", users="", up=of[9:]), "dim")
+        totals = {f"{card.total_bytes / GIB:.1f}" for card in cards if card.total_bytes}
+        free = tuple("?" if card.free_bytes is None else f"{card.free_bytes / GIB:.1f}" for card in cards)
+        of = f"of {totals.pop()}" if len(totals) == 1 else ""
+        add(_Row(name="free GiB", state="", engine="", endpoint="", cards=free, rate="", users="", up=of), "dim")
     return table
 
 
@@ -284,7 +295,10 @@ def _notes(census: Census) -> Iterator[str]:
     for entry in census.entries:
         yield from _note(entry)
     if any(cell.startswith("(") for cell in _all_cells(census)):
-        yield "(in brackets: GiB as planned; no driver tells what is held)"
+        yield "(in brackets: GiB as planned: the driver does not tell what is held)"
+    if dead := [entry.name for entry in census.entries if entry.is_over]:
+        every = ", --clear-dead all the dead" if len(dead) > 1 else ""
+        yield f"mgpu logs {dead[0]} shows what it wrote, mgpu ps --clear {dead[0]} forgets it{every}"
 
 
 def _all_cells(census: Census) -> Iterator[str]:
@@ -296,27 +310,24 @@ def _all_cells(census: Census) -> Iterator[str]:
 def _note(entry: Entry) -> Iterator[str]:
     lines: list[tuple[str, str]] = []
     instance = entry.instance
-    clear = f"mgpu ps --clear {entry.name}"
     if entry.problem:
         lines.append(("", entry.problem))
     for change in instance.changes if instance else ():
         tried = f", refused: {change.refused}" if change.refused else ""
         before = f" instead of {change.before}" if change.before is not None else ""
         lines.append(("changed", f"{change.words}{before}, because of {change.cause}{tried}"))
-    if instance and instance.state.is_over and instance.exit:
+    if instance and instance.state is State.FAILED and instance.exit:
         last = instance.exit
-        lines += [("", line) for line in (last.message or last.cause).splitlines()]
+        lines += [("", line) for line in (last.message or last.cause).splitlines()[:_MOST_LINES]]
         lines += [("last", line.strip()) for line in [line for line in last.last_lines if line.strip()][-1:]]
         if last.hint and not entry.is_orphaned:
             lines.append(("next", last.hint))
     if entry.is_orphaned:
         pids = ", ".join(str(each.pid) for each in entry.engine[:4]) + (", …" if len(entry.engine) > 4 else "")
         lines.append(("next", f"mgpu reap ends what is left of it (pid {pids})"))
-    elif entry.is_over and (entry.problem or instance):
-        lines.append(("", f"mgpu logs {entry.name}   or   {clear}"))
     for place, (label, text) in enumerate(lines):
         name = f"{entry.name}: " if place == 0 else "  "
-        yield f"{name}{label}{' ' if label else ''}{printable(text)[:_LONGEST_LINE]}"
+        yield f"{name}{label:<8}{' ' if label else ''}{printable(text)[:_LONGEST_LINE]}".replace(f": {'':<8}", ": ")
 
 
 def printable(text: str) -> str:
