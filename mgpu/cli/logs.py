@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from mgpu.cli.options import JsonOption
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result, envelope
 from mgpu.errors import Missing, NoAnswer
-
-if TYPE_CHECKING:
-    from mgpu.running.registry import Entry
 
 # Set by the main program before the command is called: `logs` speaks while it works.
 output = Output(as_json=False)
@@ -33,11 +30,12 @@ def logs(
     json: JsonOption = False,
 ) -> Result | None:
     """Show what the engine of an instance wrote, the dead included."""
+    from mgpu.cli.named import named
     from mgpu.running.identity import alive
     from mgpu.running.logs import follow as lines_of
     from mgpu.running.registry import LOG, SUPERVISOR_LOG
 
-    entry = _find(name)
+    (entry,) = named([name], "mgpu logs")
     watched = entry.supervisor if follow else None
     path = entry.folder / (SUPERVISOR_LOG if supervisor else LOG)
     if watched is None and not path.is_file():
@@ -56,21 +54,6 @@ def logs(
         else:
             output.write_text(line)
     return None
-
-
-def _find(name: str) -> Entry:
-    """The instance of that name, without a record too if it has a log. Raises NoAnswer with the nearest names."""
-    import difflib
-
-    from mgpu.running.registry import LOG, folders, instances, read
-
-    names = {entry.name for entry in instances()} | {folder.name for folder in folders() if (folder / LOG).is_file()}
-    for folder in folders():
-        if folder.name == name and name in names:
-            return read(folder)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or sorted(names)[:3]
-    hint = "   or   ".join(f"mgpu logs {other}" for other in near) or "mgpu run MODEL starts one"
-    raise NoAnswer(f"no instance is named {name[:80]!r}", code="unknown-instance", hint=hint)
 
 
 def _readable(lines: Iterator[str], path: str) -> Iterator[str]:

@@ -22,8 +22,9 @@ def named(names: Sequence[str], command: str) -> tuple[Entry, ...]:
         if name in ended:
             known[name] = read(ended[name])
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)[:3]
-            hint = "   or   ".join(f"{command} {other}" for other in near) or "mgpu ps shows what runs: nothing"
+            every = sorted({*known, *ended})
+            near = difflib.get_close_matches(name, every, n=3, cutoff=0.5) or every[:3]
+            hint = "   or   ".join(f"{command} {other}" for other in near) or "mgpu run MODEL starts one"
             raise NoAnswer(f"no instance is named {name[:80]!r}", code="unknown-instance", hint=hint)
         found.append(known[name])
     return tuple(found)

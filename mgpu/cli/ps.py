@@ -28,14 +28,15 @@ def ps(
     json: JsonOption = False,
 ) -> Result:
     """Show the instances: state, address, memory of each card, rate; the dead with their reason."""
+    from mgpu.cli.named import named
     from mgpu.cli.views.instances import driver_problem, instances_data, instances_screen, now
     from mgpu.running.census import census
     from mgpu.running.registry import clear as forget
     from mgpu.running.registry import instances
 
     dead = [entry.name for entry in instances() if entry.is_over] if clear_dead else []
-    for name in dict.fromkeys([*(clear or ()), *dead]):
-        forget(name)
+    for entry in named([*(clear or ()), *dead], "mgpu ps --clear"):
+        forget(entry.name)
     found = census()
     logs = _only_logs(found) if everything else None
     problem = driver_problem(found)

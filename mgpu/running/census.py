@@ -82,7 +82,7 @@ def as_found(entry: Entry, machine: Machine, owners: Mapping[int, str]) -> Entry
         return entry
     if entry.supervisor is None and not instance.state.is_over:
         instance = _lost(entry, instance)
-    shares = tuple(_measured(share, card_of(share, machine), entry, owners) for share in instance.gpus)
+    shares = tuple(_measured(share, machine, entry, owners) for share in instance.gpus)
     return replace(entry, instance=replace(instance, gpus=shares))
 
 
@@ -120,12 +120,15 @@ def _processes(entry: Entry) -> tuple[ProcessId, ...]:
     return (*((entry.supervisor,) if entry.supervisor else ()), *entry.engine)
 
 
-def _measured(share: GpuShare, card: Gpu | None, entry: Entry, owners: Mapping[int, str]) -> GpuShare:
+def _measured(share: GpuShare, machine: Machine, entry: Entry, owners: Mapping[int, str]) -> GpuShare:
     if entry.is_over:
         return replace(share, actual_bytes=None)
+    card = card_of(share, machine)
     held = [process.bytes for process in card.used_by if owners.get(process.pid) == entry.name] if card else []
     known = [size for size in held if size is not None]
-    return replace(share, actual_bytes=sum(known)) if known else share
+    # A driver that tells of its processes at all tells of every card: there it holds nothing.
+    told = card and not held and any(owners.get(each.pid) == entry.name for gpu in machine.gpus for each in gpu.used_by)
+    return replace(share, actual_bytes=sum(known)) if known or told else share
 
 
 def _lost(entry: Entry, instance: Instance) -> Instance:

@@ -21,6 +21,7 @@ from mgpu.running.identity import alive, send
 from mgpu.running.instance import Exit, GpuShare, ProcessId, State
 from mgpu.running.registry import Entry
 from mgpu.running.state import held_folder
+from mgpu.units import seconds
 
 _POLL_S = 0.05
 # Nobody tells those to end whose leader is gone; what it had told is gone by then.
@@ -118,8 +119,8 @@ def end(left: Leftover, grace_s: float, say: Callable[[str], None] = lambda _: N
         return not set(living()) - set(untouchable)
 
     if living():
-        say(f"SIGTERM to {_pids(living())}, {grace_s:.0f} s to end")
-        leaders = {each for each in living() if each.pid == os.getpgid(each.pid)} if grace_s else set()
+        say(f"SIGTERM to {_pids(living())}, {seconds(grace_s)} to end")
+        leaders = {each for each in living() if _leads(each)}
         tell(signal.SIGTERM)
         _wait(lambda: gone() or not any(alive(each) for each in leaders), grace_s)
         _wait(gone, min(grace_s, _ORPHANS_S))
@@ -195,6 +196,13 @@ def _write_down(entry: Entry, *, ended: bool) -> None:
     )
     with contextlib.suppress(MgpuError), held_folder(entry.name, chosen=True):
         registry.write(over)
+
+
+def _leads(process: ProcessId) -> bool:
+    try:
+        return os.getpgid(process.pid) == process.pid
+    except OSError:  # gone
+        return False
 
 
 def _why(process: ProcessId) -> str:

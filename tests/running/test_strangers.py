@@ -171,8 +171,8 @@ def test_a_process_of_an_engine_that_made_a_group_of_its_own_counts_to_its_insta
         child = int(children.read_text().split()[0])
         engine = identity(process.pid)
         assert engine
-        share = GpuShare(uuid="GPU-0", index=0, planned_bytes=GIB)
-        instance = replace(starting(), state=State.READY, engine=engine, gpus=(share,))
+        shares = tuple(GpuShare(uuid=f"GPU-{index}", index=index, planned_bytes=GIB) for index in range(3))
+        instance = replace(starting(), state=State.READY, engine=engine, gpus=shares)
         entry = Entry(
             name="llama",
             folder=tmp_path,
@@ -182,9 +182,12 @@ def test_a_process_of_an_engine_that_made_a_group_of_its_own_counts_to_its_insta
             engine=(engine,),
         )
         used = (GpuProcess(pid=process.pid, bytes=GIB), GpuProcess(pid=child, bytes=2 * GIB))
-        census = census_of([entry], machine(*used), Path("/"))
+        two = machine(*used)
+        two = replace(two, gpus=(*two.gpus, replace(two.gpus[0], index=1, uuid="GPU-1", used_by=())))
+        census = census_of([entry], two, Path("/"))
         assert census.entries[0].instance
-        assert census.entries[0].instance.gpus[0].actual_bytes == 3 * GIB
+        # The second card holds nothing, whatever was planned; of the third no driver tells.
+        assert [share.actual_bytes for share in census.entries[0].instance.gpus] == [3 * GIB, 0, None]
         assert not {each.pid for each in census.strangers} & {process.pid, child}
         os.kill(child, 9)
         process.kill()

@@ -145,7 +145,7 @@ def _row(entry: Entry, cards: Sequence[Gpu], census: Census, now: datetime) -> _
         name=entry.name,
         state=_state(entry),
         engine=printable(instance.backend or "-")[:_LONGEST_WORD],
-        endpoint=_endpoint(instance.url),
+        endpoint=_endpoint(None if entry.is_over else instance.url),
         cards=tuple("-" if entry.is_over else _held(instance, card, census) for card in cards),
         rate="-" if rate is None or rate.generation_tok_s is None else f"{rate.generation_tok_s:.1f}",
         users="-" if rate is None or rate.running is None else f"{rate.running}/{slots or '?'}",
@@ -295,7 +295,7 @@ def _notes(census: Census) -> Iterator[str]:
     for entry in census.entries:
         yield from _note(entry)
     if any(cell.startswith("(") for cell in _all_cells(census)):
-        yield "(in brackets: GiB as planned: the driver does not tell what is held)"
+        yield "(GiB in brackets are planned: the driver does not tell what is held)"
     if dead := [entry.name for entry in census.entries if entry.is_over]:
         every = ", --clear-dead all the dead" if len(dead) > 1 else ""
         yield f"mgpu logs {dead[0]} shows what it wrote, mgpu ps --clear {dead[0]} forgets it{every}"
