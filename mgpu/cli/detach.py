@@ -48,7 +48,12 @@ def run_detached(wanted: Asked, held: Held, screen: RunScreen) -> Result:
         raise Interrupted("interrupted; it was stopped") from None
     screen.left_running(instance, time.monotonic() - begun)
     process.returncode = 0  # it goes on, and is not this process's to wait for
-    return Result(command="run", data=instance_to_json(instance))
+    return Result(
+        command="run",
+        data=instance_to_json(instance),
+        # Said already, where people read.
+        warnings=instance.warnings if screen.as_json else (),
+    )
 
 
 def supervise_detached(wanted: Asked, lock: int, screen: RunScreen) -> None:

@@ -65,6 +65,11 @@ class RunScreen:
         self._answering = False
 
     @property
+    def as_json(self) -> bool:
+        """Whether a program reads."""
+        return self._out.as_json
+
+    @property
     def sample_every_s(self) -> float:
         """Seconds between two readings of the engine's counters."""
         longest = _SAMPLE_EVERY_S if self._out.redraws() else _UNSEEN_SAMPLE_EVERY_S
@@ -272,6 +277,10 @@ class RunScreen:
             self._out.lines(
                 f"ready: {instance.name} on {instance.url}/v1  ({instance.backend}, {how}, {seconds(took_s)})"
             )
+        if not self._out.as_json:  # there they are in the result
+            self.warn(instance.warnings)
+        if instance.served_as not in (None, instance.name):
+            self._step("model", f"clients ask for {instance.served_as}")
         self._step("logs", f"mgpu logs {instance.name} -f")
         self._step("stop", f"mgpu stop {instance.name}")
 

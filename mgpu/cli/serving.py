@@ -55,12 +55,13 @@ class Endpoint:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """An engine that answers. `process` is None for one that somebody else started: mgpu leaves it running. `canary` is
-    its first answer."""
+    its first answer, and `complaints` are what is not as planned."""
 
     backend: Backend
     link: Link
     process: EngineProcess | None
     canary: Canary | None = None
+    complaints: tuple[str, ...] = ()
 
     def cause(self, error: EngineFailed) -> EngineFailed:
         """Return what ended the engine, where a request failed because of that; else the error itself."""
@@ -116,8 +117,10 @@ def attached(
         supervisor.report(Loading(phase="loading"))
         with screen.loading(None):
             wait_for_a_strangers(link.load, link, stall_s=stall_s)
-        session = _check(Session(backend=backend, link=link, process=None), prepared, screen, patience_s=None)
-        supervisor.report(Ready(url=found.url))
+        session = _check(
+            Session(backend=backend, link=link, process=None), prepared, screen, supervisor, patience_s=None
+        )
+        supervisor.report(Ready(url=found.url, served_as=link.model, warnings=session.complaints))
         screen.ready(prepared.name, found.url, None, prepared.plan.chosen, time.monotonic() - begun, model=link.model)
         yield session
 
@@ -189,9 +192,9 @@ def _running(
                     wait_until_ready(process, link, backend, on_loading, stall_s=endpoint.stall_s)
                 model = _bring_in(session, prepared, screen, supervisor, endpoint.stall_s)
                 supervisor.report(Loading(phase="proving"))
-                session = _check(session, prepared, screen, patience_s=_patience(endpoint.stall_s))
+                session = _check(session, prepared, screen, supervisor, patience_s=_patience(endpoint.stall_s))
                 took_s, stages = time.monotonic() - begun, stop_stages(backend.stop_grace_s)
-                supervisor.report(Ready())
+                supervisor.report(Ready(served_as=model, warnings=session.complaints))
                 screen.ready(endpoint.name, url, process, prepared.plan.chosen, took_s, model=model)
                 yield session
         except EngineDied as died:
@@ -289,7 +292,9 @@ def _ollama_model(prepared: Prepared) -> str:
     return model_name(prepared.name, prepared.weights.facts.quantisation)
 
 
-def _check(session: Session, prepared: Prepared, screen: RunScreen, *, patience_s: float | None) -> Session:
+def _check(
+    session: Session, prepared: Prepared, screen: RunScreen, supervisor: Supervisor, *, patience_s: float | None
+) -> Session:
     """See that every planned card holds its part, and get one real answer; returns the session with that."""
     from mgpu.cli.views.status import complaints
     from mgpu.running.ollama_link import OllamaLink
@@ -297,7 +302,7 @@ def _check(session: Session, prepared: Prepared, screen: RunScreen, *, patience_
     candidate, link = prepared.plan.chosen, session.link
     try:
         # A device that hangs in its first computation looks busy and says nothing.
-        canary = link.canary(patience_s=patience_s)
+        canary = supervisor.kept_alive(lambda: link.canary(patience_s=patience_s))
         if isinstance(link, OllamaLink):
             memory, misplaced = link.memory(candidate), list(link.complaints(candidate))
         else:
@@ -307,7 +312,7 @@ def _check(session: Session, prepared: Prepared, screen: RunScreen, *, patience_
         raise session.cause(error) from None
     misplaced += complaints(candidate, memory, canary, tells_every_card=session.backend.tells_every_card)
     screen.checked(candidate, memory, canary, misplaced)
-    return replace(session, canary=canary)
+    return replace(session, canary=canary, complaints=tuple(misplaced))
 
 
 def _mapped_bytes(prepared: Prepared) -> int | None:

@@ -37,7 +37,7 @@ class Claim:
     def outstanding_bytes(self, gpu: Gpu) -> int:
         """What of it is still counted as free on `gpu`; 0 where that is another card."""
         share = self.share
-        same = share.uuid == gpu.uuid if share.uuid and gpu.uuid else share.index == gpu.index
+        same = share.uuid == gpu.uuid if share.uuid or gpu.uuid else share.index == gpu.index
         if not same:
             return 0
         held = sum(process.bytes or 0 for process in gpu.used_by if process.pid in self.pids)

@@ -48,6 +48,7 @@ def follow(
     every_s: float,
     canary: Canary,
     cards: Callable[[], Mapping[int, Gpu]],
+    patience: watchdog.Patience = watchdog.DEFAULT_PATIENCE,
 ) -> None:
     """Report the state of an engine every `every_s` seconds, and `show` it; never returns.
 
@@ -90,7 +91,7 @@ def follow(
         )
         if answer := question.answer():
             watch = watchdog.answered(watch, answer, now)
-        match watchdog.judge(watch, now):
+        match watchdog.judge(watch, now, patience):
             case watchdog.Ask(answer_s=answer_s):
                 question.ask(answer_s)
                 watch = watchdog.asked(watch, now, answer_s)

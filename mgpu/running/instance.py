@@ -93,7 +93,8 @@ class Instance:
     gone, with its process `group`. `command` is the argv of mgpu that starts it again, without any key; `pinned` what
     of it the user typed. `changes` are all that recovery has tried, oldest first. `restarts_itself` says whether
     anything is tried at all when an engine ends. `exit_code` is what mgpu itself ended with, and `log_reference` where
-    in the log the reason stands.
+    in the log the reason stands. `served_as` is the name that clients must ask for, where it is not the instance's, and
+    `warnings` are what was not as planned when it became ready.
 
     For recovery alone: `setup` is what runs, `broken` why mgpu is ending the engine, `trouble` the failure that the
     restart is for, `on_trial` says that the last change has not been proven, `recent_restarts` are those since the
@@ -123,6 +124,8 @@ class Instance:
     command: tuple[str, ...] = ()
     pinned: tuple[str, ...] = ()
     mgpu_version: str | None = None
+    served_as: str | None = None
+    warnings: tuple[str, ...] = ()
     restarts_itself: bool = True
     exit_code: int | None = None
     log_reference: str | None = None

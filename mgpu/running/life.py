@@ -63,9 +63,12 @@ class EngineStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The engine has proven that it answers; `url` is where, of one that mgpu has not started."""
+    """The engine has proven that it answers; `url` is where, of one that mgpu has not started. `served_as` is what
+    clients must ask it for, and `warnings` what is not as planned."""
 
     url: str | None = None
+    served_as: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +147,7 @@ def step(instance: Instance, event: Event, now: Moment) -> tuple[Instance, tuple
     loads = instance.state in (State.STARTING, State.RESTARTING)
     match event:
         case Ready():
-            return _ready(instance if event.url is None else replace(instance, url=event.url), now), ()
+            return _ready(instance, event, now), ()
         case Broken():
             return _broken(instance, event.failure, now)
         case Loading() if loads:
@@ -182,12 +185,15 @@ def _sampled(instance: Instance, event: Sampled) -> Instance:
     return replace(instance, state=State.READY if event.rate else State.DEGRADED, rate=event.rate)
 
 
-def _ready(instance: Instance, now: Moment) -> Instance:
+def _ready(instance: Instance, event: Ready, now: Moment) -> Instance:
     if instance.state in (State.READY, State.DEGRADED):
         return instance
     return replace(
         instance,
         state=State.READY,
+        url=event.url or instance.url,
+        served_as=event.served_as,
+        warnings=event.warnings,
         ready_at=now.utc,
         healthy_since_s=now.monotonic_s,
         phase=None,

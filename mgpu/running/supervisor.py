@@ -6,6 +6,7 @@ parent of its engine. How a plan is made and an engine started is handed in.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -133,6 +134,29 @@ class Supervisor:
             self._tidied_at = now
             for name in (registry.LOG, registry.SUPERVISOR_LOG):
                 keep_small(self.folder / name)
+
+    def kept_alive(self, task: Callable[[], P]) -> P:
+        """Do a `task` that may take minutes, while whoever watches over this process is told that it is well. Returns
+        and raises what the task does."""
+        if self._service.watchdog_s is None:
+            return task()
+        results: list[P] = []
+        problems: list[BaseException] = []
+
+        def do() -> None:
+            try:
+                results.append(task())
+            except BaseException as problem:  # it is the caller's, who waits for the end
+                problems.append(problem)
+
+        thread = threading.Thread(target=do, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            self.tick()
+        if problems:
+            raise problems[0]
+        return results[0]
 
     def started(self, process: EngineProcess, *, argv: tuple[str, ...], url: str) -> None:
         """Take in that there is an engine; to be called at once after its start."""

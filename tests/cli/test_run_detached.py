@@ -51,7 +51,7 @@ def error_lines(text: str) -> list[str]:
 
 
 def test_it_returns_when_it_is_ready_and_goes_on(mgpu: Mgpu, tiny: Path) -> None:
-    ended = mgpu("run", tiny, "-d")
+    ended = mgpu("run", tiny, "-d", "--interval", "0.1")
     assert ended.exit_code == 0
     ready = re.fullmatch(r"ready: tiny on (http://\S+)/v1  \(llama\.cpp, CPU, pid (\d+), .* s\)\n", ended.out)
     assert ready, ended
@@ -74,7 +74,9 @@ def test_it_returns_when_it_is_ready_and_goes_on(mgpu: Mgpu, tiny: Path) -> None
 
 
 def test_one_json_object(mgpu: Mgpu, tiny: Path) -> None:
-    data: dict[str, Any] = mgpu("run", tiny, "-d", "--json").json["data"]
+    answer = mgpu("run", tiny, "-d", "--json", FAKE_FAIL="repeat-token").json
+    data: dict[str, Any] = answer["data"]
+    assert [warning for warning in answer["warnings"] if "repeats one token" in warning]
     found = record(mgpu)
     assert (data["state"], data["url"], data["pid"]) == ("ready", found.url, found.engine and found.engine.pid)
     stop(mgpu)

@@ -65,6 +65,8 @@ FULL = Instance(
     broken=Failure(code="hung", message="m", deterministic=False),
     trouble=Failure(code="killed", message="m", hint="h", deterministic=False, part="kv", wanted_bytes=1),
     on_trial=True,
+    served_as="llama:8b",
+    warnings=("gpu1 holds more than planned",),
     restarts_itself=False,
     exit_code=4,
     log_reference="/engine.log, line 3",
