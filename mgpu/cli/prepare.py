@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,13 +171,16 @@ def prepare(
     machine: str | None = None,
     engine_arguments: Sequence[str] = (),
     must_run: bool = False,
+    without: Callable[[Machine], Machine] | None = None,
 ) -> Prepared:
     """Return the plan for `model` on this machine, or on the simulated one that `machine` describes.
 
-    With `must_run` an engine that cannot start is an error. Raises MgpuError: UsageError for what was typed, Missing
-    for what is not there.
+    With `must_run` an engine that cannot start is an error. `without` takes from the machine what is not to be counted
+    on. Raises MgpuError: UsageError for what was typed, Missing for what is not there.
     """
-    (asked,) = ask_about((model,), options, machine=machine, engine_arguments=engine_arguments, must_run=must_run)
+    (asked,) = ask_about(
+        (model,), options, machine=machine, engine_arguments=engine_arguments, must_run=must_run, without=without
+    )
     return asked.planned()
 
 
@@ -188,6 +191,7 @@ def ask_about(
     machine: str | None = None,
     engine_arguments: Sequence[str] = (),
     must_run: bool = False,
+    without: Callable[[Machine], Machine] | None = None,
 ) -> tuple[Asked, ...]:
     """Return what the plans for `models` are made of; the machine and its engines are asked once. Raises as `prepare`
     does."""
@@ -202,6 +206,7 @@ def ask_about(
         eligibles = {source: eligible(known[source], options, engine_arguments) for source in sources}
         engines = _installed(tuple(dict.fromkeys(itertools.chain(*eligibles.values()))), simulated=simulated)
         found, warnings = _with_devices(found, query, engines, tuple(engines), must_run=must_run)
+    found = without(found) if without else found
     if found.driver and found.driver.problem:
         warnings.append(found.driver.problem)
     ways = {

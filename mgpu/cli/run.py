@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
-import shlex
-import time
 from dataclasses import replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mgpu.cli.options import Backend, JsonOption, ModelArgument, PlannerOptions, with_planner_options
+from mgpu.cli.options import JsonOption, ModelArgument, PlannerOptions, with_planner_options
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result
-from mgpu.errors import BadModel, EngineFailed, Interrupted, Missing, NoAnswer, UsageError
+from mgpu.errors import EngineFailed, Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from mgpu.cli.asked import Asked
     from mgpu.cli.prepare import Prepared
     from mgpu.cli.screens import RunScreen
     from mgpu.cli.serving import Endpoint, Session
-    from mgpu.running.ollama_attach import Attached
+    from mgpu.cli.starts import Starts
+    from mgpu.running.state import Held
+    from mgpu.running.supervisor import Supervisor
 
 # Set by the main program before the command is called: `run` speaks while it works.
 output = Output(as_json=False)
@@ -28,11 +30,25 @@ output = Output(as_json=False)
 _KEY_VARIABLES = ("MGPU_API_KEY", "LLAMA_API_KEY", "VLLM_API_KEY")
 
 
+class Restart(StrEnum):
+    """When an engine that has ended is started again."""
+
+    no = "no"
+    on_failure = "on-failure"
+
+
 @with_planner_options
 def run(
     context: typer.Context,
     model: ModelArgument,
     options: PlannerOptions,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Leave it running: return when it is ready, or with the failure.")
+    ] = False,
+    restart: Annotated[
+        Restart | None,
+        typer.Option("--restart", help="Start an engine again that ended (default: on-failure with -d, else no)."),
+    ] = None,
     ask: Annotated[str | None, typer.Option("--ask", help="Ask this, stream the answer, stop.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Longest answer to --ask, thoughts included.", min=1)
@@ -49,57 +65,120 @@ def run(
         float,
         typer.Option("--stall-timeout", help="Seconds without any progress after which loading has failed.", min=1),
     ] = 120.0,
+    supervise: Annotated[int | None, typer.Option("--supervise", hidden=True)] = None,
     json: JsonOption = False,
 ) -> Result | None:
     """Run MODEL: plan, fetch, start, prove that it answers, then follow it until Ctrl-C. Engine arguments follow --."""
-    from mgpu.cli.attach import as_it_is, running_ollama
-    from mgpu.cli.prepare import prepare
+    from mgpu.cli.asked import asked
     from mgpu.cli.process_title import hide_argument
     from mgpu.cli.screens import RunScreen
-    from mgpu.cli.serving import Endpoint, attached, started
-    from mgpu.running.ports import check_host, is_loopback
-    from mgpu.running.state import check_name, instance_folder, name_from
+    from mgpu.cli.serving import Endpoint
+    from mgpu.running.instance import State
+    from mgpu.running.ports import check_host
+    from mgpu.running.registry import forget
+    from mgpu.running.state import check_name
 
     if api_key:
         hide_argument(api_key)
-    if ask is not None and not ask.strip():
-        raise UsageError("--ask is empty", hint='for example --ask "Why is the sky blue?"')
-    prepared = prepare(model, options, engine_arguments=context.obj or (), must_run=True)
+    if ask is not None:
+        _check_question(ask, detach, restart)
     endpoint = Endpoint(
         host=check_host(host),
         port=port,
-        name=check_name(name) if name is not None else name_from(prepared.name),
+        name=check_name(name) if name is not None else "",
         name_chosen=name is not None,
         api_key=_api_key(api_key),
         stall_s=stall_timeout,
     )
-    screen = RunScreen(output, asked=ask is not None, interval_s=interval)
+    restarts_itself = (restart or (Restart.on_failure if detach else Restart.no)) is Restart.on_failure
+    wanted = asked(context, model, options, endpoint, restarts_itself=restarts_itself)
+    if supervise is not None:
+        from mgpu.cli.detach import supervise_detached
+
+        supervise_detached(wanted, supervise, RunScreen(output, asked=False, interval_s=interval, detached=True))
+        return None
     if dry_run:
-        return _dry_run(prepared, endpoint)
-    screen.warn(prepared.warnings)
-    if not endpoint.api_key and not is_loopback(endpoint.host):
-        screen.warn([f"--host {endpoint.host} lets everybody in the network use this server: set MGPU_API_KEY"])
-    running = running_ollama(prepared, endpoint, screen)
-    if running:
-        prepared = as_it_is(prepared, screen)
-    else:
-        _require_startable(prepared, endpoint)
-    screen.planned(prepared)
-    with instance_folder(endpoint.name, chosen=endpoint.name_chosen) as (instance, folder):
-        # Held before gigabytes are fetched: a name in use is said at once.
-        prepared = _with_weights(prepared, screen, running)
-        screen.planned_again(prepared)
-        endpoint = replace(endpoint, name=instance)
-        with (
-            attached(prepared, running, screen, endpoint.stall_s)
-            if running
-            else started(prepared, endpoint, folder, screen)
-        ) as session:
-            if ask is not None:
-                _ask(session, ask, max_tokens, screen)
-            else:
-                _follow(session, screen)
+        prepared = wanted.prepare()
+        return _dry_run(prepared, replace(endpoint, name=endpoint.name or _name(prepared)))
+    screen = RunScreen(output, asked=ask is not None, interval_s=interval, streams=not detach)
+    with contextlib.ExitStack() as stack:
+        claim = _Claim(wanted, screen, stack)
+        starts, supervisor = claim.made()
+        if detach:
+            from mgpu.cli.detach import run_detached
+
+            assert claim.held
+            return run_detached(wanted, claim.held, screen)
+        try:
+            supervisor.live(
+                starts.plan,
+                starts.start,
+                lambda session: (
+                    _ask(session, ask, max_tokens, screen) if ask is not None else _follow(session, screen, supervisor)
+                ),
+            )
+        except KeyboardInterrupt:
+            served = ask is None and supervisor.instance.ready_at
+            raise Interrupted("stopped by request" if served else "interrupted") from None
+        finally:
+            # Whoever stopped it knows; a failure stays to be read.
+            if supervisor.instance.state is State.STOPPED:
+                forget(supervisor.instance.name)
     return None
+
+
+class _Claim:
+    """A first plan with the name and the memory that it takes, which nobody else has then."""
+
+    def __init__(self, wanted: Asked, screen: RunScreen, stack: contextlib.ExitStack) -> None:
+        self._wanted = wanted
+        self._screen = screen
+        self._stack = stack
+        self.held: Held | None = None
+
+    def made(self) -> tuple[Starts, Supervisor]:
+        """Plan, say so, and take it. Raises MgpuError."""
+        from mgpu.cli.starts import plan_in_company
+
+        return plan_in_company(self._wanted, self._take)
+
+    def _take(self, prepared: Prepared) -> tuple[Starts, Supervisor]:
+        from mgpu.cli.starts import Starts, checked, planned
+        from mgpu.running.notify import ServiceManager
+        from mgpu.running.ports import is_loopback
+        from mgpu.running.state import held_folder
+        from mgpu.running.supervisor import Supervisor
+
+        wanted, screen = self._wanted, self._screen
+        endpoint = replace(wanted.endpoint, name=wanted.endpoint.name or _name(prepared))
+        screen.warn(prepared.warnings)
+        if not endpoint.api_key and not is_loopback(endpoint.host):
+            screen.warn([f"--host {endpoint.host} lets everybody in the network use this server: set MGPU_API_KEY"])
+        prepared, _ = checked(prepared, endpoint, screen)
+        screen.planned(prepared)
+        # Held before gigabytes are fetched: a name in use is said at once.
+        self.held = self._stack.enter_context(held_folder(endpoint.name, chosen=endpoint.name_chosen))
+        endpoint = replace(endpoint, name=self.held.name)
+        supervisor = Supervisor(
+            wanted.instance(prepared.name, self.held), on_change=screen.became, service=ServiceManager.of()
+        )
+        supervisor.report(planned(prepared, endpoint))
+        return Starts(wanted, screen, supervisor, prepared), supervisor
+
+
+def _name(prepared: Prepared) -> str:
+    from mgpu.running.state import name_from
+
+    return name_from(prepared.name)
+
+
+def _check_question(ask: str, detach: bool, restart: Restart | None) -> None:
+    if not ask.strip():
+        raise UsageError("--ask is empty", hint='for example --ask "Why is the sky blue?"')
+    if detach:
+        raise UsageError("--ask stops when it is answered, and -d leaves it running", hint="leave one of them out")
+    if restart is Restart.on_failure:
+        raise UsageError("--ask asks once: there is nothing to restart", hint="leave --restart out")
 
 
 def _api_key(option: str | None) -> str | None:
@@ -112,74 +191,11 @@ def _api_key(option: str | None) -> str | None:
     return None
 
 
-def _require_startable(prepared: Prepared, endpoint: Endpoint) -> None:
-    """Raise what would keep the engine from starting, before gigabytes are fetched for it: that it is not installed,
-    that the model does not fit, that the port cannot be used, that the engine cannot be told what was asked for."""
-    from mgpu.cli.serving import build_launch
-    from mgpu.planning.choice import TITLES
-    from mgpu.running.ports import choose_port
-    from mgpu.running.state import state_path
-
-    if prepared.engine is None:
-        missing = f"{TITLES[prepared.backend]} is not installed"
-        raise Missing(missing, code="engine-missing", hint=prepared.ways[prepared.backend].install)
-    _require_fit(prepared)
-    choose_port(endpoint.host, endpoint.port)
-    build_launch(prepared, endpoint, port=endpoint.port or 1, folder=state_path() / endpoint.name)
-    _require_tokenizer(prepared)
-
-
-def _require_fit(prepared: Prepared) -> None:
-    """Raise NoAnswer unless the plan can run, with the cheapest ways out."""
-    plan = prepared.plan
-    if plan.best is not None:
-        return
-    verdict, reasons = plan.chosen.verdict, "\n".join(plan.chosen.reasons)
-    what = {"illegal": "cannot be run so", "unavailable": "fits no engine that is installed"}
-    changes = [fix.change for fix in plan.fixes[:3]]
-    fixes = [change for change in changes if not change.startswith("--")]
-    if options := "   or   ".join(change for change in changes if change.startswith("--")):
-        fixes.append(f"add {options}")
-    raise NoAnswer(
-        f"{prepared.name} {what.get(verdict, 'does not fit')}\n{reasons}",
-        code="illegal" if verdict == "illegal" else "does-not-fit",
-        hint="   or   ".join(fixes)
-        or _lawful(prepared, reasons)
-        or f"mgpu plan {shlex.quote(prepared.argument)} shows the ledger",
-    )
-
-
-def _require_tokenizer(prepared: Prepared) -> None:
-    """Raise BadModel for a folder in which vLLM would miss the tokenizer, after a quarter of a minute."""
-    from mgpu.models.folder import has_tokenizer
-
-    folder, arguments = prepared.weights.path, prepared.ways[prepared.backend].arguments
-    own = any(word.partition("=")[0] in ("--tokenizer", "--skip-tokenizer-init") for word in arguments)
-    if prepared.backend == Backend.vllm and folder and not own and not has_tokenizer(folder):
-        raise BadModel(
-            f"{folder} holds no tokenizer: vLLM cannot serve a model without one",
-            code="model-missing",
-            hint="copy tokenizer.json and tokenizer_config.json of the model there, or name one: -- --tokenizer PATH",
-        )
-
-
-def _lawful(prepared: Prepared, reasons: str) -> str | None:
-    """What to ask for instead of a shape or a context that is not possible, where the reasons tell."""
-    if sizes := re.search(r"tensor parallel sizes that work: (.*)", reasons):
-        cards = len(prepared.ways[prepared.backend].gpus) or 1
-        size = max(size for size in map(int, sizes[1].split(", ")) if size <= cards)
-        fewer = f"--gpus {size} " if size < cards else ""
-        return f"{fewer}--tensor-parallel {size}, or leave it out and mgpu chooses"
-    if shape := re.search(r"a shape of .* takes (\d+) cards?, and there (?:are|is) (\d+)", reasons):
-        return f"--gpus {shape[1]}" if int(shape[1]) < int(shape[2]) else "a smaller shape, or leave it to mgpu"
-    most = re.search(r"more than the (\d+) vLLM allows|gives a user (\d+) tokens at most", reasons)
-    return f"--ctx {most[1] or most[2]}" if most else None
-
-
 def _dry_run(prepared: Prepared, endpoint: Endpoint) -> Result:
     """Return the command that would be started, quoted for a shell."""
     from mgpu.backends import load_backend
     from mgpu.cli.serving import build_launch
+    from mgpu.cli.startable import require_fit
     from mgpu.running.ollama_attach import Attached
     from mgpu.running.ports import choose_port
     from mgpu.running.state import state_path
@@ -188,7 +204,7 @@ def _dry_run(prepared: Prepared, endpoint: Endpoint) -> Result:
         nothing = f"# nothing is started: the Ollama at {prepared.running.url} is used as it is"
         data: dict[str, Any] = {"argv": [], "env": {}, "fetched": prepared.weights.path is not None}
         return Result(command="run", data=data, screen=lambda _: (nothing,), warnings=prepared.warnings)
-    _require_fit(prepared)
+    require_fit(prepared)
     port = choose_port(endpoint.host, endpoint.port)
     launch = build_launch(prepared, endpoint, port=port, folder=state_path() / endpoint.name)
     if prepared.engine:
@@ -199,31 +215,6 @@ def _dry_run(prepared: Prepared, endpoint: Endpoint) -> Result:
     return Result(
         command="run", data=data, screen=lambda _: (launch.shell_command(),), warnings=(*prepared.warnings, *notes)
     )
-
-
-def _with_weights(prepared: Prepared, screen: RunScreen, running: Attached | None) -> Prepared:
-    """Fetch the model where it is not here yet, and plan again from what it really is. Ollama fetches its tags."""
-    from mgpu.models.forms import HubFolder
-    from mgpu.models.source import OllamaTag
-
-    weights = prepared.weights
-    if weights.path or isinstance(weights.source, OllamaTag):
-        return prepared
-    assert weights.source
-    with screen.fetching() as on_progress:
-        if isinstance(weights.source, HubFolder):
-            from mgpu.models.folder import fetch_folder
-
-            path = fetch_folder(weights.source.repository, weights.source.revision, on_progress=on_progress)
-        else:
-            from mgpu.models.fetch import fetch
-
-            path = fetch(weights.source, quantisation=weights.facts.quantisation, on_progress=on_progress)
-    prepared = prepared.fetched(path)
-    if running:
-        return prepared.left_to_itself()
-    _require_fit(prepared)
-    return prepared
 
 
 def _ask(session: Session, text: str, max_tokens: int | None, screen: RunScreen) -> None:
@@ -245,27 +236,19 @@ def _ask(session: Session, text: str, max_tokens: int | None, screen: RunScreen)
         raise
 
 
-def _follow(session: Session, screen: RunScreen) -> None:
-    """Show the engine's state until Ctrl-C (Interrupted) or its end (EngineDied)."""
-    from mgpu.backends.samples import rates
-    from mgpu.running.start import death
+def _follow(session: Session, screen: RunScreen, supervisor: Supervisor) -> None:
+    """Show the engine's state until Ctrl-C or its end (EngineDied)."""
+    from mgpu.cli.starts import cards
+    from mgpu.running.following import follow
 
-    previous = session.link.sample()
-    try:
-        with screen.following() as show:
-            while True:
-                if session.process is None:
-                    time.sleep(screen.sample_every_s)
-                elif session.process.wait(screen.sample_every_s) is not None:
-                    raise death(session.process, session.backend)
-                current = session.link.sample()
-                if session.process is None and not (current or session.link.is_up()):
-                    raise EngineFailed(
-                        "the engine that somebody else ran is gone",
-                        code="engine-died",
-                        hint="mgpu backends shows what runs",
-                    )
-                show(current, rates(previous, current) if previous and current else None)
-                previous = current or previous
-    except KeyboardInterrupt:
-        raise Interrupted("stopped by request") from None
+    assert session.canary
+    with screen.following() as show:
+        follow(
+            supervisor,
+            session.backend,
+            session.link,
+            show,
+            every_s=screen.sample_every_s,
+            canary=session.canary,
+            cards=cards,
+        )

@@ -112,7 +112,7 @@ def private_folder(path: Path) -> Path:
     """
     from mgpu.errors import Missing
 
-    _remove_folder(str(path))
+    remove_folder(str(path))
     try:
         path.mkdir(mode=0o700, parents=True)
     except OSError as error:
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     group.end(grace_s)
     segments.remove()
     if folder:
-        _remove_folder(folder)
+        remove_folder(folder)
     return 0
 
 
@@ -220,14 +220,14 @@ class _Segments:
 
     def __init__(self, group: _Group) -> None:
         self._group = group
-        self._before = set(_shared_files())
+        self._before = set(shared_files())
         self._engines: dict[tuple[int, int], str] = {}
         self._looks: dict[tuple[int, int], int] = {}
 
     def look(self, *, last: bool = False) -> None:
         """Find out whose the new files are. One that is nobody's for some seconds is left alone until the `last` look,
         so that what others share costs nothing."""
-        files = _shared_files()
+        files = shared_files()
         new = {key: path for key, path in files.items() if key not in self._before and key not in self._engines}
         if not last:
             new = {key: path for key, path in new.items() if self._looks.get(key, 0) < _MOST_LOOKS}
@@ -235,18 +235,18 @@ class _Segments:
             return
         self._looks = {key: self._looks.get(key, 0) + (key in new) for key in files}
         for process in self._group.members():
-            for key in _mapped(process.pid):
+            for key in mapped(process.pid):
                 if key in new:
                     self._engines[key] = new[key]
 
     def remove(self) -> None:
         """Remove the engine's files that nobody has in memory any more."""
-        files = _shared_files()
+        files = shared_files()
         left = {key: files[key] for key in self._engines if key in files}
         if not left:
             return
         for process in _processes():
-            for key in _mapped(process.pid):
+            for key in mapped(process.pid):
                 left.pop(key, None)
         for path in left.values():
             _quietly(os.unlink, path)
@@ -297,7 +297,7 @@ def _find(pid: int) -> _Process | None:
     return _Process(pid, int(fields[2]), int(fields[19]), fields[0] in (b"Z", b"X"))
 
 
-def _mapped(pid: int) -> set[tuple[int, int]]:
+def mapped(pid: int) -> set[tuple[int, int]]:
     """The files of /dev/shm in a process's memory, by device and inode: semaphores are mapped under another name."""
     found = set()
     for line in _read(f"/proc/{pid}/maps").splitlines():
@@ -308,7 +308,7 @@ def _mapped(pid: int) -> set[tuple[int, int]]:
     return found
 
 
-def _shared_files() -> dict[tuple[int, int], str]:
+def shared_files() -> dict[tuple[int, int], str]:
     """This user's files in /dev/shm, by device and inode."""
     found = {}
     try:
@@ -322,7 +322,8 @@ def _shared_files() -> dict[tuple[int, int], str]:
     return found
 
 
-def _remove_folder(folder: str) -> None:
+def remove_folder(folder: str) -> None:
+    """Remove a folder of this user with all that is in it; what is a link or somebody else's stays. Never raises."""
     try:
         status = os.lstat(folder)
     except OSError:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mgpu.errors import Missing, UsageError
@@ -63,6 +64,22 @@ def instance_folder(name: str, *, chosen: bool) -> Iterator[tuple[str, Path]]:
 
     A name in use gets a number (`llama-8b-2`), unless the user has `chosen` it: then UsageError is raised.
     """
+    with held_folder(name, chosen=chosen) as held:
+        yield held.name, held.folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """An instance's name and folder, and the open file by which its lock is held."""
+
+    name: str
+    folder: Path
+    lock: int
+
+
+@contextlib.contextmanager
+def held_folder(name: str, *, chosen: bool) -> Iterator[Held]:
+    """As `instance_folder`, with the lock, to be handed on to a child (`inherited_folder`)."""
     base = state_folder()
     for attempt in range(1, 100):
         candidate = name if attempt == 1 else f"{name}-{attempt}"
@@ -77,17 +94,41 @@ def instance_folder(name: str, *, chosen: bool) -> Iterator[tuple[str, Path]]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if chosen:
-                    raise UsageError(
-                        f"an instance named {name} is already running", hint="choose another --name, or stop that one"
-                    ) from None
+                    raise _taken(name) from None
                 continue
             except OSError as error:
                 raise Missing(f"{folder} cannot be locked: {error.strerror}", code="state-folder") from None
-            yield candidate, folder
+            yield Held(name=candidate, folder=folder, lock=lock)
             return
         finally:
             os.close(lock)
     raise Missing(f"a hundred instances named {name} are running", code="state-folder")
+
+
+@contextlib.contextmanager
+def inherited_folder(name: str, lock: int) -> Iterator[Held]:
+    """Hold the folder of an instance whose lock the parent has handed on, open as `lock`.
+
+    Raises UsageError when that is not its lock, or somebody was faster.
+    """
+    folder = state_folder() / check_name(name)
+    try:
+        if not os.path.samestat(os.fstat(lock), os.lstat(folder / "lock")):
+            raise _taken(name)
+        os.set_inheritable(lock, False)
+        # The system says of a lock who took it, which was the parent: taken anew, it is ours.
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise _taken(name) from None
+    try:
+        yield Held(name=name, folder=folder, lock=lock)
+    finally:
+        os.close(lock)
+
+
+def _taken(name: str) -> UsageError:
+    return UsageError(f"an instance named {name} is already running", hint="choose another --name, or stop that one")
 
 
 def rotate(log_path: Path) -> None:

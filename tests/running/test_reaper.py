@@ -262,7 +262,7 @@ def test_what_others_share_costs_nothing_in_the_long_run(monkeypatch: pytest.Mon
         looks.append(pid)
         return set()
 
-    monkeypatch.setattr(reaper, "_mapped", mapped)
+    monkeypatch.setattr(reaper, "mapped", mapped)
     with subprocess.Popen(["/bin/sleep", "600"], process_group=0) as engine:
         found = reaper._find(engine.pid)
         assert found

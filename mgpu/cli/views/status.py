@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mgpu.models.fetch import Progress
     from mgpu.planning.candidates import Candidate, PlannedDevice
     from mgpu.running.client import Answer, Canary
+    from mgpu.running.instance import Instance
     from mgpu.running.start import Loading
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -98,6 +99,15 @@ def load_line(loading: Loading, file_bytes: int | None, width: int) -> Renderabl
     mapped = min(loading.mapped_bytes, file_bytes)
     words = f"{mapped / _MB:.0f} of {file_bytes / _MB:.0f} MB in memory  {seconds(loading.seconds)}"
     return _bar_line(f"{'load':<8} {loading.phase}", mapped / file_bytes if file_bytes else None, words, width)
+
+
+def phase_line(instance: Instance, since_s: float, width: int) -> RenderableType:
+    """Return one line of a start that another process does: the phase, and how long it may still take."""
+    left = f"about {seconds(instance.remaining_s)} left, " if instance.remaining_s else ""
+    name, _, percent = (instance.phase or str(instance.state)).partition(", ")
+    number = percent.split(" ")[0]
+    fraction = int(number) / 100 if number.isdecimal() else None
+    return _bar_line(f"{'load':<8} {name}", fraction, f"{percent}  {left}{seconds(since_s)}".strip(), width)
 
 
 def check_line(candidate: Candidate, memory: Mapping[int, DeviceMemory], canary: Canary) -> str:
