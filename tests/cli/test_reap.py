@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.machine.probe import machine_around
+from mgpu.machine.host import read_host
+from mgpu.machine.probe import machine_of
 from mgpu.running import registry
 from mgpu.running.census import census_of
 from mgpu.running.instance import State
@@ -212,7 +213,7 @@ def test_another_users_process_is_left_alone_and_said(mgpu: Mgpu) -> None:
 def test_one_that_has_a_supervisor_again_is_left_alone(mgpu: Mgpu) -> None:
     with engine(mgpu, "llama", DEAF) as process:
         root = Path("/")
-        (left,) = leftovers(census_of(registry.instances(), machine_around((None, (), ()), root), root))
+        (left,) = leftovers(census_of(registry.instances(), machine_of(read_host(root), (None, (), ()), ()), root))
         record("llama", who(os.getpid()), engine=who(process.pid), group=process.pid)
         assert end(left, 0.0) == ()
         assert is_alive(process.pid)
