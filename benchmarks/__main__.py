@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import doctor, follow, growth, memory, planner, ready, speed, startup
+from benchmarks import doctor, follow, growth, memory, ready, startup
 
 BENCHMARKS = {
     "startup": startup.main,
@@ -12,8 +12,6 @@ BENCHMARKS = {
     "follow": follow.main,
     "growth": growth.main,
     "memory": memory.main,
-    "planner": planner.main,
-    "speed": speed.main,
     "doctor": doctor.main,
 }
 

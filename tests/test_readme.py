@@ -29,8 +29,7 @@ def test_a_command_prints_what_the_readme_shows(command: str, shown: str) -> Non
 
 
 def test_the_readme_shows_plans_that_fit_and_that_do_not_and_a_diagnosis() -> None:
-    verdicts = [shown.split("   ")[0] for command, shown in CONSOLE if "plan" in command]
-    assert verdicts == ["FITS", "DOES NOT FIT", "llama-70b with 8192 tokens runs on both machines"]
+    assert [shown.split("   ")[0] for command, shown in CONSOLE if "plan" in command] == ["FITS", "DOES NOT FIT"]
     assert [shown.rstrip().splitlines()[-1][:6] for command, shown in CONSOLE if "doctor" in command] == ["1 fail"]
 
 

@@ -46,9 +46,8 @@ class Way:
 
         return self.engine is not None or isinstance(self.running, Attached)
 
-    def offer(self, machine: Machine, model: Model, *, fixes: bool = True) -> tuple[Offer, Weights]:
-        """Return what the engine can make of the model, in the first form that fits, or else in the first one; with
-        the ways out where it does not run, unless `fixes` are of no use."""
+    def offer(self, machine: Machine, model: Model) -> tuple[Offer, Weights]:
+        """Return what the engine can make of the model, in the first form that fits, or else in the first one."""
         tried = [(weights, self._candidates(weights.facts, machine)) for weights in self.weights]
         weights, candidates = next(
             ((weights, found) for weights, found in tried if any(each.verdict == "fits" for each in found)), tried[0]
@@ -60,7 +59,7 @@ class Way:
             install=None if self.available else self.install,
             on_disk=weights.path is not None,
         )
-        if fixes and not any(each.runs for each in candidates):
+        if not any(each.runs for each in candidates):
             offer = self._with_fixes(offer, machine, model, weights)
         return offer, weights
 
@@ -71,7 +70,7 @@ class Way:
                 from mgpu.planning.vllm_memory import VllmWants
 
                 assert isinstance(self.wants, VllmWants)
-                return vllm_candidates(facts, self.wants, self.gpus, machine.host, machine.links)
+                return vllm_candidates(facts, self.wants, self.gpus, machine.host)
             case Backend.ollama:
                 from mgpu.planning.ollama_candidates import ollama_candidates
 
@@ -89,7 +88,7 @@ class Way:
             from mgpu.planning.vllm_memory import VllmWants
 
             assert isinstance(self.wants, VllmWants)
-            return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine))
+            return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine.host))
         if self.backend == Backend.ollama:
             from mgpu.planning.ollama_candidates import ollama_fixes
 
@@ -215,10 +214,6 @@ def find_way(
             f"--tensor-split has {len(wants.tensor_split)} proportions for {len(gpus)} cards",
             hint="give one for each card that --gpus chooses",
         )
-    if backend == Backend.llama_cpp and engine and not simulated and len(gpus) > 1:
-        from mgpu.backends.llama_cpp import knows_tensor_split
-
-        wants = replace(wants, knows_tensor_split=wants.split_mode in ("layer", "none") or knows_tensor_split(engine))
     if profile := model.profile:
         wants = replace(wants, ctx_tokens=wants.ctx_tokens or profile.ctx, parallel=options.users or profile.parallel)
     return Way(

@@ -72,7 +72,7 @@ def run_command(arguments: list[str]) -> int:
         return leave.exit_code
     except MgpuError as error:
         if isinstance(error, UsageError) and not error.hint:
-            error.hint = f"mgpu {'' if name == 'mgpu' else name.replace('.', ' ') + ' '}--help"
+            error.hint = f"mgpu {name.replace('.', ' ')} --help"
         result = failure(name, error, simulated=any(word.partition("=")[0] == "--machine" for word in own))
     except (KeyboardInterrupt, typer.Abort):
         result = failure(name, Interrupted("interrupted"))
@@ -139,8 +139,8 @@ def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) 
 
 
 def _usage(message: str, context: Any) -> UsageError:
-    # An option without its value has no context: the command's name is known all the same.
-    return UsageError(message, hint=f"{context.command_path} --help" if context else None)
+    path = getattr(context, "command_path", "mgpu")
+    return UsageError(message, hint=f"{path} --help")
 
 
 def run_main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from mgpu.cli.options import BACKENDS, Backend, PlannerOptions
 from mgpu.errors import EngineFailed, MgpuError, Missing, UsageError
 from mgpu.machine.probe import probe, with_engine_devices
 from mgpu.machine.simulate import simulate
-from mgpu.machine.snapshot import Gpu, Host, Machine
+from mgpu.machine.snapshot import Machine
 from mgpu.models.forms import Model, Weights, find_model
 from mgpu.models.source import ModelFolder, ModelSource, parse_model
 from mgpu.planning.choice import TITLES, Offer, Preference, choose, preference
@@ -109,61 +108,6 @@ class Prepared:
 _PROGRAMS = {"llama.cpp": "llama-server", "vllm": "vllm", "ollama": "ollama"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """A model and the engines that could run it on this machine, each in its `ways`: what a plan is made of."""
-
-    argument: str
-    source: ModelSource
-    model: Model
-    machine: Machine
-    options: PlannerOptions
-    backends: tuple[str, ...]
-    ways: Mapping[str, Way]
-    engine_arguments: tuple[str, ...]
-    simulated: bool
-    warnings: tuple[str, ...]
-
-    def on(self, gpus: Sequence[Gpu], host: Host) -> Asked | None:
-        """Return it for exactly these cards (none: the CPU), whose free memory is what others leave, and for a host of
-        which others leave as much; None where no engine can use them together."""
-        ways = {}
-        for backend, way in self.ways.items():
-            own = {gpu.index: gpu for gpu in way.gpus}
-            if bool(own) == bool(gpus) and all(gpu.index in own for gpu in gpus):
-                left = tuple(replace(own[gpu.index], free_bytes=gpu.free_bytes) for gpu in gpus)
-                ways[backend] = replace(way, gpus=left)
-        return replace(self, machine=replace(self.machine, host=host), ways=ways) if ways else None
-
-    def planned(self, *, fixes: bool = True) -> Prepared:
-        """Return the plan on the cards of each way; with ways out where it does not fit, unless they are of no use."""
-        offers, weights = {}, {}
-        for backend, way in self.ways.items():
-            offers[backend], weights[backend] = way.offer(self.machine, self.model, fixes=fixes)
-        plan = choose(tuple(offers.values()), _preferred(self.ways, tuple(offers.values()), self.options), self.machine)
-        if len(offers) == 1:
-            told = self.options.backend == Backend.auto and not self.engine_arguments and plan.best is not None
-            why = _only_choice(plan.chosen.backend, self.model, self.options, self.backends) if told else None
-            plan = replace(plan, why=why)
-        chosen = plan.chosen.backend
-        warnings = [*self.warnings]
-        if not self.simulated and not self.ways[chosen].available:
-            warnings.append(f"{TITLES[chosen]} is not installed (planned as if it were): {self.ways[chosen].install}")
-        if unconfirmed := weights[chosen].unconfirmed:
-            warnings.append(f"planned from what was read of {self.source} before: {unconfirmed}")
-        if remark := weights[chosen].remark:
-            warnings.append(remark)
-        return Prepared(
-            argument=self.argument,
-            model=self.model,
-            plan=plan,
-            ways=self.ways,
-            weights_by_engine=weights,
-            simulated=self.simulated,
-            warnings=(*warnings, *self.ways[chosen].remarks),
-        )
-
-
 def prepare(
     model: str,
     options: PlannerOptions,
@@ -177,66 +121,52 @@ def prepare(
     With `must_run` an engine that cannot start is an error. Raises MgpuError: UsageError for what was typed, Missing
     for what is not there.
     """
-    (asked,) = ask_about((model,), options, machine=machine, engine_arguments=engine_arguments, must_run=must_run)
-    return asked.planned()
-
-
-def ask_about(
-    models: Sequence[str],
-    options: PlannerOptions,
-    *,
-    machine: str | None = None,
-    engine_arguments: Sequence[str] = (),
-    must_run: bool = False,
-) -> tuple[Asked, ...]:
-    """Return what the plans for `models` are made of; the machine and its engines are asked once. Raises as `prepare`
-    does."""
-    sources = [parse_model(model) for model in models]
+    source = parse_model(model)
     options.wants()  # what was typed wrong is said first
-    simulated = machine is not None
-    with _asked_for_devices(sources, options, engine_arguments, simulated=simulated) as query:
+    with _asked_for_devices(source, options, engine_arguments, simulated=machine is not None) as query:
         found = probe() if machine is None else simulate(machine)
-        known = {
-            source: find_model(source, options.quant, safetensors=options.backend == Backend.vllm) for source in sources
-        }
-        eligibles = {source: eligible(known[source], options, engine_arguments) for source in sources}
-        engines = _installed(tuple(dict.fromkeys(itertools.chain(*eligibles.values()))), simulated=simulated)
-        found, warnings = _with_devices(found, query, engines, tuple(engines), must_run=must_run)
+        prepared = find_model(source, options.quant, safetensors=options.backend == Backend.vllm)
+        backends = eligible(prepared, options, engine_arguments)
+        engines = _installed(backends, simulated=machine is not None)
+        found, warnings = _with_devices(found, query, engines, backends, must_run=must_run)
     if found.driver and found.driver.problem:
         warnings.append(found.driver.problem)
-    ways = {
-        source: _ways(eligibles[source], known[source], found, options, engine_arguments, engines)
-        for source in dict.fromkeys(sources)
-    }
-    return tuple(
-        Asked(
-            argument=argument,
-            source=source,
-            model=known[source],
-            machine=found,
-            options=options,
-            backends=eligibles[source],
-            ways=ways[source],
-            engine_arguments=tuple(engine_arguments),
-            simulated=simulated,
-            warnings=(*warnings, *_shadowing(known[source])),
-        )
-        for argument, source in zip(models, sources, strict=True)
+    if prepared.profile and _shadows_shipped(prepared.profile.name):
+        warnings.append(f"your own profile {prepared.profile.name} is used instead of the one that ships with mgpu")
+    ways = _ways(backends, prepared, found, options, engine_arguments, engines)
+    offers, weights = {}, {}
+    for backend, way in ways.items():
+        offers[backend], weights[backend] = way.offer(found, prepared)
+    plan = choose(tuple(offers.values()), _preferred(ways, tuple(offers.values()), options), found)
+    if len(offers) == 1:
+        told = options.backend == Backend.auto and not engine_arguments and plan.best is not None
+        plan = replace(plan, why=_only_choice(plan.chosen.backend, prepared, options, backends) if told else None)
+    chosen = plan.chosen.backend
+    if machine is None and not ways[chosen].available:
+        warnings.append(f"{TITLES[chosen]} is not installed (planned as if it were): {ways[chosen].install}")
+    if unconfirmed := weights[chosen].unconfirmed:
+        warnings.append(f"planned from what was read of {source} before: {unconfirmed}")
+    if remark := weights[chosen].remark:
+        warnings.append(remark)
+    return Prepared(
+        argument=model,
+        model=prepared,
+        plan=plan,
+        ways=ways,
+        weights_by_engine=weights,
+        simulated=machine is not None,
+        warnings=(*warnings, *ways[chosen].remarks),
     )
 
 
 @contextlib.contextmanager
 def _asked_for_devices(
-    sources: Sequence[ModelSource], options: PlannerOptions, engine_arguments: Sequence[str], *, simulated: bool
+    source: ModelSource, options: PlannerOptions, engine_arguments: Sequence[str], *, simulated: bool
 ) -> Iterator[DeviceQuery | None]:
     """A query for llama.cpp's devices, which takes as long as all the rest: asked first and heard last. None where
     nobody needs its answer."""
     engine = None
-    if (
-        not simulated
-        and options.backend != Backend.vllm
-        and not all(isinstance(source, ModelFolder) for source in sources)
-    ):
+    if not simulated and options.backend != Backend.vllm and not isinstance(source, ModelFolder):
         engine = find_llama_server()
     if engine is None:
         yield None
@@ -314,7 +244,7 @@ def _preferred(ways: Mapping[str, Way], offers: Sequence[Offer], options: Planne
     gpus = max((way.gpus for way in ways.values()), key=len)
     parallel = max(way.wants.parallel for way in ways.values())
     goal = options.goal or (Goal.latency if parallel == 1 else Goal.throughput)
-    return preference(goal, parallel, gpus, offers, all_cards=options.gpus is not None)
+    return preference(goal, parallel, gpus, offers)
 
 
 def _only_choice(backend: str, model: Model, options: PlannerOptions, eligible_backends: Sequence[str]) -> str:
@@ -327,15 +257,10 @@ def _only_choice(backend: str, model: Model, options: PlannerOptions, eligible_b
     return f"{title} alone can use these cards"
 
 
-def _shadowing(model: Model) -> Iterator[str]:
-    """Say that a profile of the user's own is used instead of a shipped one."""
+def _shadows_shipped(name: str) -> bool:
     from mgpu.profile import shipped_profile_folder, user_profile_folder
 
-    name = model.profile.name if model.profile else None
-    if name and all(
-        (folder / f"{name}.yaml").is_file() for folder in (user_profile_folder(), shipped_profile_folder())
-    ):
-        yield f"your own profile {name} is used instead of the one that ships with mgpu"
+    return all((folder / f"{name}.yaml").is_file() for folder in (user_profile_folder(), shipped_profile_folder()))
 
 
 def _assumed_names(machine: Machine) -> Machine:

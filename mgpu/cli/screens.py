@@ -206,7 +206,7 @@ class RunScreen:
         )
         if not self._out.as_json:
             self._out.write_text("\n")
-            self._step("answer", view.answer_line(answer, self._candidate))
+            self._step("answer", view.answer_line(answer))
 
     @contextlib.contextmanager
     def following(self) -> Iterator[Callable[[Sample | None, Rates | None], None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -13,47 +14,31 @@ from mgpu.machine.amd import read_amd
 from mgpu.machine.cards import card_for_name
 from mgpu.machine.host import read_host
 from mgpu.machine.integrated import is_integrated
-from mgpu.machine.nvidia import patience_s, read_nvidia, silent_nvidia
-from mgpu.machine.patience import Question
+from mgpu.machine.nvidia import read_nvidia
 from mgpu.machine.selection import select_gpus
-from mgpu.machine.snapshot import Driver, EngineDevice, Gpu, Host, Link, Machine
+from mgpu.machine.snapshot import EngineDevice, Gpu, Machine
 
-__all__ = ["machine_of", "probe", "select_gpus", "with_engine_devices"]
-
-
-Nvidia = tuple[Driver | None, tuple[Gpu, ...], tuple[Link, ...]]
+__all__ = ["probe", "select_gpus", "with_engine_devices"]
 
 
-def probe(root: Path | None = None) -> Machine:
+def probe(root: Path | None = None, *, nvidia: bool = True) -> Machine:
     """Return this machine: NVIDIA cards in bus order, then AMD cards, then nothing that only an engine knows.
 
     `root` is where /sys, /proc and /dev are looked for, by default $MGPU_ROOT or "/". Blocks while the
-    NVIDIA driver answers. One that has not answered after 5 s, and 2 s more for each of its cards, is left alone:
-    `driver.problem` says so, and the cards are as `silent_nvidia` gives them. Never raises.
+    NVIDIA driver answers, which without `nvidia` is not asked; never raises.
     """
     root = root or Path(os.environ.get("MGPU_ROOT") or "/")
-    asked = Question(lambda: read_nvidia(root))
-    host, amd = read_host(root), read_amd(root)
-    try:
-        nvidia = asked.answer(patience_s(root))
-    except TimeoutError:
-        nvidia = silent_nvidia(root)
-    return machine_of(host, nvidia, amd)
-
-
-def machine_of(host: Host, nvidia: Nvidia, amd: tuple[Gpu, ...]) -> Machine:
-    """Return the machine of what `read_host`, `read_nvidia` and `read_amd` returned just now, all cards numbered."""
-    driver, cards, links = nvidia
-    gpus = (
-        dataclasses.replace(gpu, index=index, integrated=is_integrated(gpu.name, gfx=gpu.gfx))
-        for index, gpu in enumerate((*cards, *amd))
-    )
+    driver, cards, links = read_nvidia(root) if nvidia else (None, (), ())
+    gpus = itertools.chain(cards, read_amd(root))
     return Machine(
         captured_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         source="probed",
-        host=host,
+        host=read_host(root),
         driver=driver,
-        gpus=tuple(gpus),
+        gpus=tuple(
+            dataclasses.replace(gpu, index=index, integrated=is_integrated(gpu.name, gfx=gpu.gfx))
+            for index, gpu in enumerate(gpus)
+        ),
         links=links,
     )
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 
 from mgpu.machine.snapshot import Gpu, Host, Machine
 from mgpu.models.facts import ModelFacts
-from mgpu.planning.candidates import Candidate, place_layers, planned_on_bytes
-from mgpu.planning.memory import CTX_GRANULARITY, cache_bytes
+from mgpu.planning.candidates import Candidate, place_layers
+from mgpu.planning.memory import CTX_GRANULARITY
 from mgpu.planning.plan import Fix, find_fixes
-from mgpu.planning.predicted import predicted
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS, Wants
 from mgpu.units import GIB, MIB, gib
 
@@ -103,10 +102,7 @@ def ollama_candidates(facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], 
     return tuple(
         candidate
         if candidate.verdict == "illegal"  # then only that matters
-        else replace(
-            predicted(candidate, facts, usable, machine.host, machine.links),
-            reasons=(*([why] if why else []), *notes, *candidate.reasons),
-        )
+        else replace(candidate, reasons=(*([why] if why else []), *notes, *candidate.reasons))
         for candidate, why in zip(candidates, reasons, strict=True)
         if candidate is candidates[0] or candidate.verdict == "fits"
     )
@@ -158,24 +154,13 @@ def _placed(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], host: Host, 
     cards_only = replace(wants, offload=False)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = _may_fit(facts, wants, gpus, middle * CTX_GRANULARITY)
-        fits = fits and _fitted(facts, cards_only, gpus, host, middle * CTX_GRANULARITY).verdict == "fits"
-        low, high = (middle, high) if fits else (low, middle - 1)
+        tried = _fitted(facts, cards_only, gpus, host, middle * CTX_GRANULARITY)
+        low, high = (middle, high) if tried.verdict == "fits" else (low, middle - 1)
     largest = low * CTX_GRANULARITY
     candidate = replace(candidate, max_ctx_tokens=largest)
     if refusals := _refusals(facts, wants):
         candidate = replace(candidate, verdict="illegal", reasons=refusals)
     return candidate
-
-
-def _may_fit(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], ctx_tokens: int) -> bool:
-    """Whether the cards together hold weights and KV cache, if not compute buffers: told without a split."""
-    if not gpus or wants.kv_on_host or wants.cpu_moe_layers:
-        return True
-    planned = replace(wants, ubatch=_micro_batch(facts, wants, gpus, ctx_tokens))  # a window's cache depends on it
-    kept = sum(layer.weights_bytes for layer in facts.layers) + facts.head_bytes
-    room = sum(max(planned_on_bytes(gpu) - wants.headroom_bytes, 0) for gpu in gpus)
-    return kept + sum(cache_bytes(facts, planned, ctx_tokens)) <= room
 
 
 def _fitted(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], host: Host, ctx_tokens: int) -> Candidate:
@@ -207,16 +192,8 @@ def _filled_from_the_back(
 ) -> list[int]:
     """How many layers each card takes, the head counted as one, when the last card is filled first."""
     units, counts = len(facts.layers) + 1, [0] * len(gpus)
-    caches = (0,) * (units - 1) if wants.kv_on_host else cache_bytes(facts, wants, ctx_tokens)
-    kept = [layer.weights_bytes - layer.expert_bytes + cache for layer, cache in zip(facts.layers, caches, strict=True)]
-    if not wants.cpu_moe_layers:
-        kept = [size + layer.expert_bytes for layer, size in zip(facts.layers, kept, strict=True)]
-    kept.append(facts.head_bytes)
 
     def room(device: int, count: int) -> bool:
-        end = units - sum(counts[device + 1 :])
-        if sum(kept[end - count : end]) > planned_on_bytes(gpus[device]) - wants.headroom_bytes:
-            return False  # without a look at the compute buffers
         tried = [*counts[:device], count, *counts[device + 1 :]]
         if device and sum(tried) < units:
             tried[0] = 1  # layers in RAM are computed on the first card, which has yet to get some
@@ -292,14 +269,13 @@ def _library(gpu: Gpu) -> str:
 
 
 def _named(gpu: Gpu, machine: Machine) -> Gpu:
-    """`gpu` as Ollama sees it, with the name under which it can be told of it as its only engine device."""
+    """`gpu` with the name under which Ollama can be told of it first among its engine devices."""
     library = _library(gpu)
     known = next((name for name in gpu.engine_devices if name.rstrip("0123456789") == library), None)
     if known is None:
         same = [other.index for other in machine.gpus if _library(other) == library]
         known = f"{library}{same.index(gpu.index) if gpu.index in same else gpu.index}"
-    # Ollama keeps one margin on all cards, whether they drive a display or not.
-    return replace(gpu, engine_devices=(known,), display=None)
+    return replace(gpu, engine_devices=(known,))
 
 
 def _names(gpus: Sequence[Gpu]) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mgpu.machine.snapshot import Gpu, Machine
 from mgpu.models.facts import ModelFacts
 from mgpu.planning.candidates import Candidate, layer_split, with_max_ctx
-from mgpu.planning.more_cards import more_cards
-from mgpu.planning.predicted import predicted
-from mgpu.planning.ranking import Contestant, in_order
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS, Wants
 
 # A context this short serves one question and a short answer; below it a plan is no help.
@@ -18,7 +15,10 @@ _SMALLEST_USEFUL_CTX = 2048
 # Still offered as a way out, for the user to judge.
 _SMALLEST_OFFERED_CTX = 512
 
-_NOT_MODELLED = ("memory other programs take between plan and start",)
+_NOT_MODELLED = (
+    "speed below the physical bound (no prediction yet)",
+    "memory other programs take between plan and start",
+)
 # What each engine takes besides.
 _NOT_MODELLED_OF = {
     "llama.cpp": "llama-server's prompt cache in host memory, at most --cache-ram",
@@ -85,9 +85,8 @@ def llama_cpp_candidates(
     asked = _asked(facts, wants, gpus, machine)
     if len(gpus) < 2 or wants.tensor_split or wants.split_mode is not None:
         return (asked,)
-    cut = _asked(facts, replace(wants, split_mode="tensor"), gpus, machine)
     single = _best_single(facts, replace(wants, offload=False), gpus, machine)
-    return (asked, cut, single) if single.verdict == "fits" else (asked, cut)
+    return (asked, single) if single.verdict == "fits" else (asked,)
 
 
 def llama_cpp_fixes(
@@ -95,26 +94,10 @@ def llama_cpp_fixes(
 ) -> tuple[Fix, ...]:
     """Return the cheapest changes that make the model fit with llama.cpp; `others` are it in other quantisations."""
 
-    def planned(other: ModelFacts, changed: Wants, cards: Sequence[Gpu] = gpus, there: Machine = machine) -> Candidate:
-        candidates = llama_cpp_candidates(other, there, cards, changed)
-        if running := [Contestant(candidate=each) for each in candidates if each.runs]:
-            fitting = [way for way in running if way.candidate.verdict == "fits"] or running
-            return in_order(fitting, for_many=changed.parallel > 1)[0].candidate
-        return max(candidates, key=lambda each: each.max_ctx_tokens or 0)
+    def planned(other: ModelFacts, changed: Wants) -> Candidate:
+        return _asked(other, changed, gpus, machine)
 
-    def with_more_cards() -> Iterator[Fix]:
-        for change, there, cards in more_cards(
-            machine,
-            gpus,
-            lambda gpu: bool(gpu.engine_devices),
-            least_bytes=sum(layer.weights_bytes for layer in facts.layers),
-        ):
-            candidate = planned(facts, replace(wants, tensor_split=None), cards, there)
-            if candidate.verdict == "fits":
-                yield Fix(change=change, candidate=candidate)
-                return
-
-    return find_fixes(facts, wants, others, planned, on_cards=bool(gpus), besides=with_more_cards)
+    return find_fixes(facts, wants, others, planned, on_cards=bool(gpus))
 
 
 def _asked(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate:
@@ -125,30 +108,21 @@ def _asked(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machin
     ctx_tokens = wants.ctx_tokens or min(DEFAULT_CTX_TOKENS, facts.context_length or DEFAULT_CTX_TOKENS)
     candidate = with_max_ctx(layer_split(facts, wants, gpus, machine.host, ctx_tokens), facts, gpus, machine.host)
     largest = candidate.max_ctx_tokens or 0
-    if candidate.verdict not in ("fits", "illegal") and not wants.ctx_tokens and largest >= _SMALLEST_USEFUL_CTX:
-        lowered = layer_split(facts, wants, gpus, machine.host, largest)
-        note = f"context lowered from {ctx_tokens} to {largest} tokens, the most that fits"
-        candidate = replace(lowered, max_ctx_tokens=largest, reasons=(note, *lowered.reasons))
-    return predicted(candidate, facts, gpus, machine.host, machine.links)
+    if candidate.verdict == "fits" or wants.ctx_tokens or largest < _SMALLEST_USEFUL_CTX:
+        return candidate
+    lowered = layer_split(facts, wants, gpus, machine.host, largest)
+    note = f"context lowered from {ctx_tokens} to {largest} tokens, the most that fits"
+    return replace(lowered, max_ctx_tokens=largest, reasons=(note, *lowered.reasons))
 
 
 def _best_single(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], machine: Machine) -> Candidate:
     """The fastest of the cards on which the model fits, or the one on which it misses that by least."""
-    kinds = {_kind(gpu): gpu for gpu in gpus[::-1]}
-    alone = [gpu for gpu in gpus if gpu in kinds.values()]
-    singles = [_asked(facts, replace(wants, tensor_split=None), [gpu], machine) for gpu in alone]
+    singles = [_asked(facts, replace(wants, tensor_split=None), [gpu], machine) for gpu in gpus]
 
     def rank(single: Candidate) -> tuple[bool, int, int, float]:
-        rate = single.speed.decode_tok_s.likely if single.speed.decode_tok_s else 0.0
-        return single.verdict == "fits", -single.short_bytes, -single.host.weights_bytes, rate
+        return single.verdict == "fits", -single.short_bytes, -single.host.layers, single.speed.bound_tok_s or 0
 
     return max(singles, key=rank)
-
-
-def _kind(gpu: Gpu) -> Gpu:
-    """What a plan for one card depends on."""
-    families = tuple(name.rstrip("0123456789") for name in gpu.engine_devices)
-    return replace(gpu, index=0, uuid=None, bus_id=None, engine_devices=families)
 
 
 def find_fixes(
@@ -158,18 +132,16 @@ def find_fixes(
     planned: Callable[[ModelFacts, Wants], Candidate],
     *,
     on_cards: bool,
-    besides: Callable[[], Iterable[Fix]] = tuple,
 ) -> tuple[Fix, ...]:
     """Return the cheapest changes that make the model fit, mildest first, each as `planned` makes it.
 
-    For llama.cpp and what runs it: the options are theirs. `on_cards` says that there are cards to plan on; `besides`
-    gives other changes, which are milder than layers in host memory.
+    For llama.cpp and what runs it: the options are theirs. `on_cards` says that there are cards to plan on.
     """
     tries: list[tuple[str, ModelFacts, Wants]] = []
     if wants.tensor_split:
         tries.append(("without --tensor-split", facts, replace(wants, tensor_split=None)))
-    if wants.split_mode:
-        tries.append((f"without --split-mode {wants.split_mode}", facts, replace(wants, split_mode=None)))
+    if wants.split_mode == "none":
+        tries.append(("without --split-mode none", facts, replace(wants, split_mode=None)))
     largest = planned(facts, replace(wants, offload=False)).max_ctx_tokens or 0
     if largest >= _SMALLEST_OFFERED_CTX:
         tries.append((f"--ctx {largest}", facts, replace(wants, ctx_tokens=largest)))
@@ -184,8 +156,6 @@ def find_fixes(
     fixes: list[Fix] = []
     quantisation_found = False
     for change, other_facts, other_wants in tries:
-        if change.startswith("--offload"):
-            fixes += besides()
         if change.startswith("--quant") and quantisation_found:
             continue  # the largest that fits is the mildest; smaller ones need no mention
         candidate = planned(other_facts, other_wants)

@@ -169,11 +169,7 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         pytest.param("{tiny} --kv-type fp8", 2, "--kv-type fp8 is vLLM's", "q8_0", id="a KV type of another engine"),
         pytest.param("{tiny} --split-mode row", 2, "--split-mode…row…layer", "--help", id="an unknown split"),
         pytest.param(
-            "{tiny} --split-mode tensor --backend ollama",
-            2,
-            "Ollama knows no --split-mode tensor",
-            "layer split",
-            id="a split of another engine",
+            "{tiny} --split-mode tensor", 2, "tensor is vLLM's", "layer split", id="a split of another engine"
         ),
         pytest.param("{tiny} --backend exllama", 2, "--backend…exllama…llama.cpp", "--help", id="an unknown engine"),
         pytest.param("{tiny} --backend vllm", 3, "vllm wants safetensors", "--backend", id="another engine's form"),
@@ -182,6 +178,7 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         ),
         pytest.param("{tiny} --ubatch 0", 2, "--ubatch", "--help", id="a micro-batch of nothing"),
         pytest.param("{tiny} --offload maybe", 2, "--offload…maybe…allow", "--help", id="an unknown permission"),
+        pytest.param("{tiny} {tiny}", 2, "unexpected", "mgpu plan --help", id="two models"),
     ],
 )
 def test_what_cannot_be_planned_is_explained(

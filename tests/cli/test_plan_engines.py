@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from mgpu.planning.speed import Range, interval
 from tests.fakes import ollama_server, vllm_server
 from tests.fakes.hub_server import FakeHub, running
 from tests.fakes.tiny_llama import CONFIG, shapes
@@ -91,12 +90,12 @@ def shape(candidate: Json) -> str:
 @pytest.mark.parametrize(
     ("words", "engines", "expected", "why", "first"),
     [
-        pytest.param("--machine 2x4090", ALL, "vllm", "with vLLM", "vllm 2x1 fits", id="2x4090"),
+        pytest.param("--machine 2x4090", ALL, "vllm", "vLLM reads 2 equal cards at once", "vllm 2x1 fits", id="2x4090"),
         pytest.param(
             "--machine 2x4090",
             ("llama.cpp",),
             "llama.cpp",
-            "with llama.cpp's tensor split, 16-21 with its layer split",
+            f"vLLM reads 2 equal cards at once; {VLLM_MISSING}",
             "llama.cpp fits",
             id="2x4090 without vLLM",
         ),
@@ -104,16 +103,16 @@ def shape(candidate: Json) -> str:
             "--machine 2x4090",
             ("ollama",),
             "ollama",
-            f"tokens/s with vLLM, not 16-21; {VLLM_MISSING}",
+            "vLLM is not installed: mgpu backends install vllm; llama.cpp is not installed",
             "ollama fits",
             id="2x4090 with Ollama only",
         ),
-        pytest.param("--machine 2x4090", (), "vllm", "with vLLM", "vllm 2x1 fits", id="2x4090 without any engine"),
+        pytest.param("--machine 2x4090", (), "vllm", "equal cards", "vllm 2x1 fits", id="2x4090 without any engine"),
         pytest.param(
             "--machine 2x4090 --ctx 16k",
             ALL,
             "llama.cpp",
-            "with llama.cpp's tensor split",
+            "vLLM would read these cards at once, but does not fit on them",
             "llama.cpp fits",
             id="2x4090 with a long context",
         ),
@@ -130,7 +129,7 @@ def shape(candidate: Json) -> str:
             "--machine 5090+4090",
             ALL,
             "llama.cpp",
-            "tokens/s with llama.cpp's layer split",
+            "llama.cpp deals layers to unequal cards by their memory",
             "llama.cpp fits",
             id="unequal cards",
         ),
@@ -138,36 +137,36 @@ def shape(candidate: Json) -> str:
             "--machine 3x4090",
             ALL,
             "vllm",
-            "rest on thin evidence",
+            "vLLM reads 2 of 3 equal cards at once",
             "vllm 2x1 fits",
             id="3x4090",
         ),
-        pytest.param(
-            "--machine 3x4090 --gpus 3", ALL, "llama.cpp", "would leave cards unused", "llama.cpp fits", id="counted"
-        ),
+        pytest.param("--machine 3x4090 --gpus 3", ALL, "llama.cpp", "these 3 cards", "llama.cpp fits", id="counted"),
         pytest.param(
             "--machine 3x4090 --gpus 0,1,2 --backend vllm", ALL, "vllm", None, "vllm 1x3 fits", id="cards by name"
         ),
         pytest.param("--machine 4090", ALL, None, None, "llama.cpp does-not-fit", id="one card"),
-        pytest.param("--machine 8xA100-80", ALL, "vllm", "rest on thin evidence", "vllm 8x1 fits", id="8xA100"),
-        pytest.param("--machine '2xRX 7900 XTX'", ALL, "vllm", "with vLLM", "vllm 2x1 fits", id="AMD"),
+        pytest.param(
+            "--machine 8xA100-80", ALL, "vllm", "vLLM reads 8 equal cards at once", "vllm 8x1 fits", id="8xA100"
+        ),
+        pytest.param("--machine '2xRX 7900 XTX'", ALL, "vllm", "equal cards", "vllm 2x1 fits", id="AMD"),
         pytest.param("--machine '2xArc A770'", ALL, None, None, "llama.cpp does-not-fit", id="Intel: not for vLLM"),
         pytest.param("--machine none", ("llama.cpp", "ollama"), "llama.cpp", "as planned", "llama.cpp fits", id="none"),
         pytest.param(
-            "--machine 2x4090 --parallel 8", ALL, "vllm", "room for 2304 tokens each", "vllm 2x1 fits", id="8 users"
+            "--machine 2x4090 --parallel 8", ALL, "vllm", "vLLM serves 8 users fastest", "vllm 2x1 fits", id="8 users"
         ),
         pytest.param(
             "--machine 2x4090 --parallel 8 --for latency",
             ALL,
             "vllm",
-            "room for 2304 tokens each",
+            "vLLM reads 2 equal cards",
             "vllm 2x1 fits",
             id="8 users without a queue",
         ),
         pytest.param(
-            "--machine 3x4090 --for throughput", ALL, "vllm", "vLLM is simpler", "vllm 1x3 fits", id="throughput"
+            "--machine 3x4090 --for throughput", ALL, "vllm", "serves 8 users", "vllm 1x3 fits", id="throughput"
         ),
-        pytest.param("--machine 3x4090 --for latency", ALL, "vllm", "with vLLM", "vllm 2x1 fits", id="latency"),
+        pytest.param("--machine 3x4090 --for latency", ALL, "vllm", "2 of 3", "vllm 2x1 fits", id="latency"),
         pytest.param(
             "--machine 4090+4080 --parallel 8",
             ("llama.cpp",),
@@ -224,18 +223,17 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
         pytest.param(
             "--machine 4090+4080 --parallel 8",
             ("llama.cpp",),
-            ["--quant Q3_K_M", "1 more RTX N", "--offload allow"],
+            ["--quant Q3_K_M", "--offload allow"],
             id="of the installed engine, without its name",
         ),
         pytest.param(
-            "--machine 2x4090 --ctx 10k --parallel 2",
+            "--machine 2x4090 --ctx 9k --parallel 2",
             ("llama.cpp",),
             [
                 "mgpu backends install vllm",
                 "--backend llama.cpp --ctx N",
                 "--backend llama.cpp --kv-type q8_0",
                 "--backend llama.cpp --quant Q3_K_M",
-                "1 more RTX N (llama.cpp)",
                 "--backend llama.cpp --offload allow",
             ],
             id="the engine that would do comes first",
@@ -243,7 +241,7 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
         pytest.param(
             "--machine 2x4090 --quant fp8",
             ("vllm",),
-            ["--quant awq", "2 more RTX N"],
+            ["--quant awq"],
             id="another quantisation for vLLM",
         ),
         pytest.param(
@@ -285,8 +283,6 @@ def test_the_command_of_every_way_is_what_run_would_start(on_cards: With) -> Non
     for candidate in data["candidates"]:
         backend, cards = candidate["backend"], [device["gpu"] for device in candidate["devices"]]
         which = ["--gpus", ",".join(f"gpu{index}" for index in cards)]
-        if backend == "llama.cpp" and len(cards) > 1:
-            which += ["--split-mode", candidate["split_mode"]]
         ended = mgpu("run", "llama-8b", "--dry-run", "--json", "--backend", backend, *which)
         launch = checked(ended.json, "run", LAUNCH)
         assert anywhere(launch) == anywhere(candidate), backend
@@ -400,9 +396,8 @@ def test_what_a_plan_leaves_out_is_the_engines_own(having: With, backend: str, l
 
 
 def test_amd_is_told_of_a_build_that_it_can_use(having: With) -> None:
-    candidates = planned(having("llama.cpp"), "llama-70b --machine '2xRX 7900 XTX'")["candidates"]
-    (told,) = [each["reasons"][0] for each in candidates if each["backend"] == "vllm"]
-    assert told == "not installed: install it from https://docs.vllm.ai (ROCm)"
+    why = planned(having("llama.cpp"), "llama-70b --machine '2xRX 7900 XTX'")["why"]
+    assert why == "vLLM reads 2 equal cards at once; not installed: https://docs.vllm.ai (ROCm)"
 
 
 @pytest.mark.parametrize("words", ["", "--parallel 8", "--ctx 64k"])
@@ -435,7 +430,7 @@ def test_what_ollama_would_not_do_is_what_is_said_of_it(having: With) -> None:
 @pytest.mark.parametrize(
     ("words", "engines", "message", "hint"),
     [
-        pytest.param("--parallel 2 --ctx 10k", ("llama.cpp",), "fits no engine", "backends install vllm", id="install"),
+        pytest.param("--parallel 2 --ctx 9k", ("llama.cpp",), "fits no engine", "backends install vllm", id="install"),
         pytest.param("--tensor-parallel 3", ALL, "cannot be run so", "add --tensor-parallel 2", id="illegal"),
         pytest.param("--ctx 64k", ALL, "does not fit", "add --ctx", id="too large"),
     ],
@@ -536,11 +531,8 @@ def test_a_screen_keeps_its_width_and_its_numbers(
         assert found[f"gpu{device['gpu']}"][-3:] == shown
     for verdict in ("illegal", "not installed", "does not fit", "offload"):
         assert not re.search(rf"(?m)^\s*{verdict.split()[-1]}\s*$", out), "a verdict is not broken"
-    for candidate in planned(mgpu, words)["candidates"]:
-        speed = candidate["speed"]
-        assert (speed["decode_tok_s"] is None) == (candidate["verdict"] in ("does-not-fit", "illegal"))
-        if speed["decode_tok_s"]:
-            assert interval(Range(**speed["decode_tok_s"]), speed["bound_tok_s"]) in out
+    rates = re.findall(r"\d+ tok/s", out)
+    assert len(rates) == len(re.findall("tok/s", out))
 
 
 @pytest.mark.parametrize(("words", "engines"), SCREENS)

@@ -311,41 +311,6 @@ def test_unequal_cards_get_unequal_layers(mgpu: Mgpu, tmp_path: Path) -> None:
     assert small["planned_bytes"] < 11900 << 20
 
 
-def before_the_tensor_split(folder: Path, engine: Path) -> str:
-    """A llama-server of the time before it had that split: its --help does not name it, and it refuses it."""
-    program = folder / "older-llama-server"
-    program.write_text(f"""#!/bin/sh
-case " $* " in
-*" -sm tensor "*) echo 'error while handling argument "-sm": invalid value' >&2; exit 1 ;;
-*" --help "*) {engine} "$@" | sed 's/,row,tensor}}/,row}}/; /- tensor:/,/EXPERIMENTAL/d' ;;
-*) exec {engine} "$@" ;;
-esac
-""")
-    program.chmod(0o755)
-    return str(program)
-
-
-def test_the_tensor_split_is_for_engines_that_know_it(
-    mgpu: Mgpu, tiny: Path, tmp_path: Path, fake_engine: Path, nvml: dict[str, Path]
-) -> None:
-    rig = Path(__file__).parents[1] / "machines" / "rigs" / "2x4090-x670e.txt"
-    uuids = ",".join("GPU-00000000-0000-0000-0000-00000000000" + digit for digit in "12")
-    mgpu.environment |= {"LD_LIBRARY_PATH": str(nvml["new"]), "FAKE_NVML": str(rig), "FAKE_UUIDS": uuids}
-    older = before_the_tensor_split(tmp_path, fake_engine)
-
-    def modes(engine: str) -> list[tuple[str, str, bool]]:
-        words = ("plan", "llama-70b", "--quant", "Q4_K_M", "--backend", "llama.cpp", "--json")
-        ways = mgpu(*words, FAKE_DEVICES=TWO_CARDS, MGPU_LLAMA_SERVER=engine).json["data"]["candidates"]
-        return [(way["split_mode"], way["verdict"], "too old" in "".join(way["reasons"])) for way in ways]
-
-    assert modes(str(fake_engine)) == [("tensor", "fits", False), ("layer", "fits", False)]
-    assert modes(older) == [("layer", "fits", False), ("tensor", "illegal", True)]
-    words = ("run", tiny, "--ask", "Hello", "--gpus", "2")
-    assert mgpu(*words, FAKE_DEVICES=TWO_CARDS, MGPU_LLAMA_SERVER=older).exit_code == 0
-    refused = mgpu(*words, "--split-mode", "tensor", FAKE_DEVICES=TWO_CARDS, MGPU_LLAMA_SERVER=older)
-    assert (refused.exit_code, "too old for --split-mode tensor" in refused.err) == (1, True)
-
-
 def test_cards_are_pinned_by_uuid(mgpu: Mgpu, tiny: Path, nvml: dict[str, Path]) -> None:
     rig = Path(__file__).parents[1] / "machines" / "rigs" / "2x4090-x670e.txt"
     uuids = ["GPU-00000000-0000-0000-0000-00000000000" + digit for digit in "12"]

@@ -10,7 +10,6 @@ from mgpu.backends.samples import Sample
 from mgpu.cli.views.plan import shape_words, split_words
 from mgpu.cli.views.words import card_name, cell_gib, sizes
 from mgpu.planning.choice import TITLES
-from mgpu.planning.speed import Range, interval
 from mgpu.units import GIB, gib, seconds
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ _MB = 1_000_000
 _TOLERATED_EXCESS = 0.03
 # Below this part of the KV cache that was planned, fewer users find room than were promised.
 _LEAST_KV_SHARE = 0.9
-# A shorter answer is no measurement of the speed.
-_MEASURED_TOKENS = 64
 
 
 def home_path(path: Path) -> str:
@@ -58,23 +55,11 @@ def plan_line(candidate: Candidate) -> str:
         where += " · " + " + ".join(f"{device.total_bytes / GIB:.2f}" for device in used) + " GiB"
         if candidate.host.layers:
             where += f", {candidate.host.layers} layers in RAM ({gib(candidate.host.total_bytes)})"
-        elif candidate.host.expert_layers:
-            where += f", experts of {candidate.host.expert_layers} layers in RAM ({gib(candidate.host.total_bytes)})"
     users = "" if candidate.parallel == 1 else f" × {candidate.parallel} users"
-    expected = expected_words(candidate)
-    speed = f" · {expected} tokens/s expected" if expected else ""
+    bound = candidate.speed.bound_tok_s
+    speed = f" · at most {int(bound)} tokens/s" if bound else ""
     what = f"{candidate.quant or '?'} · {candidate.ctx_tokens} tokens{users}"
     return f"{TITLES[candidate.backend]} · {what} · {where}{speed}"
-
-
-def expected_words(candidate: Candidate) -> str | None:
-    """Return how many tokens per second one user may expect, from a full context to an empty one: "16-22"; None where
-    nothing is predicted."""
-    speed = candidate.speed
-    if speed.decode_tok_s is None or speed.decode_start_tok_s is None:
-        return None
-    whole = Range(low=speed.decode_tok_s.low, likely=speed.decode_tok_s.likely, high=speed.decode_start_tok_s.high)
-    return interval(whole, speed.bound_tok_s)
 
 
 def fetch_line(progress: Progress, rate_bytes_s: float | None, width: int) -> RenderableType:
@@ -109,8 +94,6 @@ def check_line(candidate: Candidate, memory: Mapping[int, DeviceMemory], canary:
     ]
     cards = f"{', '.join(held)} GiB planned · " if held else ""
     rate = f" · {canary.generation_tok_s:.1f} tokens/s" if canary.generation_tok_s else ""
-    if rate and (expected := expected_words(candidate)):
-        rate += f" in its first words, {expected} expected"
     return f"{cards}answered in {seconds(canary.seconds)}{rate}"
 
 
@@ -161,13 +144,11 @@ def actual_data(candidate: Candidate, memory: Mapping[int, DeviceMemory]) -> lis
     ]
 
 
-def answer_line(answer: Answer, candidate: Candidate | None = None) -> str:
-    """Return how fast an answer came and, of one that is long enough to be a measurement, what was expected."""
+def answer_line(answer: Answer) -> str:
+    """Return how fast an answer came."""
     parts = []
     if answer.generated_tokens is not None and answer.generation_tok_s:
-        expected = expected_words(candidate) if candidate and answer.generated_tokens >= _MEASURED_TOKENS else None
-        beside = f" ({expected} expected)" if expected else ""
-        parts.append(f"{answer.generated_tokens} tokens at {answer.generation_tok_s:.1f} tokens/s{beside}")
+        parts.append(f"{answer.generated_tokens} tokens at {answer.generation_tok_s:.1f} tokens/s")
     if answer.prompt_tokens and answer.prompt_tok_s:
         parts.append(f"prompt {answer.prompt_tokens} tokens at {answer.prompt_tok_s:.0f} tokens/s")
     if answer.finish_reason == "length":

@@ -62,15 +62,11 @@ def plain_table(columns: Sequence[tuple[str, str]], *, wrapping: str | None = No
 
 def fitting(width: int, *tables: Callable[[], Table]) -> Table:
     """Return the first of the tables that is no wider than `width`, else the last."""
-    for make in tables[:-1]:
-        table = make()
-        if width_of(table) <= width:
-            return table
-    return tables[-1]()
-
-
-def width_of(table: Table) -> int:
-    """Return how many columns of a terminal a table takes where nothing wraps."""
     from rich.console import Console
 
-    return Console(width=1000, markup=False, emoji=False).measure(table).maximum
+    console = Console(width=1000, markup=False, emoji=False)
+    for make in tables[:-1]:
+        table = make()
+        if console.measure(table).maximum <= width:
+            return table
+    return tables[-1]()
