@@ -317,5 +317,5 @@ def _require(condition: bool, otherwise: str) -> None:
 class _PlainSchema(GenerateJsonSchema):
     """Without a title on every key, which would only repeat it."""
 
-    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002
+    def field_title_should_be_set(self, schema: object) -> bool:  # noqa: ARG002  pydantic calls it so
         return False

@@ -234,7 +234,7 @@ def with_planner_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     signature = inspect.Signature([*own, *planner])
-    wrapper.__signature__ = signature  # type: ignore[attr-defined]
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]  # read by inspect.signature
     wrapper.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
     wrapper.__doc__ = command.__doc__
     wrapper.__name__ = command.__name__

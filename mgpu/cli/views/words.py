@@ -56,6 +56,7 @@ def plain_table(columns: Sequence[tuple[str, str]], *, wrapping: str | None = No
     for place, (heading, justify) in enumerate(columns, start=1):
         wraps = heading == wrapping or place == len(columns)
         overflow = "fold" if wraps else "ellipsis"
+        # Rich wants its own literals, of which the words in `columns` are.
         table.add_column(heading, justify=justify, no_wrap=not wraps, overflow=overflow)  # type: ignore[arg-type]
     return table
 
