@@ -4,6 +4,7 @@ engines:
   llama.cpp: /opt/llama.cpp/build/bin/llama-server
   vllm: ~/venvs/vllm          # a virtual environment, or the program in it
   ollama: /usr/local/bin/ollama
+expect_gpus: 4                # fewer cards are a warning of mgpu doctor
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from mgpu.profile_yaml import Document
 
 ENGINES = ("llama.cpp", "vllm", "ollama")
+_KEYS = ("engines", "expect_gpus")
+_MOST_GPUS = 1024  # more than any machine has
 _KIND = "a configuration"
 
 
@@ -37,10 +40,18 @@ def engine_setting(backend: str) -> Path | None:
     Raises UsageError (code "configuration-invalid") naming file, line, column and key of what is wrong.
     """
     file = configuration_file()
-    if not os.path.lexists(file):  # a broken link is the user's error, not a reason to go without
-        return None
-    setting = _engines(file).get(backend)
-    return file.parent / os.path.expanduser(setting) if setting else None  # noqa: PTH111 - never raises
+    engines = _settings(file).get("engines")
+    setting = engines.get(backend) if isinstance(engines, dict) else None
+    return file.parent / os.path.expanduser(str(setting)) if setting else None  # noqa: PTH111 - never raises
+
+
+def expected_gpus() -> int | None:
+    """Return how many cards the configuration says this machine has. None where nothing is set.
+
+    Raises UsageError (code "configuration-invalid") naming file, line, column and key of what is wrong.
+    """
+    count = _settings(configuration_file()).get("expect_gpus")
+    return count if isinstance(count, int) else None
 
 
 def nearest_engine(word: str) -> str | None:
@@ -57,8 +68,10 @@ def shown_path(path: Path) -> str:
     return f"~/{path.relative_to(home)}" if home != "~" and path.is_relative_to(home) else str(path)
 
 
-def _engines(file: Path) -> dict[str, str]:
-    """The settings under `engines`, all of them sound."""
+def _settings(file: Path) -> dict[str, object]:
+    """All settings, sound ones only."""
+    if not os.path.lexists(file):  # a broken link is the user's error, not a reason to go without
+        return {}
     # Most people have no configuration: only those who do wait for these.
     from mgpu.profile_errors import profile_error
     from mgpu.profile_yaml import read_document, read_text
@@ -74,8 +87,7 @@ def _engines(file: Path) -> dict[str, str]:
     except ProfileError as error:
         hint = f"mend {shown_path(file)}, then: mgpu backends"
         raise UsageError(error.message, code="configuration-invalid", hint=hint) from None
-    engines = document.data.get("engines")
-    return {name: str(value) for name, value in engines.items()} if isinstance(engines, dict) else {}
+    return dict(document.data)
 
 
 def _problems(document: Document) -> Iterator[Problem]:
@@ -84,8 +96,11 @@ def _problems(document: Document) -> Iterator[Problem]:
     def problem(path: KeyPath, text: str) -> Problem:
         return Problem(place=document.place_of(path), key=dotted(path), text=text)
 
-    for key in document.data.keys() - {"engines"}:
-        yield problem((key,), _unknown(("engines",), next(iter(nearest(key, ("engines",))), None)))
+    for key in document.data.keys() - set(_KEYS):
+        yield problem((key,), _unknown(_KEYS, next(iter(nearest(key, _KEYS)), None)))
+    count = document.data.get("expect_gpus")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= _MOST_GPUS):
+        yield problem(("expect_gpus",), f"expected a number of cards, found {in_words(count)}")
     engines = document.data.get("engines")
     if engines is None:  # what is below it is commented out
         return

@@ -38,6 +38,8 @@ def parse_tokens(text: str, *, option: str) -> int:
 
 def _parse(text: str, units: dict[str, int], option: str, wanted: str) -> int:
     match = _NUMBER.fullmatch(text.lower())
+    if not match and re.fullmatch(r"\s*\d{16,}\s*[a-z]{0,3}\s*", text.lower(), re.ASCII):
+        raise UsageError(f"{option} {text[:24]}{'…' * (len(text) > 24)} is too large; it wants {wanted}")
     if not match or match[2] not in units:
         raise UsageError(f"{option} {text!r} is not {wanted}")
     return int(float(match[1]) * units[match[2]]) if "." in match[1] else int(match[1]) * units[match[2]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.configuration import configuration_file, engine_setting, shown_path
+from mgpu.configuration import configuration_file, engine_setting, expected_gpus, shown_path
 from mgpu.errors import UsageError
 from tests.ordinary_user import as_ordinary_user
 
@@ -70,7 +70,7 @@ def test_an_engine_is_where_it_says(
     ("content", "expected"),
     [
         pytest.param("engine:\n  vllm: /x\n", "1:1: engine: unknown key; did you mean 'engines'?", id="a slip"),
-        pytest.param("colour: red\n", "1:1: colour: unknown key; known are engines", id="an unknown key"),
+        pytest.param("colour: red\n", "1:1: colour: unknown key; known are engines, expect_gpus", id="an unknown key"),
         pytest.param(
             "engines:\n  llamacpp: /x\n",
             "2:3: engines.llamacpp: unknown key; did you mean 'llama.cpp'?",
@@ -106,11 +106,22 @@ def test_an_engine_is_where_it_says(
         ),
         pytest.param(
             "color: 1\nengines:\n  olama: /x\n  vllm: 1\n",
-            "1:1: color: unknown key; known are engines;"
+            "1:1: color: unknown key; known are engines, expect_gpus;"
             "3:3: engines.olama: unknown key; did you mean 'ollama'?;"
             "4:3: engines.vllm: expected",
             id="all that is wrong",
         ),
+        pytest.param("expect_gpu: 2\n", "1:1: expect_gpu: unknown key; did you mean 'expect_gpus'?", id="another slip"),
+        pytest.param(
+            "engines: {}\nexpect_gpus: four\n",
+            "2:1: expect_gpus: expected a number of cards, found 'four'",
+            id="cards in words",
+        ),
+        pytest.param(
+            "expect_gpus: -1\n", "1:1: expect_gpus: expected a number of cards, found -1", id="fewer than none"
+        ),
+        pytest.param("expect_gpus: true\n", "expect_gpus: expected a number of cards, found true", id="cards, yes"),
+        pytest.param("expect_gpus: 1.5\n", "expect_gpus: expected a number of cards, found '1.5'", id="half a card"),
         pytest.param("engines:\n\tvllm: /x\n", "2:1: is not YAML: a tab", id="tabs"),
         pytest.param(b"engines:\n  vllm: \xff\n", "2:9: byte 0xff is not UTF-8 text", id="not UTF-8"),
         pytest.param("engines: &a {x: *a}\n", "so a configuration has none", id="anchors"),
@@ -119,6 +130,22 @@ def test_an_engine_is_where_it_says(
 )
 def test_what_is_wrong_is_named_with_its_place(content: str | bytes, expected: str) -> None:
     assert expected in error_of(write(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(None, None, id="no file"),
+        pytest.param("engines: {vllm: /x}\n", None, id="not said"),
+        pytest.param("expect_gpus:\n", None, id="left open"),
+        pytest.param("expect_gpus: 4\nengines: {vllm: /x}\n", 4, id="four"),
+        pytest.param("expect_gpus: 0\n", 0, id="none"),
+    ],
+)
+def test_the_cards_that_there_should_be(content: str | None, expected: int | None) -> None:
+    if content is not None:
+        write(content)
+    assert expected_gpus() == expected
 
 
 def test_a_folder_or_a_broken_link_in_its_place_is_said() -> None:

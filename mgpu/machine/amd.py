@@ -14,14 +14,15 @@ def read_amd(root: Path = Path("/")) -> tuple[Gpu, ...]:
     """Return the AMD cards under `root`, in bus order, integrated ones included, with indices from 0.
 
     Memory is what amdgpu calls VRAM: for an integrated GPU the part of RAM that the BIOS set aside. `uuid`
-    is the name that ROCR_VISIBLE_DEVICES takes ("GPU-" and the unique id), None where the card has none.
+    is the name that ROCR_VISIBLE_DEVICES takes ("GPU-" and the unique id), None where the card has none. The sensors
+    of a card that is asleep are left alone: None.
     Links between AMD cards are not read. Never raises; what cannot be read is None.
     """
     nodes = _kfd_nodes(root)
     devices: dict[Path, Path] = {}
     for card in sysfs.children(root / "sys/class/drm", r"card\d+"):
         device = sysfs.real_directory(card / "device")
-        if device and sysfs.read_text(device / "vendor", 16) == "0x1002":
+        if device and sysfs.read_int(device / "vendor", 16) == sysfs.AMD:
             devices.setdefault(device, card)
     found = sorted(devices.items(), key=lambda item: item[0].name)
     return tuple(_read_card(index, *item, nodes, root) for index, item in enumerate(found))
@@ -51,7 +52,7 @@ def _read_card(index: int, device: Path, drm: Path, nodes: dict[str, _KfdNode], 
         power_w=_scaled(_sensor(device, "power1_average", "power1_input"), 1_000_000),
         power_limit_w=_scaled(_sensor(device, "power1_cap"), 1_000_000),
         temperature_c=_rounded(_scaled(_sensor(device, "temp1_input"), 1000)),
-        utilisation_percent=sysfs.read_int(device / "gpu_busy_percent"),
+        utilisation_percent=None if sysfs.is_asleep(device) else sysfs.read_int(device / "gpu_busy_percent"),
         display=_drives_display(drm),
     )
 
@@ -101,6 +102,8 @@ def _catalogue_name(pci_id: str) -> str | None:
 
 
 def _sensor(device: Path, *names: str) -> int | None:
+    if sysfs.is_asleep(device):
+        return None
     for monitor in sysfs.children(device / "hwmon", r"hwmon\d+"):
         for name in names:
             if (value := sysfs.read_int(monitor / name)) is not None:

@@ -1,4 +1,4 @@
-"""Who may use AMD's cards, and settings that change what ROCm makes of them."""
+"""Who may use AMD's cards, and which driver has them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mgpu.machine import sysfs
 from mgpu.machine.inspection import AmdFacts
+from mgpu.machine.render_nodes import may_use, render_nodes
 
 # Other groups may carry a person's name.
 _GROUPS_OF_CARDS = ("render", "video")
@@ -21,29 +22,16 @@ def read_amd_facts(root: Path = Path("/")) -> AmdFacts:
     """
     known = sysfs.is_there(root / "dev")
     kfd = root / "dev/kfd"
-    nodes = [
-        root / "dev/dri" / node.name
-        for node in sysfs.children(root / "sys/class/drm", r"renderD\d{1,4}")
-        if sysfs.read_text(node / "device/vendor", 16) == "0x1002"
-    ]
+    nodes, accessible = render_nodes(root, sysfs.AMD)
     version = sysfs.read_text(root / "sys/module/amdgpu/version", 64)
-    override = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
     return AmdFacts(
         kfd_device=sysfs.is_there(kfd) if known else None,
-        kfd_accessible=_may_use(kfd) if sysfs.is_there(kfd) else None,
-        render_nodes=tuple(f"/dev/dri/{node.name}" for node in nodes),
-        render_accessible=all(map(_may_use, nodes)) if nodes else None,
+        kfd_accessible=may_use(kfd) if sysfs.is_there(kfd) else None,
+        render_nodes=nodes,
+        render_accessible=accessible,
         user_groups=_groups(root),
         module_version=version if version and re.fullmatch(r"[\w.+-]{1,40}", version) else None,
-        gfx_override=override[:40] if override else None,
     )
-
-
-def _may_use(device: Path) -> bool:
-    try:
-        return os.access(device, os.R_OK | os.W_OK)
-    except (OSError, ValueError):
-        return False
 
 
 def _groups(root: Path) -> tuple[str, ...]:

@@ -26,9 +26,10 @@ class Card:
     """One model of card, as an engine lists it (one die of a card that carries two).
 
     `total_bytes` is what the driver typically reports, `reserved_bytes` what it keeps of that (0 for AMD and
-    Intel, whose totals already leave it out), `marketed_gb` what the box says. The fp16 rates are dense
-    tensor-core rates, 0.0 where the card has no such units; GeForce halves the rate when it accumulates in
-    fp32, as engines do. `nvlink_total_gb_s` and `xgmi_total_gb_s` sum all links in both directions.
+    Intel, whose totals already leave it out), `marketed_gb` what the box says. `memory` is "gddr", "hbm" or "lpddr"
+    (the host's own, shared with the processor). The fp16 rates are dense tensor-core rates, 0.0 where the card has no
+    such units; GeForce halves the rate when it accumulates in fp32, as engines do. `nvlink_total_gb_s` and
+    `xgmi_total_gb_s` sum all links in both directions.
     """
 
     vendor: str
@@ -36,6 +37,7 @@ class Card:
     marketed_gb: int
     total_bytes: int
     reserved_bytes: int
+    memory: str
     bandwidth_gb_s: float
     fp16_tflops: float
     fp16_fp32_accumulate_tflops: float
@@ -225,6 +227,7 @@ def _card(row: dict[str, str]) -> Card:
         marketed_gb=int(row["marketed_gb"]),
         total_bytes=total_mib * MIB,
         reserved_bytes=reserved if row["vendor"] == "nvidia" else 0,
+        memory=row["memory"],
         bandwidth_gb_s=float(row["bandwidth_gb_s"]),
         fp16_tflops=float(row["fp16_tflops"]),
         fp16_fp32_accumulate_tflops=float(row["fp16_fp32_accumulate_tflops"]),

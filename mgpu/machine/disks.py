@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgpu.machine import sysfs
+from mgpu.machine.container import docker_data_root
 from mgpu.machine.inspection import DiskSpace, Unread
 
 DiskStatus = Callable[[Path], os.statvfs_result]
@@ -40,7 +41,7 @@ def read_disks(
     known = mounts(root)
 
     def ask() -> None:
-        for role, path in _model_folders():
+        for role, path in _model_folders(root):
             try:
                 found.append(_disk(root, role, path, known, disk_status))
             except (OSError, ValueError, RuntimeError) as error:
@@ -76,7 +77,7 @@ def _mount(line: str) -> Mount | None:
     )
 
 
-def _model_folders() -> Iterator[tuple[str, str]]:
+def _model_folders(root: Path) -> Iterator[tuple[str, str]]:
     home = os.environ.get("HOME") or "/root"
     cache = os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
     hub = os.environ.get("HF_HOME") or f"{cache}/huggingface"
@@ -84,6 +85,8 @@ def _model_folders() -> Iterator[tuple[str, str]]:
     yield "Ollama models", os.environ.get("OLLAMA_MODELS") or f"{home}/.ollama/models"
     yield "mgpu models", f"{cache}/mgpu/models"
     yield "mgpu data", f"{os.environ.get('XDG_DATA_HOME') or f'{home}/.local/share'}/mgpu"
+    if images := docker_data_root(root):
+        yield "Docker images", images
 
 
 def _disk(root: Path, role: str, path: str, known: tuple[Mount, ...], disk_status: DiskStatus) -> DiskSpace:

@@ -15,7 +15,7 @@ def read_host(root: Path = Path("/")) -> Host:
     `cores` are physical cores, or processors where the kernel does not tell cores from threads. RAM is what
     a program started here may use: a memory limit of our control group (version 2) counts. `virtualisation`
     is "none" on bare metal, "wsl2", the hypervisor's name, or "vm"; `container` is "none", "docker",
-    "podman", "kubernetes", "lxc", or what systemd calls it.
+    "podman", "kubernetes", "lxc", or what systemd calls it ("container-other" where its maker cannot be told).
     """
     kernel = sysfs.read_text(root / "proc/sys/kernel/osrelease", 200)
     fields = sysfs.read_fields(root / "proc/cpuinfo", limit=16 * 1024)  # the first processor's
@@ -138,4 +138,21 @@ def _container(root: Path) -> str | None:
         return None
     names = (name for word, name in _CONTAINER_GROUPS.items() if word in groups)
     environment = sysfs.read_text(root / "proc/1/environ") or ""  # root alone may read it
-    return next(names, "lxc" if "container=lxc" in environment.split("\0") else "none")
+    if found := next(names, "lxc" if "container=lxc" in environment.split("\0") else None):
+        return found
+    return _unnamed_container(root)
+
+
+# The number of the kernel's first namespace of processes (PROC_PID_INIT_INO of its headers).
+_FIRST_NAMESPACE = "pid:[4026531836]"
+
+
+def _unnamed_container(root: Path) -> str | None:
+    """Version 2 of control groups hides the names of those around a container; then its own processes and a root of
+    layers tell of one, either alone of something that cannot be told (a sandbox). WSL's systems look so, too."""
+    namespace = sysfs.link_name(root / "proc/self/ns/pid")
+    kernel = sysfs.read_text(root / "proc/sys/kernel/osrelease", 200) or ""
+    if namespace in (None, _FIRST_NAMESPACE) or "microsoft" in kernel.lower():
+        return "none"
+    mounted = sysfs.read_text(root / "proc/self/mountinfo", 1024**2) or ""
+    return "container-other" if re.search(r"^\S+ \S+ \S+ \S+ / .* - (overlay|fuse-overlayfs) ", mounted, re.M) else None

@@ -14,7 +14,13 @@ from mgpu.machine.host import control_groups
 from mgpu.machine.inspection import HostFacts, Listener, Unread
 from mgpu.machine.kernel_log import read_kernel_log
 from mgpu.machine.patience import Question
+from mgpu.machine.redaction import kernel_options
+from mgpu.machine.service_units import read_unit_variables
 
+# Server processors of 2025 draw 500 W.
+_MOST_PROCESSOR_UW = 10**9
+# Every second of 2048 processors, one by one, takes 5 KB.
+_LONGEST_LIST = 8192
 ENGINE_PORTS = (8000, 8080, 11434)  # vLLM's, llama-server's and Ollama's
 
 
@@ -30,13 +36,16 @@ def read_host_facts(
     log, log_known, log_unread = read_kernel_log(root)
     disks, disks_unread = read_disks(root, disk_status=disk_status)
     nccl, nccl_unread = read_nccl_configuration(root)
-    unread += [*log_unread, *disks_unread, *nccl_unread]
+    units, units_unread = read_unit_variables(root)
+    unread += [*log_unread, *disks_unread, *nccl_unread, *units_unread]
     memory = sysfs.read_fields(root / "proc/meminfo")
     flags = _processor_flags(root)
     memlock = _memlock(root, unread)
     listeners = _listeners(root, unread)
     return HostFacts(
+        distribution=_distribution(root),
         boot_age_s=_first_number(root / "proc/uptime"),
+        boot_loader=_boot_loader(root),
         kernel_command_line=_command_line(root, unread),
         wsl=_wsl(root),
         iommu_present=_has_entries(root / "sys/class/iommu", root / "sys/class"),
@@ -53,10 +62,12 @@ def read_host_facts(
         cpu_flags_known=flags is not None,
         avx2=None if flags is None else "avx2" in flags,
         allowed_cpus=_allowed_cpus(root),
+        allowed_cpu_list=_allowed_cpu_list(root),
         governors=_governors(root),
         cpu_power_w=_cpu_power_w(root),
         environment=chosen_variables(os.environ.items()),
         nccl_configuration=nccl,
+        unit_variables=units,
         disks=disks,
         listeners=listeners or (),
         listeners_known=listeners is not None,
@@ -64,6 +75,47 @@ def read_host_facts(
         log_known=log_known,
         vllm_p2p_cache_age_s=_patiently(root, unread),
     ), tuple(unread)
+
+
+# The families whose commands are known, by the ids that their members give themselves or say they are like.
+_FAMILIES = {
+    "debian": "debian",
+    "ubuntu": "debian",
+    "fedora": "fedora",
+    "rhel": "fedora",
+    "centos": "fedora",
+    "arch": "arch",
+    "suse": "suse",
+    "opensuse": "suse",
+    "sles": "suse",
+    "nixos": "nixos",
+}
+
+# Whole images, whose packages are not changed with their family's commands.
+_IMAGES = ("steamos", "opensuse-microos", "opensuse-aeon", "opensuse-kalpa", "sle-micro", "sl-micro")
+
+
+def _distribution(root: Path) -> str | None:
+    """The family by os-release(5): ID says which one it is, ID_LIKE what it descends from, the nearest first."""
+    files = (sysfs.read_fields(root / name, "=") for name in ("etc/os-release", "usr/lib/os-release"))
+    fields = next((each for each in files if each), {})
+    own, *like = (fields.get(key, "").strip("\"'").lower() for key in ("ID", "ID_LIKE"))
+    if own in _IMAGES or sysfs.is_there(root / "run/ostree-booted"):
+        return None
+    words = (own, *" ".join(like).split())
+    return next((family for word in words if (family := _FAMILIES.get(word.partition("-")[0]))), None)
+
+
+# What takes the kernel's options from where, by a file of its own. Pop!_OS and Proxmox may have GRUB's files as well.
+_BOOT_LOADERS = {
+    "etc/kernelstub/configuration": "kernelstub",
+    "etc/kernel/proxmox-boot-uuids": "proxmox",
+    "etc/default/grub": "grub",
+}
+
+
+def _boot_loader(root: Path) -> str | None:
+    return next((name for file, name in _BOOT_LOADERS.items() if sysfs.is_there(root / file)), None)
 
 
 def _first_number(path: Path) -> float | None:
@@ -76,21 +128,12 @@ def _kilobytes(text: str | None) -> int | None:
     return int(amount[1]) * 1024 if amount else None
 
 
-# All else of the kernel's command line names disks, addresses and people.
-_KERNEL_OPTION = re.compile(
-    r"(iommu|amd_iommu|intel_iommu|iommu\.\w+|pci|pcie_\w+|nokaslr|kaslr|nomodeset|isolcpus|numa_balancing|hugepages|efi"
-    r"|default_hugepagesz|transparent_hugepage|mitigations|swiotlb|cgroup_enable|systemd\.unified_cgroup_hierarchy"
-    r"|module_blacklist|module\.sig_enforce|lockdown|(rd\.driver|modprobe)\.blacklist"
-    r"|(nvidia|nouveau|amdgpu|radeon|i915|xe|vfio)([_.-][\w.-]+)?)(=.*)?"
-)
-
-
 def _command_line(root: Path, unread: list[Unread]) -> str | None:
     text = sysfs.read_text(root / "proc/cmdline", 16 * 1024)
     if text is None:
         unread.append(Unread(what="/proc/cmdline", why="not there or not readable"))
         return None
-    return " ".join(word[:200] for word in text.split() if _KERNEL_OPTION.fullmatch(word))
+    return kernel_options(text)
 
 
 def _wsl(root: Path) -> bool | None:
@@ -177,26 +220,20 @@ def _processor_flags(root: Path) -> set[str] | None:
     return set(flags.split()) if flags else None
 
 
+def _allowed_cpu_list(root: Path) -> str | None:
+    listed = sysfs.read_fields(root / "proc/self/status").get("Cpus_allowed_list")
+    return listed if listed and len(listed) <= _LONGEST_LIST and sysfs.ranges(listed) else None
+
+
 def _allowed_cpus(root: Path) -> int | None:
     """The processors that this process may use, by its affinity and by the quotas of its control groups."""
-    listed = sysfs.read_fields(root / "proc/self/status").get("Cpus_allowed_list")
-    count = _count_of_list(listed) if listed else None
+    parts = sysfs.ranges(sysfs.read_fields(root / "proc/self/status").get("Cpus_allowed_list"))
+    count = sum(last - first + 1 for first, last in parts) if parts else None
     for group in control_groups(root):
         quota = re.fullmatch(r"(\d{1,15}) ([1-9]\d{0,14})", sysfs.read_text(group / "cpu.max", 64) or "")
         if quota and count is not None:
             count = min(count, max(1, -(-int(quota[1]) // int(quota[2]))))
     return count
-
-
-def _count_of_list(text: str) -> int | None:
-    """How many numbers a list such as "0-7,16-23" names."""
-    count = 0
-    for part in text.split(","):
-        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
-        if ends is None:
-            return None
-        count += int(ends[2] or ends[1]) - int(ends[1]) + 1
-    return count if count > 0 else None
 
 
 def _governors(root: Path) -> tuple[str, ...]:
@@ -207,11 +244,13 @@ def _governors(root: Path) -> tuple[str, ...]:
 
 
 def _cpu_power_w(root: Path) -> float | None:
-    """The sum over the processors of the power that they may draw for long."""
+    """The sum over the processors of the power that they may draw for long; None too where a board sets no limit, which
+    many write as 4095 W. The zone "psys" is the whole computer."""
     zones = sysfs.children(root / "sys/class/powercap", r"intel-rapl:\d+")
-    limits = [sysfs.read_int(zone / "constraint_0_power_limit_uw") for zone in zones]
-    known = [limit for limit in limits if limit is not None and 0 < limit < 10**10]
-    return sum(known) / 1e6 if known else None
+    processors = [zone for zone in zones if (sysfs.read_text(zone / "name", 64) or "").startswith("package-")]
+    limits = [sysfs.read_int(zone / "constraint_0_power_limit_uw") for zone in processors]
+    known = [limit for limit in limits if limit is not None and 0 < limit <= _MOST_PROCESSOR_UW]
+    return sum(known) / 1e6 if known and len(known) == len(limits) else None
 
 
 def _listeners(root: Path, unread: list[Unread]) -> tuple[Listener, ...] | None:

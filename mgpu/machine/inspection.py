@@ -29,16 +29,21 @@ class NvidiaDriver:
     """The NVIDIA driver as it is installed and loaded. `nvml_error` is the number with which NVML refuses (18: library
     and module differ, 9: no driver, 12: no library, 999: unknown); 0 is no refusal, -1: it did not answer, None: NVML
     was not asked.
-    `on_disk` is whether there is a module for the kernel that runs, `on_disk_version` which would be loaded next."""
+    `on_disk` is whether there is a module for the kernel that runs, `on_disk_version` which would be loaded next, and
+    `on_disk_open` whether that is the open one; `open_module` is about the loaded one. `node_maker` is whether a setuid
+    nvidia-modprobe lies where the driver's libraries start it to make the device nodes they miss."""
 
     nvml_error: int | None = None
     loaded_version: str | None = None
     library_version: str | None = None
     on_disk_version: str | None = None
     on_disk: bool | None = None
+    on_disk_open: bool | None = None
     open_module: bool | None = None
     cuda_version: int | None = None
     uvm_loaded: bool | None = None
+    uvm_on_disk: bool | None = None
+    node_maker: bool | None = None
     uvm_device: bool | None = None
     control_device: bool | None = None
     secure_boot: bool | None = None
@@ -73,8 +78,10 @@ class CardHealth:
     """What only a diagnosis asks of a card; `gpu` is its index in the machine, `bus_id` as sysfs writes it.
 
     `nvml_error` is the number with which the card refuses all questions (15: lost, 16: needs a reset), 0 if none.
-    Powers are W, clocks MHz. `temperature_margin_c` is how far the card is from its limit. Where `used_by_known` is
-    False, the driver did not tell which processes use the card, and the machine's `used_by` proves nothing.
+    Powers are W, clocks MHz: `power_requested_w` is the limit that somebody set, `power_enforced_w` what holds now,
+    which in a laptop changes by itself. `temperature_margin_c` is how far the card is from its limit. Where
+    `used_by_known` is False, the driver did not tell which processes use the card, and the machine's `used_by` proves
+    nothing.
     """
 
     gpu: int
@@ -85,17 +92,16 @@ class CardHealth:
     power_default_w: float | None = None
     power_min_w: float | None = None
     power_max_w: float | None = None
+    power_requested_w: float | None = None
     power_enforced_w: float | None = None
     temperature_slowdown_c: int | None = None
     temperature_margin_c: int | None = None
     sm_clock_max_mhz: int | None = None
     reserved_bytes: int | None = None
-    used_bytes: int | None = None
     used_by_known: bool = False
     ecc_enabled: bool | None = None
     ecc_uncorrected_volatile: int | None = None
     ecc_uncorrected_aggregate: int | None = None
-    rows_remapped: int | None = None
     remap_pending: bool | None = None
     remap_failed: bool | None = None
     retired_pages_pending: bool | None = None
@@ -105,7 +111,6 @@ class CardHealth:
     fabric_state: int | None = None
     fabric_status: int | None = None
     virtualisation_mode: int | None = None
-    nvlink_speed_mb_s: int | None = None
     readings: tuple[Readings, ...] = ()
 
 
@@ -127,8 +132,10 @@ class PciDevice:
     """A graphics card, or a bridge above one. `parent` is the address of the bridge above, None at the root.
 
     `acs` is the ACS control word (0x04 request redirect, 0x08 completion redirect, 0x10 upstream forwarding), None
-    where it has none or may not be read (`acs_known`). AER counters are totals since boot. `bar_bytes` is the size of
-    its largest memory region.
+    where it has none or may not be read (`acs_known`). AER counters are totals since boot, and `aer_fresh` is how many
+    of the corrected errors came within half a second of now. `bar_bytes` is the size of its largest memory region.
+    `in_kfd` is whether AMD's compute driver, where it is loaded, lists the card, and `kfd_node` the number that it has
+    there.
     """
 
     address: str
@@ -148,17 +155,20 @@ class PciDevice:
     aer_correctable: int | None = None
     aer_nonfatal: int | None = None
     aer_fatal: int | None = None
+    aer_fresh: int | None = None
     numa_node: int | None = None
     local_cpus: str | None = None
-    bar_sizes: int | None = None
     bar_bytes: int | None = None
     atomics: bool | None = None
+    in_kfd: bool | None = None
+    kfd_node: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogEntry:
-    """A line of the kernel's log that matters: `age_s` seconds old; `kind` is "xid", "bus", "init", "key", "hmm",
-    "amdgpu" or "aer"; `number` is an Xid's; `bus_id` the card's, where named."""
+    """A line of the kernel's log that matters: `age_s` seconds old; `kind` is "xid", "bus", "init", "key", "hmm" or
+    "amdgpu"; `number` is an Xid's; `bus_id` the card's, where named. A link's errors are counted in sysfs, which misses
+    fewer of them than the log."""
 
     kind: str
     text: str
@@ -188,15 +198,33 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnitVariable:
+    """A variable that systemd gives to an engine's service: the `unit` (a `user`'s or the system's), and the file that
+    sets it."""
+
+    unit: str
+    path: str
+    name: str
+    value: str
+    user: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
     """The computer around the cards, as far as it breaks or slows them.
 
-    `kernel_command_line` holds only the options that matter to cards. `memory_pressure_percent` is the share of the
-    last minute in which something waited for memory. `governors` are those in use, each once. `environment` and
-    `nccl_configuration` hold only the variables that change what engines do with cards.
+    `kernel_command_line` holds only the options that matter to cards. `boot_loader` is what has the kernel's options
+    changed: "kernelstub" (Pop!_OS), "proxmox" (proxmox-boot-tool) or "grub", None where none of them is known to.
+    `memory_pressure_percent` is the share of the last minute in which something waited for memory. `allowed_cpus`
+    counts the processors that this process may use, by affinity and quota; `allowed_cpu_list` names those of its
+    affinity ("0-7,16"). `governors` are those in use, each once. `environment`, `nccl_configuration` and
+    `unit_variables` hold only the variables that change what engines do with cards. `distribution` is the family of
+    Linux distributions: "debian", "fedora", "arch", "suse" or "nixos".
     """
 
+    distribution: str | None = None
     boot_age_s: float | None = None
+    boot_loader: str | None = None
     kernel_command_line: str | None = None
     wsl: bool | None = None
     iommu_present: bool | None = None
@@ -213,10 +241,12 @@ class HostFacts:
     cpu_flags_known: bool = False
     avx2: bool | None = None
     allowed_cpus: int | None = None
+    allowed_cpu_list: str | None = None
     governors: tuple[str, ...] = ()
     cpu_power_w: float | None = None
     environment: tuple[tuple[str, str], ...] = ()
     nccl_configuration: tuple[tuple[str, str], ...] = ()
+    unit_variables: tuple[UnitVariable, ...] = ()
     disks: tuple[DiskSpace, ...] = ()
     listeners: tuple[Listener, ...] = ()
     listeners_known: bool = False
@@ -239,14 +269,13 @@ class ContainerFacts:
     cdi_files: tuple[str, ...] = ()
     cdi_older_than_driver: bool | None = None
     toolkit: bool | None = None
-    toolkit_version: str | None = None
     cgroup_driver: str | None = None
     device_links: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AmdFacts:
-    """AMD's side: the compute driver's device, who may open it, and settings that change what it does."""
+    """AMD's side: the compute driver's device, who may open it, and the version of its module."""
 
     kfd_device: bool | None = None
     kfd_accessible: bool | None = None
@@ -254,7 +283,14 @@ class AmdFacts:
     render_accessible: bool | None = None
     user_groups: tuple[str, ...] = ()
     module_version: str | None = None
-    gfx_override: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntelFacts:
+    """Intel's side: the nodes of its cards, and whether this user may compute through all of them."""
+
+    render_nodes: tuple[str, ...] = ()
+    render_accessible: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +312,7 @@ class InstalledEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """Everything. `machine` is as `mgpu gpus` has it; `bare_metal` is None where that cannot be told."""
+    """Everything. `machine` is as `mgpu gpus` has it; `mgpu_processes` are those on its cards that an mgpu started."""
 
     schema_version: int = SCHEMA_VERSION
     machine: Machine
@@ -288,7 +324,9 @@ class Inspection:
     host: HostFacts = field(default_factory=HostFacts)
     container: ContainerFacts = field(default_factory=ContainerFacts)
     amd: AmdFacts = field(default_factory=AmdFacts)
+    intel: IntelFacts = field(default_factory=IntelFacts)
     engines: tuple[InstalledEngine, ...] = ()
+    mgpu_processes: tuple[int, ...] = ()
     root: bool = False
     unread: tuple[Unread, ...] = ()
 

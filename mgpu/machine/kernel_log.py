@@ -12,9 +12,10 @@ from pathlib import Path
 
 from mgpu.machine import sysfs
 from mgpu.machine.inspection import LogEntry, Unread
+from mgpu.machine.journal import kernel_records
 
 LARGEST_BYTES = 16 * 1024**2
-# The newest of each kind: a link that fails writes thousands of equal lines.
+# The newest of each kind: a card that fails writes thousands of equal lines.
 _MOST_OF_A_KIND = 32
 _LONGEST_TEXT = 300
 
@@ -31,11 +32,10 @@ _KINDS = tuple(
         ("hmm", r"uvm_pmm_gpu\.c.*devmem_alloc_pagemap.*(?:err|error):? ?-34|devmem_alloc_pagemap.*-34"),
         ("amdgpu", rf"kfd (?:{_ADDRESS}|kfd).*skipped device|PCI rejects atomics"),
         ("amdgpu", rf"amdgpu (?:{_ADDRESS}).*(?:GPU reset begin|ring \S+ timeout)"),
-        ("aer", rf"(?:pcieport|nvidia|amdgpu|i915|xe) {_ADDRESS}: .*(?:AER: |PCIe Bus Error)"),
     )
 )
 # So that a large log costs one search for most of its lines.
-_WORTH_A_LOOK = re.compile(rb"NVRM|rejected|-34|kfd|amdgpu|AER|PCIe Bus Error")
+_WORTH_A_LOOK = re.compile(rb"NVRM|rejected|-34|kfd|amdgpu")
 
 
 _STAMP = re.compile(rb"kernel: \[ *\d{1,10}\.\d{1,9}\] ")
@@ -44,10 +44,10 @@ _STAMP = re.compile(rb"kernel: \[ *\d{1,10}\.\d{1,9}\] ")
 def read_kernel_log(root: Path = Path("/")) -> tuple[tuple[LogEntry, ...], bool, tuple[Unread, ...]]:
     """Return the lines of this boot that matter, oldest first; whether a log could be read at all; and what could not.
 
-    /dev/kmsg is read, and where that is forbidden /var/log/kern.log, both without waiting and to at most 16 MiB; the
-    latter proves nothing where no line of it is understood. Under a replaced root, /dev/kmsg is a regular file of the
-    same records. Ages are by the clock that does not run while the computer sleeps, where the device itself is read.
-    Never raises.
+    /dev/kmsg is read, where that is forbidden the journal (`journal.kernel_records`), and where there is none
+    /var/log/kern.log; the files without waiting and to at most 16 MiB, the last proving nothing where no line of it is
+    understood. Under a replaced root, /dev/kmsg is a regular file of the same records. Ages are by the clock that does
+    not run while the computer sleeps, but under a replaced root. Never raises.
     """
     try:
         content, is_device = _kernel_messages(root / "dev/kmsg")
@@ -56,11 +56,19 @@ def read_kernel_log(root: Path = Path("/")) -> tuple[tuple[LogEntry, ...], bool,
     else:
         now_s = time.monotonic() if is_device else _uptime_s(root)
         return _chosen(_records(content), now_s), True, ()
+    try:
+        records = kernel_records(root)
+    except OSError as error:
+        no_journal = str(error)
+    else:
+        now_s = time.monotonic() if root == Path("/") else _uptime_s(root)
+        worth = (record for record in records if _WORTH_A_LOOK.search(record[1].encode("utf-8", "replace")))
+        return _chosen(worth, now_s), True, ()
     text = _tail(root / "var/log/kern.log")
     if text is not None and _STAMP.search(text):
         return _chosen(_lines_of_this_boot(text), _uptime_s(root)), True, ()
     forbidden = refused.errno in (errno.EPERM, errno.EACCES)
-    why = "it may be read by root only" if forbidden else "it is not there"
+    why = f"it {'may be read by root only' if forbidden else 'is not there'}, and {no_journal}"
     why += " (/var/log/kern.log has no line with a time that is understood)" if text is not None else ""
     needs_root = forbidden and os.geteuid() != 0
     return (), False, (Unread(what="/dev/kmsg", why=why, needs_root=needs_root),)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice, PeerAccess
 from mgpu.machine.snapshot import Gpu, Link
+from mgpu.machine.sysfs import INTEL, NVIDIA
 
-NVIDIA = 0x10DE
-_DISPLAY_CLASSES = (0x0300, 0x0302)
+_DISPLAY, _ACCELERATOR = 0x03, 0x1200
 _DEEPEST_PATH = 32  # a bus has 256 numbers; far fewer bridges are ever above one another
 _ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 
@@ -69,10 +69,19 @@ def device(inspection: Inspection, address: str | None) -> PciDevice | None:
 
 def nvidia_on_bus(inspection: Inspection) -> tuple[PciDevice, ...]:
     """Return the NVIDIA cards that the PCI bus shows, whether or not a driver has them."""
+    return on_bus(inspection, NVIDIA)
+
+
+def on_bus(inspection: Inspection, vendor: int) -> tuple[PciDevice, ...]:
+    """Return the cards of a vendor that the PCI bus shows, whether or not a driver has them. Intel's graphics inside
+    the processor sit on the first bus, and are none."""
     return tuple(
         each
         for each in inspection.pci
-        if each.vendor == NVIDIA and each.pci_class is not None and each.pci_class >> 8 in _DISPLAY_CLASSES
+        if each.vendor == vendor
+        and each.pci_class is not None
+        and (each.pci_class >> 16 == _DISPLAY or each.pci_class >> 8 == _ACCELERATOR)
+        and not (vendor == INTEL and each.address.partition(":")[2].startswith("00:"))
     )
 
 
@@ -95,10 +104,36 @@ def bridges_between(inspection: Inspection, a: str | None, b: str | None) -> tup
     return tuple(each for each in (*one, *other) if not (each in one and each in other))
 
 
+def bridges_are_known(inspection: Inspection, a: str | None, b: str | None) -> bool:
+    """Return whether `bridges_between` has them all: both paths were read up to their root ports, or to where they
+    meet."""
+    one, other = bridges_above(inspection, a), bridges_above(inspection, b)
+    return any(each in other for each in one) or all(path and path[-1].parent is None for path in (one, other))
+
+
+def is_translated(inspection: Inspection, address: str | None) -> bool | None:
+    """Return whether an IOMMU translates what a device addresses, None where that was not read.
+
+    The kernel puts every device that an IOMMU is in front of into a group, whose type DMA or DMA-FQ translates and
+    identity does not. A device without a group has no IOMMU before it, or one that is off.
+    """
+    found = device(inspection, address)
+    if found is not None and found.iommu_type is not None:
+        return found.iommu_type.upper().startswith("DMA")
+    if inspection.host.iommu_present is False or (found is not None and found.iommu_group is None):
+        return False
+    return None
+
+
+def is_wsl(inspection: Inspection) -> bool:
+    """Return whether this is known to be WSL2, where the driver and the board are those of Windows."""
+    return inspection.host.wsl is True or inspection.machine.host.virtualisation == "wsl2"
+
+
 def is_virtual(inspection: Inspection) -> bool | None:
     """Return whether this is a virtual machine (WSL2 is one), None where that cannot be told."""
     kind = inspection.machine.host.virtualisation
-    if inspection.host.wsl or any(card.virtualisation_mode in (1, 2) for card in inspection.cards):
+    if is_wsl(inspection) or any(card.virtualisation_mode in (1, 2) for card in inspection.cards):
         return True
     return None if kind is None else kind != "none"
 
@@ -108,9 +143,18 @@ def in_container(inspection: Inspection) -> bool:
     return inspection.machine.host.container not in (None, "none")
 
 
-def is_geforce(gpu: Gpu) -> bool:
-    """Return whether a card is a GeForce or a TITAN, to which the driver grants less than to others."""
-    return "geforce" in gpu.name.lower() or "titan" in gpu.name.lower()
+def is_passed_on(found: PciDevice) -> bool:
+    """Return whether a device is kept for virtual machines on purpose: by a driver of the VFIO family, or by one that
+    only holds it."""
+    driver = (found.driver or "").lower()
+    return "vfio" in driver or driver in ("pci-stub", "pciback", "xen-pciback")
+
+
+def is_laptop(gpu: Gpu) -> bool:
+    """Return whether a card is a laptop's, whose power limit follows its load and temperature. "Max-Q" also names
+    workstation cards of lower power, which are no laptop's."""
+    name = gpu.name.lower()
+    return "laptop" in name or "mobile" in name or ("max-q" in name and "workstation" not in name)
 
 
 def _pair(a: Gpu, b: Gpu, link: Link | None, peer: PeerAccess | None) -> Pair:

@@ -45,6 +45,38 @@ def read_nvidia(root: Path = Path("/")) -> tuple[Driver | None, tuple[Gpu, ...],
         Nvml(pynvml).ask("nvmlShutdown")
 
 
+# What the driver may take to answer, and for each of its cards that no program keeps awake.
+_PATIENCE_S, _PATIENCE_PER_CARD_S = 5.0, 2.0
+
+
+def patience_s(root: Path = Path("/")) -> float:
+    """Return the seconds after which a driver that has not answered is taken to hang, by how many cards it has."""
+    return _PATIENCE_S + _PATIENCE_PER_CARD_S * len(_held_by_driver(root))
+
+
+def silent_nvidia(root: Path = Path("/")) -> tuple[Driver | None, tuple[Gpu, ...], tuple[Link, ...]]:
+    """Return what `read_nvidia` would of a driver that hangs: the cards that it holds, by what the kernel knows without
+    asking it (no file of /proc/driver/nvidia: those hang too), each with a problem. Never raises."""
+    cards = tuple(
+        Gpu(
+            index=index,
+            vendor="nvidia",
+            name=f"NVIDIA GPU [10de:{sysfs.read_int(device / 'device', 16) or 0:04x}]",
+            bus_id=device.name,
+            problem="does not answer: its driver hangs",
+        )
+        for index, device in enumerate(_held_by_driver(root))
+    )
+    version = sysfs.read_text(root / "sys/module/nvidia/version", 100)
+    return Driver(version=version, problem=_HANGS), cards, ()
+
+
+_HANGS = (
+    "the NVIDIA driver hangs: NVML did not answer, so its cards cannot be used; mgpu doctor tells what the kernel "
+    "logged, and sudo reboot starts it anew"
+)
+
+
 @dataclasses.dataclass(slots=True)
 class _Card:
     handle: Any
@@ -222,13 +254,18 @@ def _broken_driver(error: Any, root: Path) -> Driver | None:
     return Driver(version=loaded, module_flavour=_module_flavour(root), problem=problem)
 
 
-def _nvidia_cards_on_bus(root: Path) -> bool:
+def _nvidia_cards_on_bus(root: Path) -> list[Path]:
     devices = sysfs.children(root / "sys/bus/pci/devices", sysfs.PCI_ADDRESS.pattern)
-    return any(
-        sysfs.read_text(device / "vendor", 16) == "0x10de"
-        and (sysfs.read_text(device / "class", 16) or "").startswith("0x03")
+    return [
+        device
         for device in devices
-    )
+        if sysfs.read_int(device / "vendor", 16) == sysfs.NVIDIA
+        and (sysfs.read_text(device / "class", 16) or "").startswith("0x03")
+    ]
+
+
+def _held_by_driver(root: Path) -> list[Path]:
+    return [device for device in _nvidia_cards_on_bus(root) if sysfs.link_name(device / "driver") == "nvidia"]
 
 
 def _with_lost_cards_named(gpus: tuple[Gpu, ...], root: Path) -> tuple[Gpu, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
 import subprocess
 from pathlib import Path
@@ -25,17 +26,20 @@ def read_nvidia_driver(
     of this kernel loads; a compressed module is not unpacked to learn it, so it is often None.
     """
     unread: list[Unread] = []
-    module, nvswitch = _module_on_disk(root), _nvswitch(root)
+    module, nvswitch, folder = _module_on_disk(root), _nvswitch(root), sysfs.is_there(_modules_folder(root))
     modules = sysfs.is_there(root / "sys/module")
     return NvidiaDriver(
         nvml_error=nvml_error,
         loaded_version=loaded_version(root),
         library_version=_library_version(root, nvml),
         on_disk_version=_on_disk_version(root, module),
-        on_disk=module is not None if sysfs.is_there(_modules_folder(root)) else None,
+        on_disk=module is not None if folder else None,
+        on_disk_open=_is_open(module),
         open_module=_open_module(root),
         cuda_version=_cuda_version(nvml),
         uvm_loaded=sysfs.is_there(root / "sys/module/nvidia_uvm") if modules else None,
+        uvm_on_disk=_module_on_disk(root, "-uvm") is not None if folder else None,
+        node_maker=_node_maker(root),
         uvm_device=sysfs.is_there(root / "dev/nvidia-uvm") if sysfs.is_there(root / "dev") else None,
         control_device=sysfs.is_there(root / "dev/nvidiactl") if sysfs.is_there(root / "dev") else None,
         secure_boot=_secure_boot(root, unread),
@@ -105,10 +109,16 @@ def _modules_folder(root: Path) -> Path:
     return root / "lib/modules" / (release if named else "unknown")
 
 
-def _module_on_disk(root: Path) -> Path | None:
-    """The file of the module for the running kernel, as depmod lists it."""
+# "nvidia"; Debian's own packages name it nvidia-current, nvidia-current-open or nvidia-tesla-535, which modprobe then
+# loads in its place. DKMS names its folders alike.
+_MODULE = r"nvidia(?:-current|-tesla)?(?:-\d{3})?(?:-open)?"
+
+
+def _module_on_disk(root: Path, part: str = "") -> Path | None:
+    """The file of the driver's module, or of a `part` of it ("-uvm"), for the running kernel, as depmod lists it."""
     folder = _modules_folder(root)
-    listed = re.search(r"^(\S*\bnvidia\.ko[^:\s/]*):", sysfs.read_text(folder / "modules.dep", 4 * 1024**2) or "", re.M)
+    modules = sysfs.read_text(folder / "modules.dep", 4 * 1024**2) or ""
+    listed = re.search(rf"^((?:\S*/)?{_MODULE}{part}\.ko[^:\s/]*):", modules, re.M)
     if not listed or ".." in listed[1]:
         return None
     return folder / listed[1] if not listed[1].startswith("/") else root / listed[1].lstrip("/")
@@ -117,37 +127,58 @@ def _module_on_disk(root: Path) -> Path | None:
 def _on_disk_version(root: Path, module: Path | None) -> str | None:
     """From DKMS's record of what it installed for this kernel, else from an uncompressed module's own headers."""
     release = sysfs.read_text(root / "proc/sys/kernel/osrelease", 200) or ""
-    for link in sysfs.children(root / "var/lib/dkms/nvidia", rf"kernel-{re.escape(release)}-\w+"):
+    packages = sysfs.children(root / "var/lib/dkms", _MODULE)
+    for link in (link for each in packages for link in sysfs.children(each, rf"kernel-{re.escape(release)}-\w+")):
         try:
             version = link.readlink().parts[0]
         except (OSError, IndexError):
             continue
         if re.fullmatch(r"\d{3}(\.\d+){1,2}", version):
             return version
-    return _version_in_module(module) if module is not None and module.suffix == ".ko" else None
+    return found[1].decode() if (found := re.search(rb"(?:^|\0)version=([\d.]+)\0", _modinfo(module))) else None
 
 
-def _version_in_module(module: Path) -> str | None:
-    """The version in the section .modinfo of a kernel module: three short reads of a file of many megabytes."""
+def _is_open(module: Path | None) -> bool | None:
+    """Whether a module is the open one, by its licence: NVIDIA's own, or MIT and GPL."""
+    found = re.search(rb"(?:^|\0)license=([^\0]+)\0", _modinfo(module))
+    return b"GPL" in found[1] if found else None
+
+
+def _modinfo(module: Path | None) -> bytes:
+    """The section .modinfo of an uncompressed kernel module, b"" where it cannot be read: three short reads of a file
+    of many megabytes."""
+    if module is None or module.suffix != ".ko":
+        return b""
     try:
         descriptor = os.open(module, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             header = os.pread(descriptor, 64, 0)
             if header[:5] != b"\x7fELF\x02":
-                return None
+                return b""
             offset, size, count, names = (*struct.unpack("<Q", header[40:48]), *struct.unpack("<HHH", header[58:64]))
             table = os.pread(descriptor, min(size * count, 1024**2), offset)
             sections = [struct.unpack("<I20xQQ", table[at : at + 40]) for at in range(0, len(table) - 39, size or 64)]
             words = os.pread(descriptor, min(sections[names][2], 1024**2), sections[names][1])
             for name, start, length in sections:
                 if words[name : name + 9] == b".modinfo\0":
-                    found = re.search(rb"(?:^|\0)version=([\d.]+)\0", os.pread(descriptor, min(length, 65536), start))
-                    return found[1].decode() if found else None
+                    return os.pread(descriptor, min(length, 65536), start)
         finally:
             os.close(descriptor)
     except (OSError, OverflowError, struct.error, IndexError):
         pass
-    return None
+    return b""
+
+
+def _node_maker(root: Path) -> bool | None:
+    """Whether nvidia-modprobe is set to run as root, at the one path that the driver's libraries know."""
+    folder = root / "usr/bin"
+    try:
+        mode = (folder / "nvidia-modprobe").stat().st_mode
+    except FileNotFoundError:
+        return False if sysfs.is_there(folder) else None
+    except (OSError, ValueError):
+        return None
+    return bool(mode & stat.S_ISUID and mode & 0o111)
 
 
 def _secure_boot(root: Path, unread: list[Unread]) -> bool | None:

@@ -105,7 +105,6 @@ def _health(card: NvmlCard, index: int) -> CardHealth:
     remapped = card.ask("nvmlDeviceGetRemappedRows")  # (corrected, uncorrected, pending, failure)
     memory = card.ask("nvmlDeviceGetMemoryInfo", getattr(card.nvml.pynvml, "nvmlMemory_v2", None))
     fabric = _fabric(card)
-    rows = [_pair(remapped, place) for place in range(2)]
     return CardHealth(
         gpu=index,
         bus_id=pci_address(card.ask("nvmlDeviceGetPciInfo")),
@@ -114,19 +113,19 @@ def _health(card: NvmlCard, index: int) -> CardHealth:
         power_default_w=thousandth(card.integer("nvmlDeviceGetPowerManagementDefaultLimit")),
         power_min_w=thousandth(_pair(limits, 0)),
         power_max_w=thousandth(_pair(limits, 1)),
+        power_requested_w=thousandth(card.integer("nvmlDeviceGetPowerManagementLimit")),
         power_enforced_w=thousandth(card.integer("nvmlDeviceGetEnforcedPowerLimit")),
         temperature_slowdown_c=_degrees(card.integer("nvmlDeviceGetTemperatureThreshold", 1)),
+        # No field gives it where this is missing: 194 (SLOWDOWN_TLIMIT) is where the limit is, -2 on a cold card too.
         temperature_margin_c=card.integer("nvmlDeviceGetMarginTemperature"),
         sm_clock_max_mhz=card.integer("nvmlDeviceGetMaxClockInfo", 1),
         reserved_bytes=_integer(getattr(memory, "reserved", None)),
-        used_bytes=_integer(getattr(memory, "used", None)) if hasattr(memory, "reserved") else None,
         used_by_known=any(
             card.ask(f"nvmlDeviceGetComputeRunningProcesses{version}") is not None for version in ("_v3", "_v2")
         ),
         ecc_enabled=_flag(_pair(card.ask("nvmlDeviceGetEccMode"), 0)),
         ecc_uncorrected_volatile=card.integer("nvmlDeviceGetTotalEccErrors", 1, 0),
         ecc_uncorrected_aggregate=card.integer("nvmlDeviceGetTotalEccErrors", 1, 1),
-        rows_remapped=sum(row for row in rows if row is not None) if None not in rows else None,
         remap_pending=_flag(_pair(remapped, 2)),
         remap_failed=_flag(_pair(remapped, 3)),
         retired_pages_pending=_flag(card.integer("nvmlDeviceGetRetiredPagesPendingStatus")),
@@ -136,7 +135,6 @@ def _health(card: NvmlCard, index: int) -> CardHealth:
         fabric_state=fabric[0],
         fabric_status=fabric[1],
         virtualisation_mode=card.integer("nvmlDeviceGetVirtualizationMode"),
-        nvlink_speed_mb_s=_nvlink_speed_mb_s(card),
     )
 
 
@@ -157,11 +155,6 @@ def _fabric(card: NvmlCard) -> tuple[int | None, int | None]:
     if card.ask("nvmlDeviceGetGpuFabricInfoV", ctypes.byref(information)) is None:
         return None, None
     return int(information.state), int(information.status)
-
-
-def _nvlink_speed_mb_s(card: NvmlCard) -> int | None:
-    """One link's: NVML_FI_DEV_NVLINK_GET_SPEED of the first, or what older drivers say of all alike (field 90)."""
-    return card.field(164, 0) or card.field(90) or None
 
 
 def _active_ports(card: NvmlCard) -> tuple[int, ...]:
@@ -196,8 +189,20 @@ def _read(card: NvmlCard, at_s: float, ports: tuple[int, ...]) -> Readings:
     )
 
 
+# NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY, _RECOVERY and _CRC; Blackwell has none of them, and counts packets received with
+# errors, times that errors went over a threshold, and recoveries (NVML_FI_DEV_NVLINK_COUNT_...).
+_HOPPER_ERRORS, _BLACKWELL_ERRORS = (161, 162, 163), (208, 211, 215)
+
+
 def _nvlink_errors(card: NvmlCard, ports: tuple[int, ...]) -> int | None:
-    """The sum over the active links of replays, recoveries and CRC errors; None where they are not counted."""
+    """The sum over the active links of replays, recoveries and CRC errors, by the first of the three ways of counting
+    that the card knows; None where they are not counted."""
+    if not ports:
+        return None
+    for fields in (_HOPPER_ERRORS, _BLACKWELL_ERRORS):
+        answers = card.fields(*itertools.product(fields, ports))
+        if counted := [count for count in answers if count is not None]:
+            return sum(counted)
     total = None
     for port, counter in itertools.product(ports, range(4)):
         count = card.integer("nvmlDeviceGetNvLinkErrorCounter", port, counter)

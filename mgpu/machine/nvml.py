@@ -66,16 +66,24 @@ class NvmlCard:
         answer = answer.decode("utf-8", "replace") if isinstance(answer, bytes) else answer
         return "".join(filter(str.isprintable, answer)).strip() or None if isinstance(answer, str) else None
 
-    def field(self, field: int, port: int | None = None) -> int | None:
-        """Return one of NVML's numbered fields, of one of the card's NVLink ports where that is given."""
-        answer = self.ask("nvmlDeviceGetFieldValues", [field if port is None else (field, port)])
-        if answer is None or answer[0].nvmlReturn != 0:
-            if answer is not None and answer[0].nvmlReturn not in _NO_ANSWER:
-                self.nvml.refused.setdefault(f"nvmlDeviceGetFieldValues {field}", int(answer[0].nvmlReturn))
+    def field(self, field: int) -> int | None:
+        """Return one of NVML's numbered fields of the card."""
+        return self.fields((field, None))[0]
+
+    def fields(self, *wanted: tuple[int, int | None]) -> tuple[int | None, ...]:
+        """Return several fields, each of the card or of one of its NVLink ports, in one call."""
+        keys = [field if port is None else (field, port) for field, port in wanted]
+        answer = self.ask("nvmlDeviceGetFieldValues", keys)
+        return (None,) * len(wanted) if answer is None else tuple(map(self._value, answer))
+
+    def _value(self, entry: Any) -> int | None:
+        if entry.nvmlReturn != 0:
+            if entry.nvmlReturn not in _NO_ANSWER:
+                self.nvml.refused.setdefault(f"nvmlDeviceGetFieldValues {entry.fieldId}", int(entry.nvmlReturn))
             return None
         # nvmlValueType_t: 0 is a double; the signed ones are 4 and 5.
         members = {1: "uiVal", 2: "ulVal", 3: "ullVal", 4: "sllVal", 5: "siVal", 6: "usVal"}
-        return getattr(answer[0].value, members.get(answer[0].valueType, ""), None)
+        return getattr(entry.value, members.get(entry.valueType, ""), None)
 
 
 def thousandth(value: int | None) -> float | None:

@@ -6,7 +6,8 @@ import dataclasses
 import os
 import re
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mgpu.machine import sysfs
@@ -14,16 +15,24 @@ from mgpu.machine.inspection import PciDevice, Unread
 
 # VGA, 3D and other display controllers; AMD's Instinct cards are processing accelerators.
 _DISPLAY_CLASSES = {0x0300, 0x0302, 0x0380}
-_ACCELERATOR_CLASS, _AMD = 0x1200, 0x1002
+_ACCELERATOR_CLASS, _BRIDGE_CLASS = 0x1200, 0x0604
 _EXPRESS_CAPABILITY, _ACS_CAPABILITY = 0x10, 0x000D
 
 
-def read_pci(root: Path = Path("/")) -> tuple[tuple[PciDevice, ...], bool, tuple[Unread, ...]]:
+# Long enough for a link that counts errors by the hundred each second, and no longer than NVML takes meanwhile.
+_WATCH_S = 0.5
+
+
+def read_pci(
+    root: Path = Path("/"), *, pause: Callable[[float], object] = time.sleep
+) -> tuple[tuple[PciDevice, ...], bool, tuple[Unread, ...]]:
     """Return every graphics card under `root` and every bridge above one, in the order of their addresses; whether the
     bus could be listed at all; and what could not be read.
 
     `gen_max` and `width_max` are the device's own (a bridge's are the slot's). Without root the kernel shows 64 bytes
-    of the configuration space, so ACS and atomics stay unknown, and one `Unread` says so for all. Never raises.
+    of the configuration space, so ACS and atomics stay unknown, and one `Unread` says so for all; so they do of devices
+    that are asleep, which are not woken. Where errors of a link were corrected it is looked at again after a `pause` of
+    half a second. Never raises.
     """
     try:
         with os.scandir(root / "sys/bus/pci/devices") as entries:
@@ -39,14 +48,19 @@ def read_pci(root: Path = Path("/")) -> tuple[tuple[PciDevice, ...], bool, tuple
                 folders[folder.name] = folder
                 folder = folder.parent
     devices = tuple(_read_device(folders[name]) for name in sorted(folders))
+    if any(device.aer_correctable for device in devices):
+        pause(_WATCH_S)
+        devices = tuple(_looked_at_again(device, folders[device.address]) for device in devices)
     devices = _with_kfd_atomics(devices, root)
-    hidden = [device.address for device in devices if not device.acs_known]
-    if not hidden:
-        return devices, True, ()
-    ordinary = os.geteuid() != 0
-    why = f"more than the first 64 bytes may not be read ({len(hidden)} of {len(devices)} devices)"
-    what = f"/sys/bus/pci/devices/{hidden[0]}/config"
-    return devices, True, (Unread(what=what, why=why, needs_root=ordinary),)
+    unknown = [device.address for device in devices if not device.acs_known]
+    asleep = [address for address in unknown if sysfs.is_asleep(folders[address])]
+    hidden = [address for address in unknown if address not in asleep]
+    unread = [Unread(what=f"/sys/bus/pci/devices/{address}/config", why=sysfs.ASLEEP) for address in asleep]
+    if hidden:
+        why = f"more than the first 64 bytes may not be read ({len(hidden)} of {len(devices)} devices)"
+        what = f"/sys/bus/pci/devices/{hidden[0]}/config"
+        unread.insert(0, Unread(what=what, why=why, needs_root=os.geteuid() != 0))
+    return devices, True, tuple(unread)
 
 
 def _is_graphics(folder: Path) -> bool:
@@ -54,23 +68,23 @@ def _is_graphics(folder: Path) -> bool:
     if kind is None:
         return False
     return kind >> 8 in _DISPLAY_CLASSES or (
-        kind >> 8 == _ACCELERATOR_CLASS and sysfs.read_int(folder / "vendor", 16) == _AMD
+        kind >> 8 == _ACCELERATOR_CLASS and sysfs.read_int(folder / "vendor", 16) == sysfs.AMD
     )
 
 
 def _read_device(folder: Path) -> PciDevice:
-    configuration = sysfs.read_bytes(folder / "config", 4096) or b""
+    configuration = b"" if sysfs.is_asleep(folder) else sysfs.read_bytes(folder / "config", 4096) or b""
     capabilities = dict(_extended_capabilities(configuration))
     acs_at = capabilities.get(_ACS_CAPABILITY)
-    group = _link_name(folder / "iommu_group")
-    is_bridge = (sysfs.read_int(folder / "class", 16) or 0) >> 8 == 0x0604
+    group = _word(sysfs.link_name(folder / "iommu_group"))
+    is_bridge = (sysfs.read_int(folder / "class", 16) or 0) >> 8 == _BRIDGE_CLASS
     parent = folder.parent.name
     return PciDevice(
         address=folder.name,
         vendor=sysfs.read_int(folder / "vendor", 16),
         device=sysfs.read_int(folder / "device", 16),
         pci_class=sysfs.read_int(folder / "class", 16),
-        driver=_link_name(folder / "driver"),
+        driver=_word(sysfs.link_name(folder / "driver")),
         parent=parent if sysfs.PCI_ADDRESS.fullmatch(parent) else None,
         gen=sysfs.link_generation(folder / "current_link_speed"),
         gen_max=sysfs.link_generation(folder / "max_link_speed"),
@@ -85,17 +99,14 @@ def _read_device(folder: Path) -> PciDevice:
         aer_fatal=_aer_total(folder / "aer_dev_fatal"),
         numa_node=sysfs.read_int(folder / "numa_node"),
         local_cpus=None if is_bridge else _word(sysfs.read_text(folder / "local_cpulist", 4096)),
-        bar_sizes=None if is_bridge else _resizable_sizes(folder),
         bar_bytes=None if is_bridge else _largest_bar_bytes(folder),
         atomics=_atomics(configuration),
     )
 
 
-def _link_name(link: Path) -> str | None:
-    try:
-        return _word(link.readlink().name)
-    except (OSError, ValueError):
-        return None
+def _looked_at_again(device: PciDevice, folder: Path) -> PciDevice:
+    first, last = device.aer_correctable, _aer_total(folder / "aer_dev_correctable")
+    return dataclasses.replace(device, aer_fresh=None if first is None or last is None else max(last - first, 0))
 
 
 def _word(text: str | None) -> str | None:
@@ -105,14 +116,6 @@ def _word(text: str | None) -> str | None:
 def _aer_total(path: Path) -> int | None:
     total = re.search(r"^TOTAL_ERR_\w+ (\d{1,18})$", sysfs.read_text(path, 4096) or "", re.M)
     return int(total[1]) if total else None
-
-
-def _resizable_sizes(folder: Path) -> int | None:
-    """The sizes that the memory's window may take, as bits (bit 0 is 1 MiB): NVIDIA's is BAR 1, Intel's 2, AMD's 0."""
-    for bar in (1, 2, 0):
-        if sizes := sysfs.read_int(folder / f"resource{bar}_resize", 16):
-            return sizes
-    return None
 
 
 def _largest_bar_bytes(folder: Path) -> int | None:
@@ -175,19 +178,31 @@ def _atomics(configuration: bytes) -> bool | None:
 
 
 def _with_kfd_atomics(devices: tuple[PciDevice, ...], root: Path) -> tuple[PciDevice, ...]:
-    """AMD's compute driver tells anyone whether atomics reach the processor: flags 4 and 8 of a link say no."""
-    told: dict[str, bool] = {}
-    for node in sysfs.children(root / "sys/class/kfd/kfd/topology/nodes", r"\d{1,4}"):
+    """AMD's compute driver tells anyone which cards it lists, under which numbers, and whether atomics reach the
+    processor from each: flags 4 and 8 of a link say no."""
+    nodes = sysfs.children(root / "sys/class/kfd/kfd/topology/nodes", r"\d{1,4}")
+    told: dict[str, bool | None] = {}
+    places: dict[str, int] = {}
+    for node in nodes:
         fields = sysfs.read_fields(node / "properties", None)
         numbers = [fields.get(key, "") for key in ("location_id", "domain", "gfx_target_version")]
         if not all(re.fullmatch(r"\d{1,10}", number) for number in numbers) or numbers[2] == "0":
             continue
         location, domain = int(numbers[0]), int(numbers[1])
         flags = sysfs.read_fields(node / "io_links/0/properties", None).get("flags", "")
-        if re.fullmatch(r"\d{1,10}", flags):
-            address = f"{domain:04x}:{location >> 8 & 255:02x}:{location >> 3 & 31:02x}.{location & 7}"
-            told[address] = not int(flags) & 0b1100
-    return tuple(
-        dataclasses.replace(device, atomics=told[device.address]) if device.address in told else device
-        for device in devices
-    )
+        address = f"{domain:04x}:{location >> 8 & 255:02x}:{location >> 3 & 31:02x}.{location & 7}"
+        places[address] = int(node.name)
+        told[address] = not int(flags) & 0b1100 if re.fullmatch(r"\d{1,10}", flags) else None
+
+    def joined(device: PciDevice) -> PciDevice:
+        if device.vendor != sysfs.AMD or (device.pci_class or 0) >> 8 == _BRIDGE_CLASS or not nodes:
+            return device
+        atomics = told.get(device.address)
+        return dataclasses.replace(
+            device,
+            in_kfd=device.address in told,
+            kfd_node=places.get(device.address),
+            atomics=device.atomics if atomics is None else atomics,
+        )
+
+    return tuple(map(joined, devices))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -14,31 +13,47 @@ from mgpu.machine.amd import read_amd
 from mgpu.machine.cards import card_for_name
 from mgpu.machine.host import read_host
 from mgpu.machine.integrated import is_integrated
-from mgpu.machine.nvidia import read_nvidia
+from mgpu.machine.nvidia import patience_s, read_nvidia, silent_nvidia
+from mgpu.machine.patience import Question
 from mgpu.machine.selection import select_gpus
-from mgpu.machine.snapshot import EngineDevice, Gpu, Machine
+from mgpu.machine.snapshot import Driver, EngineDevice, Gpu, Host, Link, Machine
 
-__all__ = ["probe", "select_gpus", "with_engine_devices"]
+__all__ = ["machine_of", "probe", "select_gpus", "with_engine_devices"]
 
 
-def probe(root: Path | None = None, *, nvidia: bool = True) -> Machine:
+Nvidia = tuple[Driver | None, tuple[Gpu, ...], tuple[Link, ...]]
+
+
+def probe(root: Path | None = None) -> Machine:
     """Return this machine: NVIDIA cards in bus order, then AMD cards, then nothing that only an engine knows.
 
     `root` is where /sys, /proc and /dev are looked for, by default $MGPU_ROOT or "/". Blocks while the
-    NVIDIA driver answers, which without `nvidia` is not asked; never raises.
+    NVIDIA driver answers. One that has not answered after 5 s, and 2 s more for each of its cards, is left alone:
+    `driver.problem` says so, and the cards are as `silent_nvidia` gives them. Never raises.
     """
     root = root or Path(os.environ.get("MGPU_ROOT") or "/")
-    driver, cards, links = read_nvidia(root) if nvidia else (None, (), ())
-    gpus = itertools.chain(cards, read_amd(root))
+    asked = Question(lambda: read_nvidia(root))
+    host, amd = read_host(root), read_amd(root)
+    try:
+        nvidia = asked.answer(patience_s(root))
+    except TimeoutError:
+        nvidia = silent_nvidia(root)
+    return machine_of(host, nvidia, amd)
+
+
+def machine_of(host: Host, nvidia: Nvidia, amd: tuple[Gpu, ...]) -> Machine:
+    """Return the machine of what `read_host`, `read_nvidia` and `read_amd` returned just now, all cards numbered."""
+    driver, cards, links = nvidia
+    gpus = (
+        dataclasses.replace(gpu, index=index, integrated=is_integrated(gpu.name, gfx=gpu.gfx))
+        for index, gpu in enumerate((*cards, *amd))
+    )
     return Machine(
         captured_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         source="probed",
-        host=read_host(root),
+        host=host,
         driver=driver,
-        gpus=tuple(
-            dataclasses.replace(gpu, index=index, integrated=is_integrated(gpu.name, gfx=gpu.gfx))
-            for index, gpu in enumerate(gpus)
-        ),
+        gpus=tuple(gpus),
         links=links,
     )
 
@@ -71,6 +86,21 @@ def with_engine_devices(machine: Machine, devices: Sequence[EngineDevice], *, ba
 
 _VENDOR_OF_KIND = {"CUDA": "nvidia", "ROCm": "amd", "HIP": "amd"}
 _VENDOR_OF_WORD = {"nvidia": "nvidia", "geforce": "nvidia", "tesla": "nvidia", "amd": "amd", "radeon": "amd"}
+
+
+def with_assumed_devices(machine: Machine) -> Machine:
+    """Return `machine` with device names where no engine can be asked: CUDA for NVIDIA, ROCm for AMD, Vulkan for the
+    others, in order."""
+    kinds = {"nvidia": "CUDA", "amd": "ROCm"}
+    counts: dict[str, int] = {}
+    gpus = []
+    for gpu in machine.gpus:
+        if not gpu.engine_devices and not gpu.problem:
+            kind = kinds.get(gpu.vendor, "Vulkan")
+            gpu = dataclasses.replace(gpu, engine_devices=(f"{kind}{counts.setdefault(kind, 0)}",))
+            counts[kind] += 1
+        gpus.append(gpu)
+    return dataclasses.replace(machine, gpus=tuple(gpus))
 
 
 def _card_of(device: EngineDevice, kind: str, free: list[Gpu]) -> Gpu | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mgpu.errors import UsageError
 from mgpu.machine.cards import Card, find_card
-from mgpu.machine.snapshot import Driver, Gpu, Link, Machine, PcieLink, machine_from_json, to_json
+from mgpu.machine.snapshot import Driver, Gpu, Host, Link, Machine, PcieLink, machine_from_json, to_json
+from mgpu.units import GIB
 
 MAX_CARDS = 64
 MAX_FILE_BYTES = 8 * 1024**2
@@ -22,7 +23,8 @@ def simulate(expression_or_path: str) -> Machine:
     """Return the machine that `--machine` asks for, with source "simulated".
 
     An expression names cards and counts: "2x4090", "4090+4080", '3x"RTX 3090"'; "none" or "cpu" is a machine
-    without cards. Free memory is what the driver leaves of an idle card (`Card.reserved_bytes`); what an
+    without cards; "2x4090+ram64" has 64 GiB of host memory to spare. Free memory is what the driver leaves of an idle
+    card (`Card.reserved_bytes`); what an
     expression does not say (host, bus, links between PCIe cards) is unknown. A value with a slash or a dot
     is a snapshot file: a machine as JSON, bare or inside the envelope that mgpu prints.
     Devices get the names that engines would give them (CUDA0, ROCm0, Vulkan0) where none are recorded.
@@ -43,23 +45,42 @@ _TERM = re.compile(
 )
 
 
+_RAM = re.compile(r"ram\s*(?P<gib>[1-9]\d{0,4})\s*(?:g|gb|gib)?", re.IGNORECASE)
+
+
 def _parse(text: str) -> Machine:
     cards: list[Card] = []
-    if text.lower() not in {"none", "cpu"}:
-        for term in text.split("+"):
-            cards += _parse_term(term.strip(), text)
+    ram_bytes = None
+    terms = [term.strip() for term in text.split("+")]
+    memory = [found for term in terms if (found := _RAM.fullmatch(term))]
+    if memory and len(terms) > 1:
+        ram_bytes = int(memory[-1]["gib"]) * GIB
+        terms = [term for term in terms if not _RAM.fullmatch(term)]
+    if [term.lower() for term in terms] not in (["none"], ["cpu"]):
+        for term in terms:
+            if term.lower().startswith("ram") and not _RAM.fullmatch(term):
+                raise UsageError(
+                    f"{term[:40]!r} in --machine is no size of host memory, which is told in whole GiB",
+                    hint="for example --machine 2x4090+ram64",
+                )
+            cards += _parse_term(term, text)
             if len(cards) > MAX_CARDS:
                 raise _too_many()
     return Machine(
         captured_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         source="simulated",
         driver=Driver() if any(card.vendor == "nvidia" for card in cards) else None,
+        host=Host(ram_bytes=ram_bytes, ram_available_bytes=ram_bytes),
         gpus=tuple(_gpu(index, card) for index, card in enumerate(cards)),
         links=_switched_links(cards),
     )
 
 
 def _parse_term(term: str, text: str) -> list[Card]:
+    if (whole := _whole_name(term)) is not None:  # "7900XTX" is no 7900 cards of "TX"
+        return [whole]
+    if re.search(r",|[xX×*]\s*\d{1,2}$|^\d{1,2}\s+\S", term):
+        _suggest(term, text)
     parts = _TERM.fullmatch(term)
     if not parts or not parts["card"].strip():
         raise UsageError(
@@ -77,6 +98,23 @@ def _parse_term(term: str, text: str) -> list[Card]:
     if count > MAX_CARDS:
         raise _too_many()
     return [card] * count
+
+
+def _whole_name(term: str) -> Card | None:
+    try:
+        return find_card(term.strip("\"'"))
+    except UsageError:
+        return None
+
+
+def _suggest(term: str, text: str) -> None:
+    """Raise UsageError where a machine is written in another way whose meaning is plain."""
+    behind = re.fullmatch(r"(?P<card>.+?)\s*[xX×*]\s*(?P<count>\d{1,2})", term)
+    found = behind or re.fullmatch(r"(?P<count>\d{1,2})\s+(?P<card>[^xX×*].*)", term)
+    meant = f"{found['count']}x{found['card']}" if found else "+".join(map(str.strip, term.split(",")))
+    if all(_whole_name(re.sub(r"^\d+x", "", part)) for part in meant.split("+")):
+        shown = f'"{meant}"' if " " in meant else meant
+        raise UsageError(f"--machine {_shown(text)} is not a machine", hint=f"did you mean --machine {shown}?")
 
 
 def _too_many() -> UsageError:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from mgpu.machine.snapshot import PcieLink
 
+# Makers of cards, as the file `vendor` of a PCI device has them.
+NVIDIA, AMD, INTEL = 0x10DE, 0x1002, 0x8086
+ASLEEP = "it is asleep, and reading would wake it"
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
 # Transfer rates as sysfs writes them ("16.0 GT/s PCIe"), to the PCIe generation.
@@ -68,6 +71,17 @@ def read_fields(path: Path, separator: str | None = ":", limit: int = 64 * 1024)
     return fields
 
 
+def ranges(text: str | None) -> tuple[tuple[int, int], ...] | None:
+    """Return first and last of each part of a list of numbers such as "0-7,16-23"; None where it is none."""
+    found = []
+    for part in (text or "").split(","):
+        ends = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
+        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
+            return None
+        found.append((int(ends[1]), int(ends[2] or ends[1])))
+    return tuple(found)
+
+
 def children(directory: Path, pattern: str) -> list[Path]:
     """Return the entries whose whole name matches, numbers in their order; empty when unreadable."""
     try:
@@ -92,6 +106,14 @@ def process_name(root: Path, pid: int) -> str | None:
     return "".join(character for character in name if character.isprintable())[:64] or None
 
 
+def link_name(link: Path) -> str | None:
+    """Return the last part of what a symbolic link points to, such as the driver of a device; None where it is none."""
+    try:
+        return link.readlink().name
+    except (OSError, ValueError):
+        return None
+
+
 def pci_device(root: Path, bus_id: str) -> Path | None:
     """Return the real directory of a PCI device ("0000:01:00.0"), whose parent is its upstream bridge."""
     if not PCI_ADDRESS.fullmatch(bus_id):
@@ -105,6 +127,12 @@ def real_directory(path: Path) -> Path | None:
         return path.resolve(strict=True)
     except (OSError, RuntimeError):  # Python 3.11 and 3.12 raise RuntimeError for a loop of links
         return None
+
+
+def is_asleep(device: Path) -> bool:
+    """Return whether a PCI device is suspended to save power: the kernel wakes it for whoever reads its configuration
+    space, as does its driver for its sensors."""
+    return read_text(device / "power/runtime_status", 32) == "suspended"
 
 
 def pcie_link(device: Path) -> PcieLink:
@@ -152,7 +180,7 @@ def _end_of_slot(device: Path) -> Path:
 def _is_cards_own_bridge(bridge: Path, vendor: int) -> bool:
     if read_int(bridge / "vendor", 16) != vendor or not (read_text(bridge / "class", 16) or "").startswith("0x0604"):
         return False
-    return vendor == 0x1002 or (vendor == 0x8086 and read_int(bridge / "device", 16) in _ARC_SWITCHES)
+    return vendor == AMD or (vendor == INTEL and read_int(bridge / "device", 16) in _ARC_SWITCHES)
 
 
 def _parts(name: str) -> list[str]:

@@ -20,6 +20,9 @@ CARDS = ("0000:01:00.0", "0000:02:00.0")
 SECURE_BOOT = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 MODULES = f"lib/modules/{KERNEL}"
 
+DEBIANS = "updates/dkms/nvidia-current.ko.xz:\nupdates/dkms/nvidia-current-uvm.ko.xz:\n"
+DEBIANS_OPEN = "updates/dkms/nvidia-current-open.ko.xz:\nupdates/dkms/nvidia-current-open-modeset.ko.xz:\n"
+
 Files = dict[str, str | bytes]
 
 
@@ -38,6 +41,8 @@ def test_a_healthy_driver_is_read_whole(tree: SysfsTree) -> None:
             on_disk=True,
             open_module=True,
             uvm_loaded=True,
+            uvm_on_disk=True,
+            node_maker=True,
             uvm_device=True,
             control_device=True,
             secure_boot=False,
@@ -54,10 +59,10 @@ def test_an_empty_root_tells_nothing_of_a_driver(tmp_path: Path) -> None:
     assert read_nvidia_driver(tmp_path) == (NvidiaDriver(), ())
 
 
-def elf_module(version: str) -> bytes:
+def elf_module(version: str, licence: str = "Dual MIT/GPL") -> bytes:
     """A kernel module as far as it is read: sections .modinfo and .shstrtab, and their table."""
     words = b"\0.modinfo\0.shstrtab\0"
-    modinfo = b"license=Dual MIT/GPL\0srcversion=11.22.33\0version=" + version.encode() + b"\0"
+    modinfo = b"license=" + licence.encode() + b"\0srcversion=11.22.33\0version=" + version.encode() + b"\0"
     header = bytearray(64)
     header[:6] = b"\x7fELF\x02\x01"
     struct.pack_into("<Q", header, 40, 64 + len(words) + len(modinfo))
@@ -89,10 +94,24 @@ def elf_module(version: str) -> bytes:
         pytest.param({"run/nvidia-persistenced/socket": ""}, "persistence_daemon", True, id="the persistence daemon"),
         pytest.param({f"{MODULES}/modules.dep": "kernel/fs/ext4.ko:\n"}, "on_disk", False, id="no module on disk"),
         pytest.param({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n"}, "on_disk", True, id="a module on disk"),
+        pytest.param({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n"}, "uvm_on_disk", False, id="and none for CUDA"),
+        pytest.param({f"{MODULES}/modules.dep": "extra/nvidia-uvm.ko:\n"}, "on_disk", False, id="CUDA's alone"),
+        pytest.param({f"{MODULES}/modules.dep": DEBIANS}, "on_disk", True, id="Debian's module"),
+        pytest.param({f"{MODULES}/modules.dep": DEBIANS}, "uvm_on_disk", True, id="Debian's for CUDA"),
+        pytest.param({f"{MODULES}/modules.dep": DEBIANS_OPEN}, "on_disk", True, id="Debian's open module"),
+        pytest.param({f"{MODULES}/modules.dep": DEBIANS_OPEN}, "uvm_on_disk", False, id="which is not CUDA's"),
     ],
 )
 def test_a_file_changes_its_fact_of_the_driver(tree: SysfsTree, files: Files, field: str, value: object) -> None:
     assert getattr(read_nvidia_driver(tree.files(files).root)[0], field) == value
+
+
+@pytest.mark.parametrize("package", ["nvidia-current", "nvidia-current-open", "nvidia-tesla-535"])
+def test_debians_packages_of_dkms_tell_the_version_on_disk(tree: SysfsTree, package: str) -> None:
+    folder = tree.root / "var/lib/dkms"
+    (folder / "nvidia" / f"kernel-{KERNEL}-x86_64").unlink()
+    tree.link(f"var/lib/dkms/{package}/kernel-{KERNEL}-x86_64", f"var/lib/dkms/{package}/550.163.01/{KERNEL}/x86_64")
+    assert read_nvidia_driver(tree.root)[0].on_disk_version == "550.163.01"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +129,34 @@ def test_without_dkms_the_version_on_disk_is_in_the_module(
     (tree.root / f"var/lib/dkms/nvidia/kernel-{KERNEL}-x86_64").unlink()
     tree.files({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n", f"{MODULES}/extra/nvidia.ko": content})
     assert read_nvidia_driver(tree.root)[0].on_disk_version == version
+
+
+@pytest.mark.parametrize(
+    ("content", "is_open"),
+    [
+        pytest.param(elf_module("580.95.05"), True, id="the open one"),
+        pytest.param(elf_module("580.95.05", "NVIDIA"), False, id="NVIDIA's own"),
+        pytest.param(b"\x7fELF\x02" + b"\xff" * 200, None, id="one that cannot be read"),
+    ],
+)
+def test_a_modules_licence_tells_which_one_it_is(tree: SysfsTree, content: bytes, is_open: bool | None) -> None:
+    tree.files({f"{MODULES}/modules.dep": "extra/nvidia.ko:\n", f"{MODULES}/extra/nvidia.ko": content})
+    assert read_nvidia_driver(tree.root)[0].on_disk_open is is_open
+
+
+@pytest.mark.parametrize(
+    ("mode", "makes"),
+    [
+        pytest.param(0o4755, True, id="set to run as root"),
+        pytest.param(0o755, False, id="an ordinary program"),
+        pytest.param(0o4644, False, id="no program"),
+        pytest.param(None, False, id="not installed"),
+    ],
+)
+def test_only_a_setuid_program_makes_device_nodes(tree: SysfsTree, mode: int | None, makes: bool) -> None:
+    path = tree.root / "usr/bin/nvidia-modprobe"
+    path.unlink() if mode is None else path.chmod(mode)
+    assert read_nvidia_driver(tree.root)[0].node_maker is makes
 
 
 def program(tree: SysfsTree, name: str, script: str) -> None:
@@ -200,6 +247,37 @@ DOCKER: Files = {"usr/bin/dockerd": ""}
         pytest.param(
             {"etc/cdi/nvidia.yaml": "kind: nvidia.com/gpu"}, {"cdi_files": ("/etc/cdi/nvidia.yaml",)}, id="CDI of none"
         ),
+        pytest.param(
+            {**DOCKER, "usr/bin/nvidia-container-runtime-hook": ""},
+            {"docker": True, "docker_nvidia_runtime": True, "cgroup_driver": "cgroupfs"},
+            id="the hook that --gpus starts",
+        ),
+        pytest.param(
+            {**DOCKER, "etc/systemd/system/docker.service.d/gpu.conf": "ExecStart=dockerd --add-runtime=nvidia=/x\n"},
+            {"docker": True, "docker_nvidia_runtime": True, "cgroup_driver": "cgroupfs"},
+            id="a runtime given to the service",
+        ),
+        pytest.param(
+            {**DOCKER, "sys/fs/cgroup/cgroup.controllers": "cpu", "sys/fs/cgroup/docker/x": ""},
+            {"docker": True, "docker_nvidia_runtime": False, "cgroup_driver": "cgroupfs"},
+            id="containers in Docker's own control groups",
+        ),
+        pytest.param(
+            {
+                **DOCKER,
+                "etc/docker/daemon.json": '{"exec-opts": ["native.cgroupdriver=cgroupfs"]}',
+                f"sys/fs/cgroup/system.slice/docker-{'5c3f' * 16}.scope/x": "",
+            },
+            {"docker": True, "docker_nvidia_runtime": False, "cgroup_driver": "systemd"},
+            id="containers in systemd's, whatever is configured since",
+        ),
+        pytest.param({"run/docker.sock": ""}, {"docker": True}, id="Docker Desktop, which is elsewhere"),
+        pytest.param(
+            {"var/snap/docker/current/config/daemon.json": '{"runtimes": {"nvidia": {}}}'},
+            {"docker": True, "docker_nvidia_runtime": True, "cgroup_driver": "cgroupfs"},
+            id="Docker of a snap",
+        ),
+        pytest.param({"dev/dxg": ""}, {"device_nodes": None}, id="WSL, which has no device nodes"),
         pytest.param({"dev/char/195:0": ""}, {"device_links": True}, id="links to the devices"),
         pytest.param({"dev/char/1:3": ""}, {"device_links": False}, id="links to other devices"),
     ],
@@ -213,7 +291,18 @@ def test_docker_is_known_by_its_files(
     rest: dict[str, object] = {"docker": False, "toolkit": False, "device_nodes": 2, "host_gpus": 2}
     assert found == ContainerFacts(visible_devices="all", **{**rest, **changes})  # type: ignore[arg-type]
     unreadable = bool(found.docker) and found.docker_nvidia_runtime is None
-    assert [each.what for each in unread] == (["/etc/docker/daemon.json"] if unreadable else [])
+    what = "/etc/docker/daemon.json" if "usr/bin/dockerd" in files else "the settings of docker"
+    assert [each.what for each in unread] == ([what] if unreadable else [])
+
+
+def test_podmans_socket_is_not_dockers(tree: SysfsTree) -> None:
+    tree.files({"run/podman/podman.sock": ""}).link("run/docker.sock", "run/podman/podman.sock")
+    assert read_container(tree.root)[0].docker is False
+
+
+def test_what_run_links_to_is_described_once(tree: SysfsTree) -> None:
+    tree.files({"run/cdi/nvidia.yaml": CDI.format(VERSION)}).link("var/run", "run")
+    assert read_container(tree.root)[0].cdi_files == ("/run/cdi/nvidia.yaml",)
 
 
 def test_amds_driver_and_the_users_rights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +320,6 @@ def test_amds_driver_and_the_users_rights_are_read(tmp_path: Path, monkeypatch: 
         render_accessible=True,
         user_groups=("render",),
         module_version="6.16.6",
-        gfx_override="10.3.0",
     )
     assert read_amd_facts(tree.root) == whole
     monkeypatch.setattr(os, "access", lambda path, mode: path.name == "kfd")

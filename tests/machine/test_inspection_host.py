@@ -38,10 +38,16 @@ def facts(root: Path) -> HostFacts:
     return read_host_facts(root, disk_status=lambda path: status(10 * GIB // 4096, 4 * GIB // 4096))[0]
 
 
+def zone(number: int, name: str, limit_uw: int) -> dict[str, str | bytes]:
+    folder = f"sys/class/powercap/intel-rapl:{number}"
+    return {f"{folder}/name": f"{name}\n", f"{folder}/constraint_0_power_limit_uw": f"{limit_uw}\n"}
+
+
 def test_a_healthy_desktop_is_read_whole(tmp_path: Path, home: str) -> None:
     SysfsTree(tmp_path).host()
     found, unread = read_host_facts(tmp_path, disk_status=lambda path: status(10, 4))
     assert unread == ()
+    assert found.distribution == "debian"
     assert found.boot_age_s == 86400.0
     assert found.kernel_command_line == "iommu=pt"
     assert (found.wsl, found.iommu_present, found.vfio_in_use) == (False, False, False)
@@ -59,6 +65,30 @@ def test_a_healthy_desktop_is_read_whole(tmp_path: Path, home: str) -> None:
 
 # Field, the files that change it, and what it then is.
 CASES = [
+    pytest.param("distribution", {"etc/os-release": "ID=debian\n"}, "debian", id="Debian"),
+    pytest.param("distribution", {"etc/os-release": 'ID=linuxmint\nID_LIKE="ubuntu debian"\n'}, "debian", id="Mint"),
+    pytest.param("distribution", {"etc/os-release": "ID=fedora\n"}, "fedora", id="Fedora"),
+    pytest.param(
+        "distribution", {"etc/os-release": 'ID="rocky"\nID_LIKE="rhel centos fedora"\n'}, "fedora", id="Rocky"
+    ),
+    pytest.param("distribution", {"etc/os-release": "ID=cachyos\nID_LIKE=arch\n"}, "arch", id="CachyOS"),
+    pytest.param(
+        "distribution",
+        {"etc/os-release": "ID='opensuse-tumbleweed'\nID_LIKE='opensuse suse'\n"},
+        "suse",
+        id="Tumbleweed",
+    ),
+    pytest.param("distribution", {"etc/os-release": "ID=nixos\n"}, "nixos", id="NixOS"),
+    pytest.param("distribution", {"etc/os-release": "ID=gentoo\n"}, None, id="a distribution of another family"),
+    pytest.param("distribution", {"etc/os-release": "\x00=\xff"}, None, id="no os-release"),
+    pytest.param(
+        "distribution", {"etc/os-release": "", "usr/lib/os-release": "ID=arch\n"}, "arch", id="the vendor's os-release"
+    ),
+    pytest.param("boot_loader", {}, "grub", id="GRUB"),
+    pytest.param("boot_loader", {"etc/kernelstub/configuration": "{}"}, "kernelstub", id="Pop!_OS"),
+    pytest.param("boot_loader", {"etc/kernel/proxmox-boot-uuids": "1F2E\n"}, "proxmox", id="Proxmox"),
+    pytest.param("distribution", {"run/ostree-booted": ""}, None, id="an image, whose packages are not changed so"),
+    pytest.param("distribution", {"etc/os-release": "ID=steamos\nID_LIKE=arch\n"}, None, id="SteamOS"),
     pytest.param("wsl", {"proc/sys/kernel/osrelease": "5.15.1-microsoft-standard-WSL2"}, True, id="WSL by its kernel"),
     pytest.param("wsl", {"dev/dxg": ""}, True, id="WSL by its graphics device"),
     pytest.param("iommu_present", {"sys/class/iommu/dmar0/x": ""}, True, id="an IOMMU"),
@@ -109,6 +139,11 @@ CASES = [
     pytest.param("avx2", {"proc/cpuinfo": "flags : sse avx\n"}, False, id="an old processor"),
     pytest.param("avx2", {"proc/cpuinfo": "Features : asimd\n"}, None, id="no x86"),
     pytest.param("allowed_cpus", {"proc/self/status": "Cpus_allowed_list:\t0-3,8,10-11\n"}, 7, id="an affinity"),
+    pytest.param("allowed_cpu_list", {"proc/self/status": "Cpus_allowed_list:\t0-3,8\n"}, "0-3,8", id="its list"),
+    pytest.param("allowed_cpu_list", {"proc/self/status": "Cpus_allowed_list:\t3-0\n"}, None, id="a list backwards"),
+    pytest.param(
+        "allowed_cpu_list", {"proc/self/status": "Cpus_allowed_list:" + "1," * 9999 + "1"}, None, id="endless"
+    ),
     pytest.param("allowed_cpus", {"sys/fs/cgroup/cpu.max": "250000 100000\n"}, 3, id="a quota of 2.5 processors"),
     pytest.param("allowed_cpus", {"sys/fs/cgroup/cpu.max": "max 100000\n"}, 32, id="no quota"),
     pytest.param("allowed_cpus", {"proc/self/status": "Cpus_allowed_list:\t0-x\n"}, None, id="no list"),
@@ -118,12 +153,10 @@ CASES = [
         ("performance", "powersave"),
         id="two governors",
     ),
-    pytest.param(
-        "cpu_power_w",
-        {"sys/class/powercap/intel-rapl:1/constraint_0_power_limit_uw": "100000000\n"},
-        262.0,
-        id="two processors",
-    ),
+    pytest.param("cpu_power_w", zone(1, "package-1", 100_000_000), 262.0, id="two processors"),
+    pytest.param("cpu_power_w", zone(1, "psys", 200_000_000), 162.0, id="the whole computer is no processor"),
+    pytest.param("cpu_power_w", zone(0, "package-0", 4_095_000_000), None, id="a board without a limit"),
+    pytest.param("cpu_power_w", zone(1, "package-1", 4_095_000_000), None, id="a limit for one of two processors"),
     pytest.param(
         "listeners",
         {
@@ -248,6 +281,33 @@ def test_a_folder_of_models_is_on_the_disk_that_holds_it(
     assert (found.path, found.file_system, found.rotational) == (path, file_system, rotational)
     assert (found.total_bytes, found.free_bytes, unread) == (1000 * 4096, 250 * 4096, ())
     assert all(folder.exists() for folder in asked)
+
+
+@pytest.mark.parametrize(
+    ("files", "path"),
+    [
+        pytest.param({}, None, id="no Docker"),
+        pytest.param({"usr/bin/dockerd": ""}, "/var/lib/docker", id="by default"),
+        pytest.param(
+            {"usr/bin/dockerd": "", "etc/docker/daemon.json": '{"data-root": "/data/docker"}'},
+            "/data/docker",
+            id="on another disk",
+        ),
+        pytest.param(
+            {"usr/bin/dockerd": "", "etc/docker/daemon.json": '{"data-root": ["x"]}'}, "/var/lib/docker", id="nonsense"
+        ),
+        pytest.param({"usr/bin/dockerd": "", "etc/docker/daemon.json": "{"}, None, id="settings that are no JSON"),
+        pytest.param({"var/snap/docker/x": ""}, "/var/snap/docker/common/var-lib-docker", id="a snap"),
+        pytest.param({"run/docker.sock": ""}, None, id="a Docker that is elsewhere"),
+    ],
+)
+def test_dockers_images_are_on_a_disk_as_models_are(
+    tmp_path: Path, home: str, files: dict[str, str | bytes], path: str | None
+) -> None:
+    root = SysfsTree(tmp_path).host({**files, "proc/self/mountinfo": MOUNTS, "data/x": ""}).root
+    found = {disk.role: disk for disk in read_disks(root, disk_status=lambda _: status(10))[0]}
+    assert (found["Docker images"].path if path else found.get("Docker images")) == path
+    assert path != "/data/docker" or found["Docker images"].file_system == "xfs"
 
 
 def test_a_disk_that_never_answers_does_not_hold_the_doctor_up(tmp_path: Path, home: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mgpu.machine import inspection_reader
 from mgpu.machine.inspection import Inspection, InstalledEngine, inspection_from_json
 from mgpu.machine.inspection_reader import inspect_machine
-from mgpu.machine.snapshot import to_json
+from mgpu.machine.snapshot import Gpu, GpuProcess, to_json
 from tests.fakes.sysfs_tree import SysfsTree, tree_of_rig
 from tests.machine.conftest import REPOSITORY
 from tests.ordinary_user import as_ordinary_user
@@ -36,6 +38,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "etc/cdi/nvidia.yaml": "kind: nvidia.com/gpu\n# libcuda.so.580.126.20\n",
             "etc/nccl.conf": "NCCL_P2P_DISABLE=1\n",
             "usr/bin/dockerd": "",
+            "etc/systemd/system/docker.service.d/gpu.conf": "[Service]\nExecStart=dockerd --add-runtime=nvidia=x\n",
+            f"sys/fs/cgroup/system.slice/docker-{'5c3f' * 16}.scope/cgroup.procs": "",
+            f"var/log/journal/{'5c3f' * 8}/system.journal": b"LPKSHHRH" + bytes(256),
             "var/log/kern.log": "Nov  1 adas-box kernel: [    1.000000] NVRM: Xid (PCI:0000:01:00): 79, x\n",
             "sys/fs/cgroup/memory.max": "1000000000\n",
             "sys/fs/cgroup/cpu.max": "400000 100000\n",
@@ -71,7 +76,7 @@ def spoilt(path: Path, how: str, content: bytes) -> None:
         case "huge":
             path.write_bytes(b"9" * 3_000_000)
         case "many lines":
-            path.write_bytes((old or b"0: x\n") * 20_000)
+            path.write_bytes((old[:200] or b"0: x\n") * 20_000)  # a link may lead to what is huge by now
         case "folder":
             path.mkdir()
         case "pipe":
@@ -128,19 +133,102 @@ def test_an_ordinary_user_is_told_what_root_could_read() -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
         Path(folder).chmod(0o755)
         tree = SysfsTree(Path(folder) / "root").host().device("0000:01:00.0", pci_class=0x030000, driver=None)
-        for name in ("dev/kmsg", "sys/bus/pci/devices/0000:01:00.0/config"):
+        tree.files({"usr/bin/dockerd": "", "etc/docker/daemon.json": "{}"})
+        for name in ("dev/kmsg", "sys/bus/pci/devices/0000:01:00.0/config", "etc/docker/daemon.json"):
             (tree.root / name).chmod(0)
         with as_ordinary_user():
             found = inspect_machine(tree.root)
     assert (found.root, found.host.log_known, found.pci[0].acs_known) == (False, False, False)
     closed = {each.what for each in found.unread if each.needs_root}
-    assert closed == {"/dev/kmsg", "/sys/bus/pci/devices/0000:01:00.0/config"}
+    assert closed == {"/dev/kmsg", "/sys/bus/pci/devices/0000:01:00.0/config", "/etc/docker/daemon.json"}
+    assert (found.container.docker, found.container.docker_nvidia_runtime) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("reader", "what"),
+    [
+        pytest.param("read_host", "the computer", id="the computer"),
+        pytest.param("read_amd", "AMD's cards", id="AMD's cards, whose files ask their driver"),
+        pytest.param("read_host_facts", "the host", id="the host"),
+        pytest.param("read_pci", "the PCI bus", id="the bus, whose files wake a card"),
+        pytest.param("read_container", "the container", id="the container, with the driver's folder"),
+        pytest.param("read_amd_facts", "AMD's driver", id="AMD's driver"),
+        pytest.param("engines", "the installed engines", id="engines on a network's disk"),
+    ],
+)
+def test_a_reader_that_hangs_costs_its_own_facts(
+    template: Path, monkeypatch: pytest.MonkeyPatch, reader: str, what: str
+) -> None:
+    answer = threading.Event()
+
+    def hung(*_: object) -> tuple[InstalledEngine, ...]:
+        answer.wait(60)
+        raise OSError
+
+    monkeypatch.setattr(inspection_reader, "_PATIENCE_S", 1.5)
+    if reader != "engines":
+        monkeypatch.setattr(inspection_reader, reader, hung)
+    started = time.monotonic()
+    try:
+        found = inspect_machine(template, engines=hung if reader == "engines" else lambda: ())
+    finally:
+        answer.set()
+    assert time.monotonic() - started < 15
+    assert [each.why for each in found.unread if each.what == what] == ["no answer in 1.5 s"]
+    assert (found.pci_known, found.host.boot_age_s is not None) == (reader != "read_pci", reader != "read_host_facts")
+    assert (found.machine.host.kernel is not None) == (reader != "read_host")
+    assert found.driver.nvml_error != -1
+    assert "does not answer" not in str(found.machine.driver)
+
+
+def test_a_process_whose_command_line_hangs_costs_no_answer(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+
+    def hung(*_: object) -> bool:
+        answer.wait(60)
+        return True
+
+    used_by = (GpuProcess(pid=42, name="python3"),)
+    monkeypatch.setattr(inspection_reader, "_PATIENCE_S", 1.5)
+    monkeypatch.setattr(inspection_reader, "is_mgpus", hung)
+    monkeypatch.setattr(
+        inspection_reader, "read_amd", lambda _: (Gpu(index=0, vendor="amd", name="x", used_by=used_by),)
+    )
+    started = time.monotonic()
+    try:
+        found = inspect_machine(template)
+    finally:
+        answer.set()
+    assert time.monotonic() - started < 15
+    assert (found.mgpu_processes, found.machine.gpus[0].used_by) == ((), used_by)
+    assert "mgpu's own processes" in {each.what for each in found.unread}
+
+
+def test_a_driver_whose_files_hang_with_nvml_is_known_to_be_silent(
+    template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+
+    def hung(*_: object, **__: object) -> None:
+        answer.wait(60)
+        raise OSError
+
+    for reader in ("_read_nvidia", "read_nvidia_driver"):
+        monkeypatch.setattr(inspection_reader, reader, hung)
+    monkeypatch.setattr(inspection_reader, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(inspection_reader, "patience_s", lambda _: 1.5)
+    try:
+        found = inspect_machine(template)
+    finally:
+        answer.set()
+    assert (found.driver.nvml_error, found.machine.host.kernel is not None) == (-1, True)
+    assert {"NVML", "the NVIDIA driver"} <= {each.what for each in found.unread}
 
 
 @pytest.fixture(scope="module")
 def whole(template: Path) -> Inspection:
     engine = InstalledEngine(backend="vllm", version="0.11.0", architectures=("8.9", "12.0"), architectures_known=True)
-    return inspect_machine(template, engines=(engine,))
+    return inspect_machine(template, engines=lambda: (engine,))
 
 
 def test_an_inspection_goes_to_json_and_back(whole: Inspection) -> None:

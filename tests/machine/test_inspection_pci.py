@@ -51,9 +51,9 @@ def test_a_card_and_the_bridge_above_it_are_read_whole(bus: SysfsTree) -> None:
         aer_correctable=210,
         aer_nonfatal=2,
         aer_fatal=1,
+        aer_fresh=0,
         numa_node=0,
         local_cpus="0-31",
-        bar_sizes=None,
         bar_bytes=32 * 1024**3,
         atomics=True,
     )
@@ -105,6 +105,17 @@ def test_acs_is_read_as_far_as_the_kernel_shows_it(
     (port, _), _, unread = read_pci(tmp_path)
     assert (port.acs_known, port.acs, port.atomics) == (known, value, atomics)
     assert [each.what for each in unread] == ([] if known else [f"/sys/bus/pci/devices/{PORT}/config"])
+
+
+def test_a_card_that_is_asleep_is_not_woken(bus: SysfsTree) -> None:
+    awake = card(bus)
+    bus.files({f"sys/devices/pci0000:00/{PORT}/{CARD}/power/runtime_status": "suspended\n"})
+    (_, asleep), _, unread = read_pci(bus.root)
+    assert asleep == dataclasses.replace(awake, acs_known=False, acs=None, atomics=None)
+    assert [(each.what, each.needs_root) for each in unread] == [(f"/sys/bus/pci/devices/{CARD}/config", False)]
+    assert "asleep" in unread[0].why
+    bus.files({f"sys/devices/pci0000:00/{PORT}/{CARD}/power/runtime_status": "active\n"})
+    assert read_pci(bus.root)[0][1] == awake
 
 
 def test_only_an_ordinary_user_is_told_to_be_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +171,23 @@ def test_atomics_depend_on_what_the_device_is(
     assert read_pci(tmp_path)[0][0].atomics is atomics
 
 
+def test_amds_compute_driver_tells_which_cards_it_lists(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path)
+    for address in (CARD, "0000:05:00.0"):
+        tree.device(address, pci_class=0x030000, ids=(0x1002, 0x744C))
+    tree.device("0000:06:00.0", pci_class=0x030000, ids=(0x10DE, 0x2684))
+    nodes = "sys/class/kfd/kfd/topology/nodes"
+    assert [each.in_kfd for each in read_pci(tmp_path)[0]] == [None, None, None]
+    tree.files(
+        {
+            f"{nodes}/0/properties": "cpu_cores_count 16\ngfx_target_version 0\nlocation_id 0\ndomain 0\n",
+            f"{nodes}/1/properties": "gfx_target_version 110000\nlocation_id 512\ndomain 0\n",
+        }
+    )
+    assert [each.in_kfd for each in read_pci(tmp_path)[0]] == [True, False, None]
+    assert [each.kfd_node for each in read_pci(tmp_path)[0]] == [1, None, None]
+
+
 @pytest.mark.parametrize(("flags", "atomics"), [("1", True), ("9", False), ("13", False), ("x", None)])
 def test_amds_compute_driver_tells_an_ordinary_user_of_atomics(
     tmp_path: Path, flags: str, atomics: bool | None
@@ -173,6 +201,26 @@ def test_amds_compute_driver_tells_an_ordinary_user_of_atomics(
         }
     )
     assert read_pci(tmp_path)[0][0].atomics is atomics
+
+
+@pytest.mark.parametrize(
+    ("later", "fresh"),
+    [pytest.param(330, 120, id="more"), pytest.param(210, 0, id="as many"), pytest.param(3, 0, id="counted anew")],
+)
+def test_corrected_errors_are_counted_once_more(bus: SysfsTree, later: int, fresh: int) -> None:
+    card(bus, aer=(210, 0, 0))
+    counter: dict[str, str | bytes] = {
+        f"sys/devices/pci0000:00/{PORT}/{CARD}/aer_dev_correctable": f"TOTAL_ERR_COR {later}\n"
+    }
+    devices, _, _ = read_pci(bus.root, pause=lambda _: bus.files(counter))
+    assert [each.aer_fresh for each in devices] == [0, fresh]
+
+
+def test_without_errors_nothing_is_waited_for(bus: SysfsTree) -> None:
+    card(bus)
+    pauses: list[float] = []
+    devices, _, _ = read_pci(bus.root, pause=pauses.append)
+    assert (pauses, [each.aer_fresh for each in devices]) == ([], [None, None])
 
 
 UNKNOWN = {
@@ -192,13 +240,6 @@ def test_a_file_that_holds_nonsense_costs_its_own_fact(bus: SysfsTree, field: st
     name, content = UNKNOWN[field]
     bus.files({f"sys/devices/pci0000:00/{PORT}/{CARD}/{name}": content})
     assert read_pci(bus.root)[0][-1] == dataclasses.replace(whole, **{field: None})  # type: ignore[arg-type]
-
-
-def test_the_sizes_of_a_resizable_window_are_read_for_every_maker(bus: SysfsTree) -> None:
-    assert card(bus).bar_sizes is None
-    for bar in (0, 2, 1):
-        bus.files({f"sys/devices/pci0000:00/{PORT}/{CARD}/resource{bar}_resize": f"{1 << (8 + bar):016x}\n"})
-        assert read_pci(bus.root)[0][-1].bar_sizes == 1 << (8 + bar)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_a_rig_is_read_with_all_its_cards_and_nothing_unread(inspect: Inspect, n
         assert card.power_min_w is not None
         assert card.power_default_w is not None
         assert card.power_min_w <= card.power_default_w
+        assert card.power_requested_w == gpu.power_limit_w
         assert (card.pcie_gen_device or 0) >= (gpu.pcie.gen_max or 0)
 
 
@@ -89,7 +90,6 @@ HEALTH = [
     ("gpu.ecc = 1", "ecc_enabled", True),
     ("gpu.ecc.volatile = 3", "ecc_uncorrected_volatile", 3),
     ("gpu.ecc.aggregate = 5", "ecc_uncorrected_aggregate", 5),
-    ("gpu.remap.corr = 2\ngpu.remap.unc = 1", "rows_remapped", 3),
     ("gpu.remap.corr = 0\ngpu.remap.pending = 1", "remap_pending", True),
     ("gpu.remap.corr = 0\ngpu.remap.failure = 1", "remap_failed", True),
     ("gpu.retired.pending = 1", "retired_pages_pending", True),
@@ -98,7 +98,6 @@ HEALTH = [
     ("gpu.fabric.state = 3", "fabric_state", 3),
     ("gpu.fabric.state = 2\ngpu.fabric.status = 999", "fabric_status", 999),
     ("gpu.virt = 1", "virtualisation_mode", 1),
-    ("gpu.fi.90 = 14062", "nvlink_speed_mb_s", 14062),
 ]
 
 
@@ -107,13 +106,41 @@ def test_each_fact_of_a_cards_health_is_asked_of_nvml(inspect: Inspect) -> None:
     lines = [line.replace("gpu.", "gpu0.") for line, _, _ in HEALTH]
     first, second = inspect("2x4090-x670e", *lines, *absent).cards
     last = {field: value for _, field, value in HEALTH}
-    last |= {"rows_remapped": 1, "mig_pending": True, "fabric_state": 2}  # what later lines of the same key say
+    last |= {"mig_pending": True, "fabric_state": 2}  # what later lines of the same key say
     assert {field: getattr(first, field) for field in last} == last
     assert {field: getattr(second, field) for field in last} == dict.fromkeys(last) | {"power_min_w": None}
 
 
 def test_degrees_below_the_limit_are_no_temperature(inspect: Inspect) -> None:
     assert inspect("2x4090-x670e", "gpu0.temp.slowdown = 4294967294").cards[0].temperature_slowdown_c is None
+
+
+def test_the_limits_own_place_is_no_margin_to_it(inspect: Inspect) -> None:
+    """Field 194 is -2 on every card that has it, cold or hot: where on the scale of margins the hardware slows down."""
+    assert "gpu0.fi.194 = -2" in (RIGS / "2x5090-x8.txt").read_text()
+    assert [card.temperature_margin_c for card in inspect("2x5090-x8").cards] == [None, None]
+
+
+TWO_PORTS = ("gpu.nvlink.count = 2", "gpu.nvlink.state = 1")
+OLD_COUNTERS = "gpu.nvlink.errors = 3"
+
+
+@pytest.mark.parametrize(
+    ("lines", "errors"),
+    [
+        pytest.param([OLD_COUNTERS], 2 * 4 * 3, id="four counters of each port, up to Ampere"),
+        pytest.param([OLD_COUNTERS, "gpu.fi.161 = 0", "gpu.fi.163.1 = 7"], 7, id="Hopper's fields of each port"),
+        pytest.param(["gpu.fi.161.0 = 1", "gpu.fi.162.1 = 2", "gpu.fi.163.7 = 64"], 3, id="no port that is not there"),
+        pytest.param(["gpu.fi.208 = 0", "gpu.fi.211.0 = 2", "gpu.fi.215.1 = 4"], 6, id="Blackwell's fields"),
+        pytest.param(["gpu.fi.161 = 1", "gpu.fi.208 = 1", "gpu.fi.215 = 1"], 2, id="what both count, once"),
+        pytest.param(["gpu.fi.161 = !999", "gpu.nvlink.errors = !3"], None, id="counted by nobody"),
+    ],
+)
+def test_nvlink_errors_are_counted_as_the_generation_does(
+    inspect: Inspect, lines: list[str], errors: int | None
+) -> None:
+    card = inspect("2x4090-x670e", *TWO_PORTS, *lines).cards[0]
+    assert [reading.nvlink_errors for reading in card.readings] == [errors]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +175,18 @@ def test_busy_cards_are_looked_at_three_times(inspect: Inspect) -> None:
     assert {(reading.sm_clock_mhz, reading.nvlink_errors) for reading in readings} == {(2505, 2 * 4 * 3)}
     times = [reading.at_s for reading in readings]
     assert times[0] < 0.3 < 0.59 < times[2] - times[0]
+
+
+def test_the_engines_of_an_mgpu_are_known_among_the_processes(inspect: Inspect, tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {
+        "proc/4711/status": "PPid:\t4710\n",
+        "proc/4710/cmdline": "/usr/bin/python3\0/usr/bin/mgpu\0run\0",
+        "proc/4712/status": "PPid:\t1\n",
+    }
+    tree = tree_of_rig(tmp_path / "root", RIGS / "2x4090-x670e.txt").files(files)
+    found = inspect("2x4090-x670e", "gpu0.compute = 4711:1024 4712:1024", tree=tree)
+    assert [process.pid for process in found.machine.gpus[0].used_by] == [4711, 4712]
+    assert found.mgpu_processes == (4711,)
 
 
 def test_peer_access_is_asked_for_reads_and_writes(inspect: Inspect) -> None:

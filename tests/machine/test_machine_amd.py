@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mgpu.machine.amd import read_amd
+from mgpu.machine.inspection_reader import inspect_machine
 from mgpu.machine.snapshot import Gpu, GpuProcess, PcieLink
 from mgpu.machine.sysfs import pcie_link
 
@@ -114,6 +116,16 @@ ARC_FILES: Files = {
     f"{ARC}/current_link_width": "1\n",
 }
 FOREIGN_SWITCH: Files = {**RADEON, f"{UPSTREAM}/vendor": "0x10b5\n", f"{DOWNSTREAM}/vendor": "0x10b5\n"}
+
+
+def test_the_sensors_of_a_card_that_is_asleep_are_left_alone(tree: Tree) -> None:
+    links = {"sys/class/drm/card1/device": XTX, "sys/bus/pci/devices/0000:03:00.0": XTX}
+    (awake,) = read_amd(tree({**RADEON, f"{XTX}/power/runtime_status": "active\n"}, links))
+    root = tree({f"{XTX}/power/runtime_status": "suspended\n"})
+    unknown = {"power_w": None, "power_limit_w": None, "temperature_c": None, "utilisation_percent": None}
+    assert read_amd(root) == (dataclasses.replace(awake, **unknown),)  # type: ignore[arg-type]
+    why = {each.what: each.why for each in inspect_machine(root).unread}
+    assert "asleep" in why["/sys/bus/pci/devices/0000:03:00.0/hwmon"]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,33 @@ def test_a_control_groups_limit_caps_the_memory(tree: Tree, files: Files, total_
     assert (host.ram_bytes, host.ram_available_bytes) == (total_gib * GIB, available_gib * GIB)
 
 
+LAYERS = "1 0 0:50 / / rw - overlay overlay rw\n"
+
+
+@pytest.mark.parametrize(
+    ("namespace", "files", "container"),
+    [
+        pytest.param("pid:[4026531836]", {}, "none", id="the computer's own processes"),
+        pytest.param("pid:[4026531836]", {"proc/self/mountinfo": LAYERS}, "none", id="a system on layers"),
+        pytest.param("pid:[4026532201]", {"proc/self/mountinfo": LAYERS}, "container-other", id="a pod's container"),
+        pytest.param("pid:[4026532201]", {}, None, id="processes of its own alone, as in a sandbox"),
+        pytest.param(
+            "pid:[4026532201]",
+            {"proc/self/mountinfo": LAYERS, "proc/sys/kernel/osrelease": "5.15.1-microsoft-standard-WSL2\n"},
+            "none",
+            id="WSL",
+        ),
+    ],
+)
+def test_where_control_groups_hide_the_container_its_processes_tell(
+    tree: Tree, namespace: str, files: Files, container: str | None
+) -> None:
+    root = tree(DESKTOP | {"proc/1/cgroup": "0::/\n"} | files)
+    (root / "proc/self/ns").mkdir(parents=True)
+    (root / "proc/self/ns/pid").symlink_to(namespace)
+    assert read_host(root).container == container
+
+
 def test_nothing_to_read_is_nothing_known(tmp_path: Path) -> None:
     host = read_host(tmp_path)
     facts = (host.kernel, host.cpu, host.cores, host.ram_bytes, host.numa_nodes, host.virtualisation, host.container)

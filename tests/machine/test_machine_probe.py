@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from mgpu.machine.probe import probe, with_engine_devices
 from mgpu.machine.simulate import simulate
 from mgpu.machine.snapshot import EngineDevice, Gpu, Machine, machine_from_json
+from tests.fakes.sysfs_tree import tree_of_rig
 
 GIB = 1024**3
 RIG = Path(__file__).parents[1] / "machines/rigs/2x4090-one-lost.txt"
@@ -49,6 +51,52 @@ def test_an_empty_root_is_a_machine_without_cards_or_facts(tmp_path: Path) -> No
     assert datetime.fromisoformat(machine.captured_at).utcoffset() is not None
     assert machine.host.kernel is None
     assert [gpu for gpu in machine.gpus if gpu.vendor == "amd"] == []
+
+
+HUNG = """
+import os, sys
+import mgpu.machine.nvidia
+mgpu.machine.nvidia._PATIENCE_S = mgpu.machine.nvidia._PATIENCE_PER_CARD_S = 0.2
+if sys.argv[1:]:
+    from mgpu.cli.main import run_main
+    run_main()
+import json
+from mgpu.machine.patience import is_awaited
+from mgpu.machine.probe import probe
+from mgpu.machine.snapshot import to_json
+print(json.dumps([is_awaited(), to_json(probe()), is_awaited()]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture
+def hung(run_python: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+    """hung(*words) runs mgpu, or without words prints what `probe` gives, where the driver hangs at the first
+    question."""
+    tree = tree_of_rig(tmp_path / "root", RIG.with_stem("2x4090-x670e"))
+    os.mkfifo(tmp_path / "rig")  # the fake library opens it, and nobody ever writes to it
+    return lambda *words: run_python(HUNG, *words, FAKE_NVML=str(tmp_path / "rig"), MGPU_ROOT=str(tree.root))
+
+
+def test_a_driver_that_hangs_costs_seconds_and_its_cards_alone(hung: Callable[..., str]) -> None:
+    before, data, after = json.loads(hung())
+    machine = machine_from_json(data)
+    assert (before, after) == (False, True)
+    assert (machine.host.kernel, machine.links) == ("6.8.0-90-generic", ())
+    assert machine.driver is not None
+    assert machine.driver.version == "580.126.20"
+    for words in ("hangs", "NVML did not answer", "mgpu doctor", "reboot"):
+        assert words in (machine.driver.problem or "")
+    assert [(gpu.name, gpu.bus_id) for gpu in machine.gpus] == [
+        ("NVIDIA GPU [10de:2684]", "0000:01:00.0"),
+        ("NVIDIA GPU [10de:2684]", "0000:02:00.0"),
+    ]
+    assert all(gpu.problem for gpu in machine.gpus)
+
+
+@pytest.mark.parametrize("words", [("gpus",), ("plan", "llama-70b", "--json")], ids=["gpus", "plan"])
+def test_a_command_answers_beside_a_driver_that_hangs(hung: Callable[..., str], words: tuple[str, ...]) -> None:
+    assert "NVML did not answer" in hung(*words)
 
 
 def device(name: str, description: str, total_gib: float = 24, free_gib: float = 23) -> EngineDevice:

@@ -61,6 +61,35 @@ def test_simulated_memory_is_what_real_cards_report(expression: str, rig: str) -
         assert gpu.compute_capability == facts[f"gpu{gpu.index}.cc"]
 
 
+@pytest.mark.parametrize(
+    ("expression", "cards", "free_bytes"),
+    [
+        pytest.param("7900XTX", 1, None, id="a name that begins like a count"),
+        pytest.param("2x7900XTX", 2, None, id="the same, counted"),
+        pytest.param("2x4090+ram64", 2, 64 << 30, id="host memory"),
+        pytest.param("none+ram 32 GiB", 0, 32 << 30, id="nothing but host memory"),
+    ],
+)
+def test_names_counts_and_host_memory_are_told_apart(expression: str, cards: int, free_bytes: int | None) -> None:
+    machine = simulate(expression)
+    assert (len(machine.gpus), machine.host.ram_available_bytes) == (cards, free_bytes)
+
+
+@pytest.mark.parametrize(
+    ("expression", "meant"),
+    [
+        pytest.param("4090x2", "2x4090", id="the count behind"),
+        pytest.param("2 4090", "2x4090", id="a blank"),
+        pytest.param("4090,3060", "4090+3060", id="a comma"),
+        pytest.param("RTX 4090 x 2", '"2xRTX 4090"', id="a name with a blank"),
+    ],
+)
+def test_another_way_to_write_a_machine_is_proposed_in_ours(expression: str, meant: str) -> None:
+    with pytest.raises(UsageError) as error:
+        simulate(expression)
+    assert error.value.hint == f"did you mean --machine {meant}?"
+
+
 def test_only_boards_with_a_switch_are_known_to_be_joined() -> None:
     assert simulate("2xH100").links == (Link(a=0, b=1, kind="NVLink", p2p=True),)
     assert simulate("2x3090").links == ()
@@ -85,6 +114,8 @@ def test_a_driver_is_there_but_unknown_with_nvidia_cards() -> None:
         ("65x4090", "at most 64"),
         ("40x4090+40x3090", "at most 64"),
         ("9" * 5000 + "x4090", "at most 64"),
+        ("2x4090+ram", "no size of host memory"),
+        ("2x4090+ram64TB", "no size of host memory"),
         ("2xA100", "ambiguous"),
         ("2x4099", "nearest names"),
         ("6600xt", "not in the catalogue"),
