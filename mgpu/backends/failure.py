@@ -3,14 +3,14 @@
 Codes shared by every engine:
 
     out-of-memory       a card could not give the memory asked for
-    host-out-of-memory  the machine's RAM could not
+    host-out-of-memory  the machine's RAM could not, or the kernel killed the engine for want of it
     port-in-use, bad-host
     bad-flag, bad-value, bad-device, split-unsupported, flash-attention-required
     model-missing, model-corrupt, model-not-gguf, model-unusable, architecture-unknown
     device-lost         a card (or the machine behind an RPC endpoint) died or failed while computing
     engine-broken       the program itself cannot run here: missing library, wrong CPU, no kernels for the card
     cards-unreachable   the cards of a group do not reach each other (NCCL)
-    killed              SIGKILL, most often the kernel's out-of-memory killer
+    killed              SIGKILL, by whomever (mgpu.running.kernel_kills looks whether it was the kernel)
     stopped             somebody else asked the engine to end
     crashed             assertion, abort, segmentation fault
     exited              it ended by itself and nothing above explains it
@@ -130,7 +130,7 @@ def _from_signal(engine: str, number: int, when: str, words: str) -> Failure:
     known = signal.Signals(number) if number in set(signal.Signals) else None
     name = known.name if known else f"signal {number}"
     if known == signal.SIGKILL:
-        message = f"{engine} was killed (SIGKILL){when}, probably because the machine ran out of RAM"
+        message = f"{engine} was killed (SIGKILL){when}: by somebody, or by the kernel when RAM ran out"
         hint = "journalctl -k -g 'Out of memory' tells; a smaller --ctx or --quant needs less RAM"
         return Failure(code="killed", message=shorten(message), hint=hint, deterministic=False)
     if known in _ASKED_TO_END:

@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mgpu.backends.engine import SECRET_VARIABLES, Engine, kill_group, start_program, vllm_environment
+from mgpu.backends.engine import SECRET_VARIABLES, Engine, vllm_environment
 from mgpu.backends.vllm import NAME
 from mgpu.backends.vllm_program import installed_version
 from mgpu.errors import EngineFailed, Missing, UsageError
+from mgpu.programs import HEARD, kill_group, start_program
 from mgpu.units import GIB, gib
 
 DEFAULT_PACKAGE = "vllm"
@@ -164,7 +165,7 @@ def _run(
 ) -> int:
     """Run `command`, hand on what it prints, and return its status; whatever happens, nothing of it goes on."""
     environment = _environment(os.environ) | ({"TMPDIR": str(temporary)} if temporary else {})
-    process = start_program(command, environment)
+    process = start_program(command, environment, **HEARD)
 
     def give_up() -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from mgpu.backends.backend import Backend, DeviceMemory, Get, Launch, Serving
-from mgpu.backends.engine import LLAMA_CPP
+from mgpu.backends.engine import LLAMA_CPP, Engine, ask
 from mgpu.backends.llama_cpp_failure import diagnose
 from mgpu.backends.llama_cpp_log import Phase, buffers_by_device, parse_line
 from mgpu.backends.llama_cpp_metrics import sample_from_text
-from mgpu.backends.samples import Sample
-from mgpu.errors import UsageError
+from mgpu.backends.samples import Sample, has_metrics
+from mgpu.errors import EngineFailed, UsageError
 from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.planning.memory import padded_ctx_tokens
 from mgpu.planning.wants import Wants
@@ -76,10 +78,13 @@ _BATCH = 2048
 # Flags that take memory nobody has planned.
 _UNPLANNED_FLAGS = (
     "-md", "--model-draft", "-mm", "--mmproj", "-mmu", "--mmproj-url", "--lora", "--lora-scaled", "--control-vector",
-    "-ot", "--override-tensor", "-b", "--batch-size", "--embedding", "--embeddings", "--rerank", "--reranking",
+    "-ot", "--override-tensor", "-b", "--batch-size", "--rerank", "--reranking",
 )  # fmt: skip
+_OVERRIDES = ("-ot", "--override-tensor")
 # More layers than any model has.
 _ALL_LAYERS = 1_000_000
+_LAYERS_TRIED = 200
+_HELP_LIMIT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +97,12 @@ class EngineArguments:
     @property
     def unplanned(self) -> tuple[str, ...]:
         """The flags among `rest` that take memory which is not in the plan."""
-        flags = (word.partition("=")[0] for word in self.rest)
-        return tuple(flag for flag in flags if flag in _UNPLANNED_FLAGS)
+        flags = ((word.partition("=")[0], value) for word, value in zip(self.rest, (*self.rest[1:], ""), strict=False))
+        return tuple(
+            flag
+            for flag, value in flags
+            if flag in _UNPLANNED_FLAGS and not (flag in _OVERRIDES and experts_on_host(value))
+        )
 
 
 def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[EngineArguments, Wants]:
@@ -126,11 +135,36 @@ def read_engine_arguments(arguments: Sequence[str], wants: Wants) -> tuple[Engin
             wants = replace(wants, kv_unified=True)
         elif flag == "--swa-full":
             wants = replace(wants, swa_full=True)
+        elif flag in ("--embedding", "--embeddings"):
+            wants = replace(wants, embeddings=True)
         elif flag in ("-cmoe", "--cpu-moe"):
             wants = replace(wants, cpu_moe_layers=_ALL_LAYERS)
         elif flag in ("-ncmoe", "--n-cpu-moe") and queue and queue[0].isdecimal():
             wants = replace(wants, cpu_moe_layers=int(queue[0][:6]))
+        elif flag in _OVERRIDES and queue and (layers := experts_on_host(queue[0])):
+            wants = replace(wants, cpu_moe_layers=layers)
     return EngineArguments(rest=tuple(rest), rpc=rpc), wants
+
+
+def experts_on_host(override: str) -> int:
+    """Return of how many first layers `--override-tensor` keeps the routed experts on the host, as "exps=CPU" and
+    "blk\\.[0-9]\\.ffn_.*_exps\\.=CPU" do; 0 where it does anything else."""
+    pattern, _, buffer = override.rpartition("=")
+    if buffer != "CPU":
+        return 0
+    try:
+        found = re.compile(pattern)
+    except re.error:
+        return 0
+    parts = ("up", "gate", "down")
+    matched = [
+        [bool(found.search(f"blk.{layer}.ffn_{part}{kind}.weight")) for part in parts for kind in ("_exps", "")]
+        for layer in range(_LAYERS_TRIED)
+    ]
+    experts = [all(each[::2]) and not any(each[1::2]) for each in matched]
+    count = experts.index(False) if False in experts else _ALL_LAYERS
+    others = any(any(each) for each in matched[count:]) or found.search("blk.0.attn_q.weight")
+    return 0 if others else count
 
 
 def build_launch(candidate: Candidate, serving: Serving) -> Launch:
@@ -159,9 +193,14 @@ def build_launch(candidate: Candidate, serving: Serving) -> Launch:
     if arguments.rpc:
         argv += ["--rpc", arguments.rpc]
     if used:
-        argv += ["-dev", ",".join(names), "-ngl", str(sum(units)), "-sm", candidate.split_mode]
-        if len(used) > 1:
+        tensor = candidate.split_mode == "tensor"  # then each has all layers
+        argv += ["-dev", ",".join(names), "-ngl", str(units[0] if tensor else sum(units)), "-sm", candidate.split_mode]
+        if tensor:
+            argv += ["-ts", ",".join(f"{share:g}" for share in wants.tensor_split or (1,) * len(used))]
+        elif len(used) > 1:
             argv += ["-ts", ",".join(map(str, units))]
+        if candidate.host.expert_layers > wants.cpu_moe_layers:
+            argv += ["--n-cpu-moe", str(candidate.host.expert_layers)]
     else:
         argv += ["-dev", "none", "-ngl", "0"]
     ctx_tokens = padded_ctx_tokens(candidate.ctx_tokens) * candidate.parallel
@@ -175,6 +214,17 @@ def build_launch(candidate: Candidate, serving: Serving) -> Launch:
         # Of a single key llama-server writes the last four characters to its log, of several only how many.
         env[API_KEY_VARIABLE] = api_key if "," in api_key else f"{api_key},{secrets.token_hex(16)}"
     return Launch(argv=tuple(argv), env=env, secrets=frozenset({API_KEY_VARIABLE} if api_key else ()))
+
+
+@cache
+def knows_tensor_split(engine: Engine) -> bool:
+    """Return whether the llama-server has `--split-mode tensor`, as its --help tells; blocks for a second or so when it
+    is asked for the first time. One that gives no answer is taken to know it: its start will tell."""
+    try:
+        modes = re.search(r"--split-mode\s+\{([^}]*)\}", ask(engine, ["--help"], limit_s=_HELP_LIMIT_S))
+    except EngineFailed:
+        return True
+    return modes is None or "tensor" in modes[1].split(",")
 
 
 def memory(lines: Sequence[str], candidate: Candidate) -> dict[int, DeviceMemory]:
@@ -200,9 +250,9 @@ def phase(line: str) -> str | None:
 
 
 def sample(at: float, get: Get) -> Sample | None:
-    """Read the engine's counters at second `at`; None when it does not answer."""
-    metrics = get("/metrics")
-    return None if metrics is None else sample_from_text(at, metrics, get("/slots"))
+    """Read the engine's counters at second `at`; None when it does not answer, or with something else."""
+    metrics = get("/metrics") or ""
+    return sample_from_text(at, metrics, get("/slots")) if has_metrics(metrics) else None
 
 
 def _pinned(used: Sequence[PlannedDevice]) -> bool:
@@ -224,4 +274,5 @@ BACKEND = Backend(
     diagnose=diagnose,
     memory=memory,
     sample=sample,
+    is_chatter=lambda line: line.endswith(": all slots are idle"),
 )

@@ -29,7 +29,7 @@ def _cause(code: str, pattern: str, message: str, hint: str, *, deterministic: b
     return Cause(code=code, pattern=re.compile(pattern), message=message, hint=hint, deterministic=deterministic)
 
 
-_CHANGE_THE_OPTION = "see the engine's options: llama-server --help"
+_CHANGE_THE_OPTION = "its options: --help of the llama-server that mgpu backends shows"
 _FETCH_AGAIN = "delete the file and fetch it again"
 _NEWER_ENGINE = "a newer llama.cpp may know it: mgpu backends"
 _DOCTOR = "look for what the kernel reported: sudo dmesg | grep -i -E 'xid|amdgpu|nvrm'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -52,12 +53,20 @@ def rates(previous: Sample, current: Sample) -> Rates:
     )
 
 
+def has_metrics(text: str) -> bool:
+    """Whether there is a series in what should be Prometheus text."""
+    return next(_series(text), None) is not None
+
+
 def parse_metrics(text: str) -> dict[str, float]:
     """Prometheus text as series name (with its labels, as written) to value.
 
     Comments, lines that make no sense and values that are not finite are left out; never raises.
     """
-    series: dict[str, float] = {}
+    return dict(_series(text))
+
+
+def _series(text: str) -> Iterator[tuple[str, float]]:
     for line in text.splitlines():
         if line.startswith("#"):
             continue
@@ -70,8 +79,7 @@ def parse_metrics(text: str) -> dict[str, float]:
         except ValueError:
             continue
         if math.isfinite(value):
-            series[name] = value
-    return series
+            yield name, value
 
 
 def _grown(before: float | None, after: float | None) -> float | None:

@@ -101,7 +101,8 @@ def build_launch(candidate: Candidate, serving: Serving) -> Launch:
         argv += ["--pipeline-parallel-size", str(candidate.pipeline_parallel)]
     if candidate.replicas > 1:
         argv += ["--data-parallel-size", str(candidate.replicas)]
-    argv += ["--max-model-len", str(candidate.ctx_tokens), "--max-num-seqs", str(candidate.parallel)]
+    # Each replica has a scheduler of its own, and the limit is that scheduler's ("per data-parallel rank").
+    argv += ["--max-model-len", str(candidate.ctx_tokens), "--max-num-seqs", str(candidate.users_per_replica)]
     if candidate.devices:
         share = wants.gpu_memory_utilization or DEFAULT_UTILISATION
         argv += ["--gpu-memory-utilization", f"{share:g}"]

@@ -44,6 +44,7 @@ def _cause(
 _UTILISATION = "-- --gpu-memory-utilization"
 _DOCTOR = "look for what the kernel reported: sudo dmesg | grep -i -E 'xid|nvrm|amdgpu'"
 _NEWER_ENGINE = "a newer vLLM may: mgpu backends install vllm"
+_CHANGE_THE_OPTION = "its options: serve --help=all of the vllm that mgpu backends shows"
 _SHAPE = "mgpu plan MODEL --backend vllm shows the sizes that work"
 
 # The first row that matches any line decides, so that consequences come after their causes.
@@ -120,19 +121,19 @@ CAUSES = (
         "bad-flag",
         r"^vllm(?: serve)?: error: unrecognized arguments: (?P<flag>\S+)",
         "vLLM does not know the option {flag}",
-        "see the engine's options: vllm serve --help=all",
+        _CHANGE_THE_OPTION,
     ),
     _cause(
         "bad-value",
         r"^vllm(?: serve)?: error: argument (?P<flag>[^:]+): (?P<why>.*)",
         "vLLM refuses the value of {flag}: {why}",
-        "see the engine's options: vllm serve --help=all",
+        _CHANGE_THE_OPTION,
     ),
     _cause(
         "bad-flag",
         r"^vllm(?: serve)?: error: (?P<why>.*)",
         "vLLM refuses the command line: {why}",
-        "see the engine's options: vllm serve --help=all",
+        _CHANGE_THE_OPTION,
     ),
     _cause(
         "port-in-use",

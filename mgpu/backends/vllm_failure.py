@@ -59,6 +59,8 @@ _FOLLOWS = re.compile(
     r"|KeyError: '/psm_|^RuntimeError: Worker failed with error|resource_tracker"
 )
 _WORKER_DIED = re.compile(r"Worker proc (?P<worker>\S+) died unexpectedly \(exit code: -(?P<signal>\d+)\)")
+# While it loads; 1 is of a core that has told why.
+_CORE_DIED = re.compile(r"Failed core proc\(s\): \{.*?'(?P<core>EngineCore[^']*)': -(?P<signal>\d+)")
 _ASKED_TO_STOP = "API server: shutdown triggered"
 _API_SERVER = re.compile(r"(?i)apiserver")
 _MARKER = re.compile(r"[\s^~]*")
@@ -127,10 +129,13 @@ def _explain(cause: Cause, match: re.Match[str], error: _Error, begun: str) -> F
 
 
 def _dead_worker(errors: Sequence[_Error]) -> Failure | None:
-    """A worker that was killed: the engine core notices, and vLLM then ends as if nothing had happened."""
+    """A worker that was killed: the engine core notices, and vLLM then ends as if nothing had happened. Or the engine
+    core itself."""
     for error in errors:
-        if match := _WORKER_DIED.search(error.text):
-            failure = from_exit_status(f"the vLLM worker {match['worker']}", -int(match["signal"][:3]))
+        worker, core = _WORKER_DIED.search(error.text), _CORE_DIED.search(error.text)
+        if match := worker or core:
+            who = f"the vLLM worker {worker['worker']}" if worker else "the engine core of vLLM"
+            failure = from_exit_status(who, -int(match["signal"][:3]))
             return Failure(
                 code=failure.code,
                 message=failure.message,

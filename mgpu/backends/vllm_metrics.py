@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mgpu.backends.backend import Get
-from mgpu.backends.samples import Sample, parse_metrics
+from mgpu.backends.samples import Sample, has_metrics, parse_metrics
 
 METRICS_PATH = "/metrics"
 
 
 def sample(at: float, get: Get) -> Sample | None:
-    """Read the engine's counters at second `at`; None when it does not answer."""
-    text = get(METRICS_PATH)
-    return None if text is None else sample_from_text(at, text)
+    """Read the engine's counters at second `at`; None when it does not answer, or with something else."""
+    text = get(METRICS_PATH) or ""
+    return sample_from_text(at, text) if has_metrics(text) else None
 
 
 def sample_from_text(at: float, text: str) -> Sample:

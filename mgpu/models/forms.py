@@ -117,16 +117,16 @@ class Model:
         return next((weights for weights in found if weights.facts.quantisation == quantisation), found[0])
 
 
-def find_model(source: ModelSource, quant: str | None, *, safetensors: bool = False) -> Model:
+def find_model(source: ModelSource, quant: str | None, *, backend: str = "auto") -> Model:
     """Return the model that MODEL and `--quant` (None: not given) mean, without fetching weights. Of a repository that
-    holds both forms it is the GGUF, unless `safetensors` are wanted.
+    holds both forms it is the GGUF, unless `backend`, the engine that was asked for, is vLLM.
 
     Raises UsageError where `quant` is none of its quantisations, Missing for what is not there, BadModel for what is
     no model.
     """
     match source:
         case ProfileName(name):
-            return _profiled(name, quant)
+            return _profiled(name, quant, backend)
         case GgufFile(path):
             _refuse_quantisation(quant, path)
             return _gguf_file(path)
@@ -134,7 +134,7 @@ def find_model(source: ModelSource, quant: str | None, *, safetensors: bool = Fa
             _refuse_quantisation(quant, path)
             return _folder(path)
         case HubRepository():
-            return _on_hub(in_quantisation(source, quant), safetensors=safetensors)
+            return _on_hub(in_quantisation(source, quant), safetensors=backend == "vllm")
         case OllamaTag():
             return _tagged(source, quant)
 
@@ -151,14 +151,14 @@ def choose_quantisation(profile: Profile, quant: str | None) -> tuple[str, GgufS
     raise _no_quantisation(profile, str(quant))
 
 
-def _profiled(name: str, quant: str | None) -> Model:
+def _profiled(name: str, quant: str | None, backend: str) -> Model:
     from mgpu.profile import load_profile
 
     profile = load_profile(name).profile
     gguf = (_gguf_of(profile, quant),) if quant is None or quant.upper() in profile.quantisations else ()
     safetensors = tuple(_safetensors_of(profile, quant))
     if not gguf and not safetensors:
-        raise _no_quantisation(profile, str(quant))
+        raise _no_quantisation(profile, str(quant), backend)
     return Model(name=name, kind="a profile", gguf=gguf, safetensors=safetensors, profile=profile)
 
 
@@ -275,14 +275,19 @@ def _refuse_quantisation(quant: str | None, path: Path) -> None:
         raise UsageError(f"--quant {quant} chooses among a profile's files; {path} is one model", hint="leave it out")
 
 
-def _no_quantisation(profile: Profile, quant: str) -> UsageError:
-    for_vllm = dict.fromkeys(source.quantisation for source in profile.vllm)
-    there = {name.lower(): name for name in (*profile.quantisations, *for_vllm)}
-    near = difflib.get_close_matches(quant.lower(), there, n=1, cutoff=0.3)
+def _no_quantisation(profile: Profile, quant: str, backend: str = "auto") -> UsageError:
+    """The error for a quantisation that is not there, with the nearest of those that `backend` loads."""
+    for_vllm = list(dict.fromkeys(source.quantisation for source in profile.vllm))
+    for_gguf: list[str] = [*profile.quantisations]
+    every = [*for_gguf, *for_vllm]
+    there = (every if backend == "auto" else for_vllm if backend == "vllm" else for_gguf) or every
+    by_name = {name.lower(): name for name in there}
+    near = difflib.get_close_matches(quant.lower(), by_name, n=1, cutoff=0.5)
+    usual = profile.default_quantisation if profile.default_quantisation in there else there[0]
     also = f"; for vLLM {', '.join(for_vllm)}" if for_vllm else ""
     return UsageError(
-        f"profile {profile.name} has no quantisation {quant}; it has {', '.join(profile.quantisations)}{also}",
-        hint=f"--quant {there[near[0]] if near else profile.default_quantisation}",
+        f"profile {profile.name} has no quantisation {quant}; it has {', '.join(for_gguf)}{also}",
+        hint=f"--quant {by_name[near[0]] if near else usual}",
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
 from mgpu.errors import BadModel
 from mgpu.models.attention import Attention, windows
+from mgpu.models.cuts import tensor_cuts
 from mgpu.models.facts import Layer, ModelFacts
 from mgpu.models.gguf import GgufHeader, LongValue, Value, read_gguf
 from mgpu.models.quantisation import FILE_TYPES
-from mgpu.models.tensors import place
+from mgpu.models.tensors import layer_of, place
 
 
 def facts_from_gguf(path: Path) -> ModelFacts:
@@ -53,6 +55,8 @@ def facts_from_header(header: GgufHeader) -> ModelFacts:
     if not heads:
         raise keys.bad("it has no attention heads")
     attention = _attention(keys, architecture, layers, embedding_length // heads)
+    cuts, head_cut = tensor_cuts(header.tensors, attention, heads)
+    states = _states(keys, header, layers, embedding_length)
     experts = keys.number("expert_count", 0, 1 << 16, 0)
     used = min(experts, keys.number("expert_used_count", 0, 1 << 16, 0))
     unused = placement.expert_parameters * (experts - used) // max(1, experts)
@@ -82,6 +86,7 @@ def facts_from_header(header: GgufHeader) -> ModelFacts:
         embedding_bytes=placement.embedding_bytes,
         head_bytes=placement.head_bytes,
         other_bytes=placement.other_bytes,
+        head_cut=head_cut,
         layers=tuple(
             Layer(
                 weights_bytes=weights,
@@ -90,9 +95,11 @@ def facts_from_header(header: GgufHeader) -> ModelFacts:
                 key_length=each.key_length,
                 value_length=each.value_length,
                 sliding_window=each.sliding_window,
+                state_bytes=state,
+                cuts=cut,
             )
-            for weights, expert, each in zip(
-                placement.layer_bytes, placement.layer_expert_bytes, attention, strict=True
+            for weights, expert, each, state, cut in zip(
+                placement.layer_bytes, placement.layer_expert_bytes, attention, states, cuts, strict=True
             )
         ),
         file_bytes=header.file_bytes,
@@ -210,6 +217,18 @@ def _windows(keys: _Keys, architecture: str, layers: int) -> tuple[int | None, .
     return windows(architecture, layers, window, pattern if isinstance(pattern, int) and pattern > 0 else None)
 
 
+def _states(keys: _Keys, header: GgufHeader, layers: int, embedding_length: int) -> tuple[int, ...]:
+    """The bytes of each layer's recurrent state for one user, in 32-bit floats (llama-hparams.cpp, `n_embd_r` and
+    `n_embd_s`): the last inputs of its convolution, and the state itself."""
+    kernel = keys.number("ssm.conv_kernel", 0, 1 << 16, 0)
+    inner, state = keys.number("ssm.inner_size", 0, 1 << 24, 0), keys.number("ssm.state_size", 0, 1 << 16, 0)
+    groups = keys.number("ssm.group_count", 0, 1 << 16, 0)
+    mixed = max(0, kernel - 1) * (inner + 2 * groups * state) + state * inner
+    short = max(0, keys.number("shortconv.l_cache", 0, 1 << 16, 0) - 1) * embedding_length
+    recurrent = {layer_of(each.name) for each in header.tensors if _RECURRENT.search(each.name)}
+    return tuple(_F32 * (mixed or short) if layer in recurrent else 0 for layer in range(layers))
+
+
 def _keeps_cache(keys: _Keys, architecture: str, layer: int, layers: int) -> bool:
     """False for a recurrent layer and for one that reads an earlier layer's cache."""
     interval = keys.number("full_attention_interval", 0, 1 << 16, _FULL_ATTENTION_INTERVALS.get(architecture, 0))
@@ -220,6 +239,8 @@ def _keeps_cache(keys: _Keys, architecture: str, layer: int, layers: int) -> boo
     return layer < layers - keys.number("attention.shared_kv_layers", 0, layers, 0)
 
 
+_F32 = 4
+_RECURRENT = re.compile(r"\.(ssm|shortconv)_?")
 # Built into llama.cpp for files that do not say.
 _DEFAULT_WINDOWS = {"gemma2": 4096, "llama4": 8192}
 _FULL_ATTENTION_INTERVALS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}

@@ -32,6 +32,12 @@ def facts_from_folder(path: Path) -> ModelFacts:
             code="model-missing",
             hint="give the folder that holds config.json, or a .gguf file",
         ) from None
+    except NotADirectoryError:
+        raise BadModel(
+            f"{path} is neither a .gguf file nor a folder",
+            code="model-missing",
+            hint="give the folder that holds config.json, or a .gguf file",
+        ) from None
     except OSError as error:
         raise BadModel(f"{config_path} cannot be read: {error.strerror}", code="model-missing") from None
     except (ValueError, RecursionError):

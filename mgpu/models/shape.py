@@ -7,9 +7,11 @@ it accepts files made from them and reports the same bytes for each device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mgpu.models.attention import Attention, windows
+from mgpu.models.cuts import tensor_cuts
 from mgpu.models.facts import Layer, ModelFacts
 from mgpu.models.quantisation import Recipe, known_quantisation
 from mgpu.models.tensors import Tensor, place
@@ -46,9 +48,12 @@ def facts_from_shape(name: str, shape: ModelShape, quantisation: str) -> ModelFa
     Raises UsageError for an unknown quantisation.
     """
     tensors = tensor_table(shape, quantisation)
-    return facts_of_tensors(
+    facts = facts_of_tensors(
         name, shape, tensors, quantisation=known_quantisation(quantisation), source=f"profile {name}"
     )
+    cuts, head_cut = tensor_cuts(tensors, _attention(shape), shape.heads)
+    layers = tuple(replace(layer, cuts=cut) for layer, cut in zip(facts.layers, cuts, strict=True))
+    return replace(facts, layers=layers, head_cut=head_cut, weights_basis="table")
 
 
 def facts_of_tensors(

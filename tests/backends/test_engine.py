@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from mgpu.backends import load_backend
 from mgpu.backends.engine import (
     DeviceQuery,
     Engine,
+    ask,
     engine_environment,
     find_llama_server,
     require_llama_server,
@@ -300,6 +302,25 @@ def test_an_engine_that_hangs_is_given_up_and_ended_with_its_children(
     assert failed.value.code == "engine-broken"
     until(lambda: not any(map(alive, pids_of(path))))
     assert time.monotonic() - begun < LIMIT_S, "it waited for the script's child"
+
+
+def test_what_an_engine_leaves_in_its_temporary_folder_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    path = program(tmp_path / "vllm", 'mkdir "$TMPDIR/torchinductor_me" && ls "$TMPDIR"')
+    assert ask(Engine(backend="vllm", path=path, found_in="PATH"), ["--help"]) == "torchinductor_me\n"
+    assert list(temporary.iterdir()) == []
+
+
+def test_an_engine_is_asked_where_no_temporary_folder_can_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+    path = program(tmp_path / "vllm", "echo help")
+    assert ask(Engine(backend="vllm", path=path, found_in="PATH"), ["--help"]) == "help\n"
 
 
 def test_a_query_that_is_closed_leaves_no_process(tmp_path: Path) -> None:

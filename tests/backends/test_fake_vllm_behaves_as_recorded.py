@@ -20,8 +20,8 @@ from mgpu.backends.vllm import BACKEND
 from mgpu.backends.vllm_log import PHASES, kv_tokens
 from mgpu.backends.vllm_program import fit_to_help, installed_version, serve_help
 from mgpu.errors import EngineFailed
+from mgpu.running.guard import watch
 from mgpu.running.process import EngineProcess
-from mgpu.running.reaper import watch
 from tests.fakes.devices import free_port
 from tests.fakes.tiny_llama import make_tiny_llama
 from tests.fakes.vllm_server_running import (

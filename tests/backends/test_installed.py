@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from mgpu.backends.installed import installed_engines, libraries_of
+from mgpu.backends.installed import installed_engines
 from mgpu.machine.inspection import InstalledEngine
+from tests.fakes.elf import built, bundle, fatbin
 
 
 @pytest.fixture
 def nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An environment with no engine; programs in the folder are found."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     (tmp_path / "bin").mkdir()
     return tmp_path
 
@@ -30,8 +27,9 @@ def install(folder: Path, name: str) -> Path:
     return path
 
 
-def engine(backend: str) -> InstalledEngine | None:
-    return next((each for each in installed_engines() if each.backend == backend), None)
+def engine(backend: str) -> InstalledEngine:
+    (found,) = (each for each in installed_engines() if each.backend == backend)
+    return found
 
 
 def test_a_vllm_tells_its_version_and_its_cuda(nothing: Path) -> None:
@@ -43,8 +41,8 @@ def test_a_vllm_tells_its_version_and_its_cuda(nothing: Path) -> None:
     (packages / "nvidia" / "nccl" / "lib").mkdir(parents=True)
     (packages / "nvidia" / "nccl" / "lib" / "libnccl.so.2").touch()
     found = engine("vllm")
-    assert found is not None
     assert (found.version, found.cuda_runtime, found.cpu_build, found.nccl) == ("0.32.0", 12080, False, True)
+    assert (found.architectures_known, found.problem) == (False, None)
     assert not (nothing / "started").exists()
 
 
@@ -57,35 +55,12 @@ def test_a_cuda_that_is_not_named_is_unknown(nothing: Path, text: str) -> None:
     version.parent.mkdir(parents=True)
     version.write_text(text, encoding="latin-1")
     found = engine("vllm")
-    assert found is not None
     assert (found.version, found.cuda_runtime, found.nccl) == (None, None, False)
 
 
 def test_a_setting_that_names_no_program_is_a_problem(nothing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGPU_LLAMA_SERVER", str(nothing / "absent"))
-    found = engine("llama.cpp")
-    assert found is not None
-    assert "MGPU_LLAMA_SERVER" in (found.problem or "")
-
-
-def library(folder: Path, *needed: str) -> Path:
-    """A real library that needs others."""
-    if shutil.which("gcc", path="/usr/bin") is None:
-        pytest.skip("a library needs gcc to be built")
-    for name in needed:
-        subprocess.run(
-            ["/usr/bin/gcc", "-shared", "-o", folder / name, f"-Wl,-soname,{name}", "-x", "c", "/dev/null"],
-            check=True,
-            env={"PATH": "/usr/bin"},
-        )
-    path = folder / "libggml-cuda.so"
-    others = [str(folder / name) for name in needed]
-    subprocess.run(
-        ["/usr/bin/gcc", "-shared", "-o", path, "-Wl,--no-as-needed", "-x", "c", "/dev/null", "-x", "none", *others],
-        check=True,
-        env={"PATH": "/usr/bin"},
-    )
-    return path
+    assert "MGPU_LLAMA_SERVER" in (engine("llama.cpp").problem or "")
 
 
 @pytest.mark.parametrize(
@@ -93,26 +68,125 @@ def library(folder: Path, *needed: str) -> Path:
 )
 def test_a_llama_cpp_tells_whether_it_has_nccl(nothing: Path, needed: tuple[str, ...], nccl: bool) -> None:
     install(nothing, "llama-server")
-    found = engine("llama.cpp")
-    assert found is not None
-    assert found.nccl is None  # all in one program
+    assert engine("llama.cpp").nccl is None  # all in one program, which is none here
     (nothing / "bin" / "libggml-base.so").touch()
-    library(nothing / "bin", *needed)
-    found = engine("llama.cpp")
-    assert found is not None
-    assert found.nccl is nccl
+    built(nothing / "bin" / "libggml-cuda.so", needed=needed)
+    assert engine("llama.cpp").nccl is nccl
     assert not (nothing / "started").exists()
 
 
-def test_the_libraries_of_a_program_are_read() -> None:
-    assert any(name.startswith("libc.so") for name in libraries_of(Path(sys.executable)))
+def test_a_llama_cpp_tells_its_cards_its_cuda_and_its_nccl(nothing: Path) -> None:
+    install(nothing, "llama-server")
+    libraries = nothing / "bin"
+    (libraries / "libggml-base.so.0").touch()
+    built(libraries / "libnccl.so.2", constant="NCCL version 2.21.5+cuda12.4")
+    built(libraries / "libcudart.so.12.8.90", name="libcudart.so.12")
+    (libraries / "libcudart.so.12").symlink_to("libcudart.so.12.8.90")
+    code = fatbin(("sm", 75), ("sm", 86), ("compute", 120))
+    built(
+        libraries / "libggml-cuda.so",
+        needed=("libnccl.so.2", "libcudart.so.12"),
+        run_path="$ORIGIN",
+        sections={".nv_fatbin": code + code},
+    )
+    found = engine("llama.cpp")
+    assert (found.architectures, found.architectures_known) == (("sm_75", "sm_86", "compute_120"), True)
+    assert (found.cuda_runtime, found.nccl, found.nccl_version) == (12080, True, "2.21.5")
+    (libraries / "libcudart.so.12").unlink()
+    (libraries / "libnccl.so.2").unlink()
+    found = engine("llama.cpp")
+    assert (found.cuda_runtime, found.nccl, found.nccl_version) == (12000, True, None)  # the major version, by its name
 
 
-def test_broken_programs_are_refused(tmp_path: Path) -> None:
-    whole = Path(sys.executable).resolve().read_bytes()[:4096]
-    path = tmp_path / "broken"
-    far = whole[:32] + b"\xff" * 8 + whole[40:]
-    for content in (b"", b"#!/bin/sh\n", far, whole[:6], whole[:60], whole[:100], whole[:32] + b"\xff" * 100, whole):
-        path.write_bytes(content)
-        with contextlib.suppress(ValueError, struct.error, OSError):
-            assert isinstance(libraries_of(path), tuple)
+def test_a_llama_cpp_in_one_program_tells_the_same(nothing: Path) -> None:
+    libraries = nothing / "libraries"
+    libraries.mkdir()
+    code = fatbin(("compute", 80))
+    needed = ("libcublas.so.13", "libnccl.so.2")
+    program = nothing / "bin" / "llama-server"
+    where = {"among": libraries, "run_path": str(libraries)}
+    built(program, needed=needed, **where, sections={".nv_fatbin": code}, program=True)  # type: ignore[arg-type]
+    found = engine("llama.cpp")
+    assert (found.architectures, found.cuda_runtime, found.nccl, found.problem) == (("compute_80",), 13000, True, None)
+
+
+def test_a_llama_cpp_without_cuda_is_for_no_certain_cards(nothing: Path) -> None:
+    install(nothing, "llama-server")
+    (nothing / "bin" / "libggml-base.so").touch()
+    (nothing / "bin" / "libggml-vulkan.so").touch()
+    found = engine("llama.cpp")
+    assert (found.architectures, found.architectures_known, found.cuda_runtime) == ((), True, None)
+
+
+@pytest.mark.parametrize(
+    ("code", "architectures", "known"),
+    [
+        pytest.param(bundle("gfx1030", "gfx1100"), ("gfx1030", "gfx1100"), True, id="cards by name"),
+        pytest.param(b"CCOB\x02\0\x01\0" + bytes(90), (), False, id="compressed, which hides them"),
+    ],
+)
+def test_a_llama_cpp_with_hip_tells_its_cards(
+    nothing: Path, code: bytes, architectures: tuple[str, ...], known: bool
+) -> None:
+    install(nothing, "llama-server")
+    (nothing / "bin" / "libggml-base.so").touch()
+    built(nothing / "bin" / "libggml-hip.so", sections={".hip_fatbin": code})
+    found = engine("llama.cpp")
+    assert (found.architectures, found.architectures_known, found.nccl) == (architectures, known, False)
+
+
+def test_a_cuda_backend_that_is_garbage_leaves_all_unknown(nothing: Path) -> None:
+    install(nothing, "llama-server")
+    (nothing / "bin" / "libggml-base.so").touch()
+    (nothing / "bin" / "libggml-cuda.so").write_bytes(b"\x7fELF\x02\x01" + b"\xff" * 500)
+    found = engine("llama.cpp")
+    assert (found.architectures_known, found.cuda_runtime, found.nccl, found.problem) == (False, None, None, None)
+
+
+def test_a_vllm_tells_its_cards_and_its_nccl(nothing: Path) -> None:
+    install(nothing, "vllm")
+    packages = nothing / "lib" / "python3.12" / "site-packages"
+    for name in ("torch/lib", "nvidia/nccl/lib", "nvidia_nccl_cu12-2.27.5.dist-info"):
+        (packages / name).mkdir(parents=True)
+    (packages / "nvidia_cuda_runtime_cu12-12.8.90.dist-info").mkdir()
+    built(packages / "torch/lib/libtorch_cuda.so", sections={".nv_fatbin": fatbin(("sm", 80), ("compute", 90))})
+    nccl = packages / "nvidia/nccl/lib/libnccl.so.2"
+    nccl.write_bytes(b"cut off")
+    found = engine("vllm")
+    assert (found.architectures, found.architectures_known) == (("sm_80", "compute_90"), True)
+    assert (found.cuda_runtime, found.nccl_version) == (12080, "2.27.5")  # by the packages
+    built(nccl, constant="NCCL version 2.28.9+cuda13.0")
+    assert engine("vllm").nccl_version == "2.28.9"  # what is there, not what a package was called
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        pytest.param("#!{here}/bin/python\n", "its interpreter {here}/bin/python is not there", id="a removed Python"),
+        pytest.param(
+            "#!/bin/sh\n'''exec' \"{here}/a b/python\" \"$0\" \"$@\"\n' '''\n",
+            "its interpreter {here}/a b/python is not there",
+            id="a removed Python behind a shell",
+        ),
+        pytest.param("#!/usr/bin/env -S nopython3 -u\n", "its interpreter nopython3 is not there", id="of PATH"),
+        pytest.param("#!/bin/sh\nexit\n", None, id="a shell"),
+        pytest.param("#!\n", None, id="an interpreter without a name"),
+        pytest.param("", None, id="an empty file"),
+    ],
+)
+def test_a_program_whose_interpreter_is_gone_does_not_run(nothing: Path, text: str, problem: str | None) -> None:
+    install(nothing, "vllm").write_text(text.format(here=nothing))
+    said = engine("vllm").problem
+    assert said is None if problem is None else (said or "").startswith(problem.format(here=nothing))
+
+
+def test_a_program_whose_library_is_gone_does_not_run(nothing: Path) -> None:
+    libraries = nothing / "libraries"
+    libraries.mkdir()
+    built(libraries / "libfar.so.7")
+    built(libraries / "libnear.so.1", needed=("libfar.so.7",), run_path=str(libraries))
+    program = nothing / "bin" / "ollama"
+    built(program, needed=("libnear.so.1",), among=libraries, run_path=str(libraries), program=True)
+    assert (engine("ollama").path, engine("ollama").problem) == (str(program), None)
+    (libraries / "libfar.so.7").unlink()
+    assert engine("ollama").problem == "it needs libfar.so.7, which the loader does not find"

@@ -118,7 +118,7 @@ LAUNCHES = {
         candidate((card("Vulkan0", 4),), Wants(offload=True)),
         EngineArguments(),
         {},
-        f"-dev Vulkan0 -ngl 19 -sm none --fit off -c 8192 -np 1 {MEMORY} {END}",
+        f"-dev Vulkan0 -ngl 18 -sm none --fit off -c 8192 -np 1 {MEMORY} {END}",
     ),
     "a card too small for anything": (
         candidate((card("Vulkan0", 0.5),), Wants(offload=True)),
@@ -176,6 +176,26 @@ def test_the_engine_accepts_every_command(name: str) -> None:
 
 
 @pytest.mark.real_engine
+def test_experts_that_the_plan_leaves_to_the_host_are_named_once() -> None:
+    model = facts("qwen3-30b-a3b")
+    for wants, rest in ((Wants(offload=True), ()), (Wants(cpu_moe_layers=99), ("--n-cpu-moe", "99"))):
+        planned = layer_split(model, wants, [card("CUDA0", 8)], Host(), 8192)
+        assert planned.verdict == "fits-with-offload"
+        argv = launch(planned, EngineArguments(rest=rest)).argv
+        assert argv.count("--n-cpu-moe") == 1
+        count = int(argv[argv.index("--n-cpu-moe") + 1])
+        assert count == (99 if rest else planned.host.expert_layers)
+        assert planned.host.layers == 0
+
+
+def test_a_tensor_split_gives_every_card_all_layers() -> None:
+    wants = Wants(split_mode="tensor", tensor_split=(3, 1))
+    planned = layer_split(facts(), wants, [card("CUDA0"), card("CUDA1")], Host(), 8192)
+    argv = " ".join(launch(planned).argv)
+    assert " -ngl 33 -sm tensor -ts 3,1 " in argv
+    assert [device.layers for device in planned.devices] == [32, 32]
+
+
 def test_the_engine_knows_every_flag_by_the_names_that_are_refused() -> None:
     done = subprocess.run([str(real_llama_server()), "--help"], capture_output=True, text=True, timeout=60, check=True)
     known = set(re.findall(r"(?:^|[,\s])(--?[a-z][a-z0-9-]*)", done.stdout))
@@ -232,6 +252,7 @@ def test_no_other_spelling_of_a_refused_flag_slips_through() -> None:
         pytest.param("-kvu", "-kvu", None, Wants(kv_unified=True), id="one cache for all"),
         pytest.param("--kv-unified", "--kv-unified", None, Wants(kv_unified=True), id="one cache for all in long"),
         pytest.param("--swa-full", "--swa-full", None, Wants(swa_full=True), id="whole windows"),
+        pytest.param("--embeddings", "--embeddings", None, Wants(embeddings=True), id="an output for every token"),
         pytest.param("-ncmoe 7", "-ncmoe 7", None, Wants(cpu_moe_layers=7), id="experts of some layers"),
         pytest.param("--n-cpu-moe 7", "--n-cpu-moe 7", None, Wants(cpu_moe_layers=7), id="the same in words"),
         pytest.param("--cpu-moe", "--cpu-moe", None, Wants(cpu_moe_layers=1_000_000), id="experts of all layers"),
@@ -244,6 +265,28 @@ def test_memory_switches_reach_the_plan(words: str, rest: str, rpc: str | None, 
     arguments, planned = read_engine_arguments(words.split(), Wants())
     assert arguments == EngineArguments(rest=tuple(rest.split()), rpc=rpc)
     assert planned == wants
+
+
+@pytest.mark.parametrize(
+    ("override", "layers"),
+    [
+        pytest.param("exps=CPU", 1_000_000, id="all experts"),
+        pytest.param(r".ffn_.*_exps.=CPU", 1_000_000, id="all experts by their names"),
+        pytest.param(r"\.ffn_(up|down|gate)_exps\.=CPU", 1_000_000, id="all experts one by one"),
+        pytest.param(r"blk\.[0-7]\.ffn_.*_exps\.=CPU", 8, id="those of the first layers"),
+        pytest.param(r"blk\.[2-7]\.ffn_.*_exps\.=CPU", 0, id="not the first layers"),
+        pytest.param(r"ffn_(up|down)_exps=CPU", 0, id="only some matrices of each"),
+        pytest.param(r"ffn_=CPU", 0, id="dense layers, too"),
+        pytest.param(r"blk\.0\.=CPU", 0, id="whole layers"),
+        pytest.param("exps=CUDA1", 0, id="another card"),
+        pytest.param("(=CPU", 0, id="no pattern at all"),
+        pytest.param("", 0, id="nothing"),
+    ],
+)
+def test_overrides_that_keep_experts_on_the_host_are_in_the_plan(override: str, layers: int) -> None:
+    arguments, wants = read_engine_arguments(["-ot", override], Wants())
+    assert wants.cpu_moe_layers == layers
+    assert arguments.unplanned == (() if layers else ("-ot",))
 
 
 def test_rpc_servers_may_come_from_the_engines_own_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,6 +303,15 @@ def test_what_the_engine_survived_is_not_the_cause(survived: list[str]) -> None:
     assert "while serving" in failure.message
 
 
+@pytest.mark.parametrize(
+    ("ended", "code"), [pytest.param("-9", "killed", id="killed"), pytest.param("1", "exited", id="of its own")]
+)
+def test_a_core_that_ends_while_it_loads_tells_how(ended: str, code: str) -> None:
+    failure = diagnose([LOADING, ENDED[0].replace("{}", f"{{'EngineCore_DP0': {ended}}}"), ENDED[1]], 1)
+    assert failure.code == code
+    assert ("the engine core of vLLM was killed (SIGKILL)" in failure.message) == (code == "killed")
+
+
 def test_status_0_is_no_success() -> None:
     assert diagnose([LOADING, READY], 0).code == "crashed"
     assert (

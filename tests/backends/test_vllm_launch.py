@@ -72,6 +72,13 @@ def test_the_whole_command() -> None:
             {"VLLM_PP_LAYER_PARTITION": "20,12"},
             id="all at once",
         ),
+        pytest.param(
+            {"replicas": 2},
+            {"--data-parallel-size": "2", "--max-num-seqs": "4"},
+            {},
+            id="each replica counts its own users: half of 8",
+        ),
+        pytest.param({"replicas": 3}, {"--max-num-seqs": "3"}, {}, id="8 users do not divide by 3 replicas"),
         pytest.param({"kv_type": "fp8"}, {"--kv-cache-dtype": "fp8"}, {}, id="a smaller KV cache"),
         pytest.param({"kv_type": "f16"}, {"--kv-cache-dtype": None}, {}, id="a plain KV cache"),
         pytest.param(

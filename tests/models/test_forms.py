@@ -9,7 +9,6 @@ import pytest
 
 from mgpu.errors import BadModel, MgpuError, Missing, UsageError
 from mgpu.machine.simulate import simulate
-from mgpu.machine.snapshot import Host
 from mgpu.models.fetch import fetch
 from mgpu.models.folder import fetch_folder
 from mgpu.models.forms import HubFolder, Model, find_model, missing_form
@@ -160,7 +159,8 @@ def test_a_quantisation_that_a_way_out_proposes_is_found(name: str, machine: str
     model = found(name)
     largest = max(model.safetensors, key=lambda weights: weights.facts.file_bytes)
     others = list(model.other_quantisations(largest))
-    fixes = vllm_fixes(largest.facts, others, VllmWants(), simulate(machine).gpus, Host())
+    simulated = simulate(machine)
+    fixes = vllm_fixes(largest.facts, others, VllmWants(), simulated.gpus, simulated)
     proposed = [fix for fix in fixes if fix.change.startswith("--quant ")]
     assert proposed
     for fix in proposed:

@@ -45,7 +45,7 @@ def facts_of(
 
 
 def without_source(facts: ModelFacts) -> ModelFacts:
-    return dataclasses.replace(facts, source="", file_bytes=0)
+    return dataclasses.replace(facts, source="", weights_basis="", file_bytes=0)
 
 
 @pytest.mark.parametrize("model", SHAPES)
