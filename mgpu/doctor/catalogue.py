@@ -8,6 +8,7 @@ from mgpu.doctor.check import Area, Check
 from mgpu.doctor.checks import (
     amd,
     cards,
+    configuration,
     container,
     driver,
     driver_fit,
@@ -20,7 +21,6 @@ from mgpu.doctor.checks import (
     peers,
     power,
     profile,
-    settings,
     topology,
     virtual,
 )
@@ -30,7 +30,7 @@ from mgpu.errors import UsageError
 
 _MODULES = (
     *(driver, driver_fit, cards, pcie, peers, nvlink, topology, memory, power),
-    *(host, settings, virtual, container, amd, intel, engines, profile),
+    *(host, configuration, virtual, container, amd, intel, engines, profile),
 )
 _AREAS = tuple(Area)
 
@@ -64,7 +64,7 @@ def replaced(checks: Sequence[Check], others: Sequence[Check]) -> tuple[Check, .
 
 
 def _split(ids: str, option: str) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in ids.split(",") if word.strip())
+    words = tuple(word.strip().lower() for word in ids.split(",") if word.strip())
     if not words:
         raise UsageError(f"{option} names no check", hint="mgpu doctor --list")
     return words

@@ -13,7 +13,8 @@ _ORDER = tuple(Severity)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """What all checks said: findings (failures first), what could not be looked at, and the ids of what is well."""
+    """What all checks said: findings (failures first), what could not be looked at, and the ids of what is well. A
+    check whose subject is not here is not asked, and in none of them."""
 
     findings: tuple[Finding, ...]
     skipped: tuple[Skip, ...]
@@ -31,6 +32,8 @@ def diagnose(inspection: Inspection, checks: Sequence[Check], purpose: Purpose) 
     well: list[str] = []
     for each in checks:
         try:
+            if not each.applies(inspection, purpose):
+                continue
             said = [replace(item, id=each.id) for item in each.run(inspection, purpose)]
         except Exception as bug:  # one broken check must not hide what the others found
             said = [Skip(id=each.id, reason=f"the check itself failed ({type(bug).__name__}: {bug})"[:160])]

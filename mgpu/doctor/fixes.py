@@ -10,8 +10,9 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mgpu.doctor.check import Finding
+from mgpu.doctor.check import Finding, Severity
 from mgpu.doctor.diagnosis import Diagnosis
+from mgpu.doctor.power_limits import default_limit_w, requested_limit_w
 from mgpu.machine import layout
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice
 
@@ -53,11 +54,14 @@ class Outcome:
 
 
 def remedies(inspection: Inspection, diagnosis: Diagnosis) -> tuple[Remedy, ...]:
-    """Return the commands for what was found, in the order of the findings and each once. What is not here (BIOS,
-    kernel command line, drivers, packages, files) is only ever printed."""
+    """Return the commands for what was found, in the order of the findings and each once. What is only said is left as
+    it is (a power limit that was set on purpose, bridges that redirect nothing of use), but for what costs nothing to
+    mend. What is not here (BIOS, kernel command line, drivers, packages, files) is only ever printed."""
     found: dict[tuple[str, ...], Remedy] = {}
     for finding in diagnosis.findings:
         make = _TABLE.get(finding.id)
+        if finding.severity is Severity.info and finding.id not in _HARMLESS:
+            continue
         for remedy in make(inspection, finding) if make else ():
             found.setdefault(remedy.argv, remedy)
     return tuple(found.values())
@@ -117,17 +121,15 @@ def _persistence(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
 
 
 def _power_limit(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
-    limits = {gpu.index: gpu.power_limit_w for gpu in inspection.machine.gpus}
+    gpus = {gpu.index: gpu for gpu in inspection.machine.gpus}
     for card, name in _cards(inspection, finding):
-        default, limit = card.power_default_w, limits.get(card.gpu)
+        default, limit = default_limit_w(card), requested_limit_w(gpus[card.gpu], card)
         if default is None or limit is None or limit >= default:
-            continue
-        if card.power_max_w is not None and default > card.power_max_w:
             continue
         yield Remedy(
             id=finding.id,
-            does=f"set the power limit of GPU{card.gpu} back to its default of {default:.0f} W",
-            argv=("nvidia-smi", "-i", name, "-pl", f"{default:.0f}"),
+            does=f"set the power limit of GPU{card.gpu} back to its default of {default} W",
+            argv=("nvidia-smi", "-i", name, "-pl", str(default)),
             undo=f"nvidia-smi -i {name} -pl {limit:.0f}, or a reboot",
         )
 
@@ -144,6 +146,8 @@ def _compute_mode(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
 
 
 def _uvm(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
+    if layout.in_container(inspection):  # the host loads modules, and passes the devices on
+        return
     if inspection.driver.uvm_loaded is False:
         yield Remedy(
             id=finding.id,
@@ -161,7 +165,7 @@ def _uvm(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
 
 
 def _acs(inspection: Inspection, finding: Finding) -> Iterator[Remedy]:
-    for bridge in _bridges_between_cards(inspection):
+    for bridge in _bridges_between_cards(inspection, finding):
         if bridge.acs is None or not bridge.acs & _REDIRECTS or not _ADDRESS.fullmatch(bridge.address):
             continue
         remedy = Remedy(
@@ -184,9 +188,10 @@ def _why_acs_stays(inspection: Inspection) -> str | None:
     return None
 
 
-def _bridges_between_cards(inspection: Inspection) -> Iterator[PciDevice]:
-    """The bridges on the ways from each card to each other card, without those where they meet."""
-    addresses = [gpu.bus_id for gpu in layout.cards(inspection) if gpu.bus_id]
+def _bridges_between_cards(inspection: Inspection, finding: Finding) -> Iterator[PciDevice]:
+    """The bridges on the ways from each card of a finding to each other one, without those where they meet."""
+    gpus = (gpu for gpu in layout.cards(inspection) if not finding.gpus or gpu.index in finding.gpus)
+    addresses = [gpu.bus_id for gpu in gpus if gpu.bus_id]
     for a, b in itertools.combinations(addresses, 2):
         yield from layout.bridges_between(inspection, a, b)
 
@@ -199,6 +204,9 @@ _TABLE: dict[str, Callable[[Inspection, Finding], Iterator[Remedy]]] = {
     "acs-redirect": _acs,
     "p2p-grant-unsafe": _acs,
 }
+
+# Of these even what is only said: nothing else changes by it.
+_HARMLESS = ("persistence-off", "uvm-missing")
 
 
 def fixable_ids() -> Sequence[str]:

@@ -12,7 +12,8 @@ from mgpu.units import gib
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfilePlan:
-    """The plan as far as a diagnosis needs it. `verdict` is the best candidate's; `command` plans it again in full.
+    """The plan as far as a diagnosis needs it. `verdict` is the best candidate's, `gpus` the cards that it uses (none:
+    it runs on the processor); `command` plans it again in full.
 
     `missing_flags` are flags of the planned command that the engine's own --help does not list: none found is (), and
     None means that it was not asked, for the reason in `unasked` (None: no engine to ask).
@@ -21,6 +22,7 @@ class ProfilePlan:
     name: str
     backend: str
     verdict: str
+    gpus: tuple[int, ...] = ()
     reasons: tuple[str, ...] = ()
     short_bytes: int = 0
     install: str = ""
@@ -90,16 +92,13 @@ def _knows(plan: ProfilePlan) -> Said:
 def _plan(_: Inspection, __: Purpose) -> Said:
     """The named profile does not fit on these cards.
 
-    How it is read: the profile is planned on this machine exactly as `mgpu plan PROFILE` does it, with the memory
-    that is free on each card now. With --for and --tensor-parallel that engine and that cut are planned.
-
+    Read: the profile is planned on this machine exactly as `mgpu plan PROFILE` does it, with the memory
+    that    is free on each card now. With --for and --tensor-parallel that engine and that cut are planned.
     Rule: a plan that does not fit, or that the engine cannot start, is a failure; one that fits only with layers in
     host memory is a warning.
-
     Why: an engine that runs out of memory says so after minutes of loading. Layers in host memory are read over the
     memory bus at a tenth of a card's bandwidth or less, for every token.
-
-    What to do: `mgpu plan PROFILE` shows the ledger card by card and the cheapest changes that make it fit.
+    Do: `mgpu plan PROFILE` shows the ledger card by card and the cheapest changes that make it fit.
     """
     yield from ()
 
@@ -108,14 +107,11 @@ def _plan(_: Inspection, __: Purpose) -> Said:
 def _flags(_: Inspection, __: Purpose) -> Said:
     """The installed engine does not know a flag of the command that would start the profile.
 
-    How it is read: every flag of the planned command is looked up in the engine's own --help. vLLM's takes ten
+    Read: every flag of the planned command is looked up in the engine's own --help. vLLM's takes ten
     seconds the first time, and so is only used where `mgpu run` has asked for it before.
-
     Rule: a flag that the help does not list is a failure; abbreviations of listed ones are known.
-
     Why: engines rename and drop flags between releases, and end at once with a page of usage.
-
-    What to do: install the engine's newer release, or leave the option out that the flag is made of.
+    Do: install the engine's newer release, or leave the option out that the flag is made of.
     """
     yield from ()
 

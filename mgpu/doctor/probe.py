@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,7 @@ from mgpu.doctor.proof import CardCopy, Collective, PairCopy, Proof
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import health
 from mgpu.machine.snapshot import Gpu
+from mgpu.programs import kill_group, start_program
 
 LIMIT_S = 20.0
 # For the program to say what hangs before it is ended itself.
@@ -112,25 +112,19 @@ def prove(
     wanted = {"device": device, "cards": len(gpus), "seconds": max(limit_s - _SPARE_S, 1.0)}
     with tempfile.TemporaryFile() as errors:
         try:
-            process = subprocess.Popen(
+            process = start_program(
                 [str(python), "-I", "-W", "ignore", probe_program.__file__, json.dumps(wanted)],
-                stdin=subprocess.DEVNULL,
+                _environment(gpus),
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment(gpus),
-                process_group=0,
             )
         except OSError as error:
             return Proof(problem=f"{python} cannot be run: {error.strerror or error}")
         assert process.stdout is not None
-        with process.stdout:  # not `with process`: that waits for ever for one that hangs in the driver
-            try:
-                proof, done = _listen(_events(process.stdout, begun + limit_s), gpus, link)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_END_S)
+        try:
+            proof, done = _listen(_events(process.stdout, begun + limit_s), gpus, link)
+        finally:
+            kill_group(process, _END_S)
         proof = replace(proof, seconds=round(time.monotonic() - begun, 1))
         if done or proof.problem:
             return proof

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
+from mgpu.doctor.facts import without_peers
+from mgpu.doctor.pcie_rates import lane_gb_s
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
 
-# Raw GB/s of one lane in one direction, by PCIe generation: transfer rate times coding.
-_LANE_GB_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.97, 5: 3.94, 6: 7.56}
-# Packet headers leave 80 to 88 % of that; a copy below this share of it has another reason.
+# Packet headers leave 80 to 88 % of what the lanes carry; a copy below this share of it has another reason.
 _LEAST_SHARE = 0.65
 
 
@@ -57,13 +58,24 @@ class Proof:
     torch: str | None = None
     problem: str | None = None
 
+    def shows_peers(self, gpus: Collection[int]) -> bool:
+        """Return whether all copies between these cards, both ways, arrived, and all sums over them and others."""
+        arrived = {(each.a, each.b) for each in self.pairs if each.outcome == "right"}
+        sums = [each for each in self.collectives if not each.control]
+        return (
+            len(gpus) > 1
+            and arrived.issuperset(itertools.permutations(gpus, 2))
+            and all(each.outcome == "right" for each in sums)
+            and any(set(gpus) <= set(each.gpus) for each in sums)
+        )
+
 
 def proof_checks(proof: Proof | None) -> tuple[Check, ...]:
     """Return the checks of a probe; without one they say nothing."""
 
-    def arrives(_: Inspection, __: Purpose) -> Said:
+    def arrives(inspection: Inspection, _: Purpose) -> Said:
         if proof:
-            yield from _arrives(proof)
+            yield from _arrives(proof, without_peers(inspection))
 
     def is_fast(_: Inspection, __: Purpose) -> Said:
         if proof:
@@ -88,8 +100,8 @@ def with_links_under_load(inspection: Inspection, proof: Proof) -> Inspection:
     return replace(inspection, cards=tuple(map(busy, inspection.cards)))
 
 
-def _arrives(proof: Proof) -> Iterator[Finding | Skip]:
-    yield from _bad_pairs(proof)
+def _arrives(proof: Proof, without: str) -> Iterator[Finding | Skip]:
+    yield from _bad_pairs(proof, without)
     runs = {(each.gpus, each.control): each for each in proof.collectives}
     for (gpus, control), run in runs.items():
         if control or run.outcome == "right":
@@ -101,14 +113,14 @@ def _arrives(proof: Proof) -> Iterator[Finding | Skip]:
             yield _collective(
                 run,
                 f"all-reduce over {_cards(gpus)} {_WORDS[run.outcome]}; without peer access it is right",
-                ("export NCCL_P2P_DISABLE=1", "mgpu doctor --explain p2p-grant-unsafe"),
+                (without, "mgpu doctor --explain p2p-grant-unsafe"),
                 other,
             )
         elif other is None or other.outcome == "unfinished":
             yield _collective(
                 run,
                 f"all-reduce over {_cards(gpus)} {_WORDS[run.outcome]}; the control run was not finished",
-                ("export NCCL_P2P_DISABLE=1", "mgpu doctor --probe --only p2p-proof"),
+                (without, "mgpu doctor --probe --only p2p-proof"),
                 other,
             )
         else:
@@ -123,7 +135,7 @@ def _arrives(proof: Proof) -> Iterator[Finding | Skip]:
         yield Skip(reason=f"not proved: {proof.problem}")
 
 
-def _bad_pairs(proof: Proof) -> Iterator[Finding]:
+def _bad_pairs(proof: Proof, without: str) -> Iterator[Finding]:
     for outcome, words in (("wrong", "arrives wrong"), ("hang", "never arrives")):
         bad = [pair for pair in proof.pairs if pair.outcome == outcome]
         if bad:
@@ -132,7 +144,7 @@ def _bad_pairs(proof: Proof) -> Iterator[Finding]:
                 severity=Severity.fail,
                 summary=f"what GPU{first.a} copies to GPU{first.b} {words}{more}",
                 evidence=tuple(Evidence(path=f"copy GPU{p.a} to GPU{p.b}, read on GPU{p.b}", value=words) for p in bad),
-                fix=("export NCCL_P2P_DISABLE=1", "mgpu doctor --explain p2p-grant-unsafe"),
+                fix=(without, "mgpu doctor --explain p2p-grant-unsafe"),
                 gpus=tuple(sorted({gpu for pair in bad for gpu in (pair.a, pair.b)})),
                 confidence="probed",
             )
@@ -158,7 +170,7 @@ def _slow_copies(proof: Proof) -> Iterator[Finding | Skip]:
     if proof.problem and not proof.copies:
         yield Skip(reason=f"not proved: {proof.problem}")
     for copy in proof.copies:
-        lane = _LANE_GB_S.get(copy.pcie_gen or 0)
+        lane = lane_gb_s(copy.pcie_gen)
         if lane is None or not copy.pcie_width:
             yield Skip(reason=f"GPU{copy.gpu} copies at {copy.gb_s:.1f} GB/s, but its link could not be read meanwhile")
             continue
@@ -179,18 +191,15 @@ def _slow_copies(proof: Proof) -> Iterator[Finding | Skip]:
 def _proof(_: Inspection, __: Purpose) -> Said:
     """Copies between cards, or sums over them, that finish and do not arrive (only with --probe).
 
-    How it is read: each card copies a pattern to each other card, which compares it in its own memory: reading it back
-    over the same way would show what was sent, not what arrived. Then one process a card sums tensors with NCCL over
-    2, 4 ... all cards and checks every value; and once more with NCCL_P2P_DISABLE=1. It needs the PyTorch of an
-    installed vLLM, lasts 20 s at most, and leaves busy cards alone.
-
-    Rule: wrong or missing data is a failure. Where the control run is right, peer access is to blame; where it is
-    wrong as well, something else is.
-
-    Why: the driver's "peer access: OK" is a claim. Behind an IOMMU that translates, or bridges that redirect, writes
-    to a peer are lost without an error: engines then hang at their first all-reduce, or answer `!!!!` at full speed.
-
-    What to do: NCCL_P2P_DISABLE=1 works at once, and costs little; the cause is in iommu-translated and acs-redirect.
+    Read: each card copies a pattern to each other card, which compares it in its own memory: reading it back over the
+    same way would show what was sent, not what arrived. Then one process a card sums tensors with NCCL over 2, 4 ...
+    all cards and checks every value; and once more with NCCL_P2P_DISABLE=1. It needs the PyTorch of an installed vLLM,
+    lasts 20 s at most, and leaves busy cards alone.
+    Rule: fail for wrong or missing data. Where the control run is right, peer access is to blame; where it is wrong as
+    well, something else is.
+    Why: the driver's "peer access: OK" is a claim. Behind an IOMMU that translates, or bridges that redirect, writes to
+    a peer are lost without an error: engines then hang at their first all-reduce, or answer `!!!!` at full speed.
+    Do: NCCL_P2P_DISABLE=1 works at once, and costs little; the cause is in iommu-translated and acs-redirect.
     """
     yield from ()
 
@@ -199,16 +208,13 @@ def _proof(_: Inspection, __: Purpose) -> Said:
 def _measured(_: Inspection, __: Purpose) -> Said:
     """Copies to a card that are slower than its PCIe link (only with --probe).
 
-    How it is read: 300 ms of copies from pinned host memory to each card; its link's generation and width are read
-    meanwhile, because an idle link is slow on purpose.
-
-    Rule: below 65 % of what the lanes carry (Gen3 0.985, Gen4 1.97, Gen5 3.94 GB/s a lane) is a warning; 80 to 88 % is
-    what packet headers leave.
-
+    Read: 300 ms of copies from pinned host memory to each card; its link's generation and width are read meanwhile,
+    because an idle link is slow on purpose.
+    Rule: warn below 65 % of what the lanes carry (Gen3 0.985, Gen4 1.97, Gen5 3.94 GB/s a lane); 80 to 88 % is what
+    packet headers leave.
     Why: a link that must resend, or host memory on the far socket, slows the loading of models and every exchange
     between cards that goes through the host.
-
-    What to do: look for link errors (pcie-replay-rate, pcie-aer), and try another slot or riser.
+    Do: look for link errors (pcie-replay-rate, pcie-aer), and try another slot or riser.
     """
     yield from ()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mgpu.doctor.check import Check, Finding, Purpose, Severity
@@ -29,8 +30,9 @@ class Group:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """One run: what was read, which `checks` ran and what they said. `whole` is False where only some were asked for.
-    `outcomes` are those of --fix; `replayed` says that the inspection is a file's. `program` is what sudo finds mgpu
-    by."""
+    `outcomes` are those of --fix, which `mending` says was asked for; `replayed` says that the inspection is a file's.
+    `program` is what sudo finds mgpu by, and `asked` are the words that say what to judge for: a profile, options and
+    their values."""
 
     inspection: Inspection
     checks: tuple[Check, ...]
@@ -41,22 +43,33 @@ class Report:
     replayed: bool = False
     proof: Proof | None = None
     plan: ProfilePlan | None = None
+    mending: bool = False
     outcomes: tuple[Outcome, ...] = ()
     root: bool = False
     program: str = "mgpu"
+    asked: tuple[str, ...] = ()
+
+    @property
+    def failing(self) -> frozenset[int]:
+        """The cards that a failure names."""
+        bad = (finding for finding in self.diagnosis.findings if finding.severity is Severity.fail)
+        return frozenset(gpu for finding in bad for gpu in finding.gpus)
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The best sets of cards, for every size that there are enough of; two or more equally good ones of a size
-        follow each other."""
+        """The best sets of equal cards, for every size that there are enough of; two or more equally good ones of a
+        size follow each other. None of cards between which the paths are not known, or that a failure names."""
+        machine = self.inspection.machine
+        fit = tuple(gpu for gpu in machine.gpus if gpu.index not in self.failing)
+        left = replace(self.inspection, machine=replace(machine, gpus=fit))
         found = []
         for size in _GROUP_SIZES:
-            sets = best_groups(self.inspection, size)
-            kinds = [worst_kind(self.inspection, cards) for cards in sets]
+            sets = best_groups(left, size)
+            kinds = [worst_kind(left, cards) for cards in sets]
             found += [
                 Group(size=size, gpus=cards, kind=kind)
                 for cards, kind in zip(sets, kinds, strict=True)
-                if kind == kinds[0]
+                if kind == kinds[0] != "unknown"
             ]
         return tuple(found)
 
@@ -67,7 +80,8 @@ class Report:
 
     def rerun(self, *ids: str) -> str:
         """Return the command that lets root read what this user may not."""
-        return f"sudo {self.program} doctor --only {','.join(dict.fromkeys(ids))}"
+        words = (*self.asked, "--only", ",".join(dict.fromkeys(ids)))
+        return f"sudo {self.program} doctor {shlex.join(words)}"
 
 
 def report_data(report: Report) -> dict[str, Any]:
@@ -128,8 +142,10 @@ def _finding(finding: Finding, areas: dict[str, str]) -> dict[str, Any]:
 
 
 def _result(check: Check, diagnosis: Diagnosis) -> str:
-    """The worst that a check said; "ok" where it had nothing to say."""
+    """The worst that a check said; "ok" where it found nothing, "not-applicable" where there is nothing to find."""
     severities = [finding.severity for finding in diagnosis.findings if finding.id == check.id]
     if severities:
         return next(severity.value for severity in Severity if severity in severities)
-    return "skipped" if any(skip.id == check.id for skip in diagnosis.skipped) else "ok"
+    if any(skip.id == check.id for skip in diagnosis.skipped):
+        return "skipped"
+    return "ok" if check.id in diagnosis.well else "not-applicable"

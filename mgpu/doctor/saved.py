@@ -6,49 +6,54 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mgpu.errors import Missing
 from mgpu.machine.inspection import SCHEMA_VERSION, Inspection, inspection_from_json
-from mgpu.machine.redaction import redacted
+from mgpu.machine.redaction import anonymous, kernel_options
 from mgpu.machine.snapshot import to_json
 
 SCHEMA = "mgpu.inspection/1"
+# As a file's name: what is piped in, or standard output.
+STANDARD_STREAM = Path("-")
 # Hundreds of times what eight cards and a full kernel log need.
 _LARGEST_FILE_BYTES = 8 * 2**20
 _LONGEST_LIST = 4096
 _OUT_OF_RANGE = 2**63
 _HINT = "make one on the machine in question: mgpu doctor --save FILE"
 
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASS|CREDENTIAL|(^|_)KEY", re.IGNORECASE)
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
-_MAC = re.compile(r"\b[0-9a-f]{2}(:[0-9a-f]{2}){5}\b", re.IGNORECASE)
-_IPV4 = re.compile(r"(?<![\d.])(?!127\.0\.0\.1|0\.0\.0\.0)\d{1,3}(\.\d{1,3}){3}(?![\d.])")
-_HOME = re.compile(r"(?<=/home/)[^/\s:'\"]+")
-# All else of a kernel's command line names disks, addresses and people.
-_KERNEL_OPTION = re.compile(
-    r"(iommu|amd_iommu|intel_iommu|pci|pcie_\w+|pcie_aspm|nokaslr|kaslr|nomodeset|isolcpus|numa_balancing|hugepages?"
-    r"|(rd\.driver\.|module_|modprobe\.)blacklist|(nvidia|nouveau|amdgpu|i915|xe|vfio)[\w.-]*)(=.*)?"
-)
+# What values of fields with these names look like: some of them get into commands. Of pairs the first is a name.
+_VERSION = re.compile(r"\w[\w.+-]{0,63}")
+_ADDRESS = re.compile(r"[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}(\.[0-7])?")
+_NAME = re.compile(r"[A-Za-z_]\w{0,99}", re.ASCII)
+_KINDS = {
+    **dict.fromkeys(("address", "parent", "bus_id", "remote_bus_id"), _ADDRESS),
+    **dict.fromkeys(("loaded_version", "library_version", "on_disk_version", "fabric_manager_version"), _VERSION),
+    **dict.fromkeys(("nccl_version", "module_version", "gfx_override", "gfx"), _VERSION),
+    **dict.fromkeys(("environment", "nccl_configuration"), _NAME),
+    "uuid": re.compile(r"[\w/-]{1,100}", re.ASCII),
+    "unit": re.compile(r"[\w.@:\\-]{1,255}", re.ASCII),
+}
+# The same names mean other things elsewhere.
+_PLACES = {"inspection.machine.driver.version": _VERSION, "inspection.machine.driver.cuda": _VERSION}
+_UNIT_NAME = re.compile(r"inspection\.host\.unit_variables\[\d+\]\.name")
 
 
 def saved_text(inspection: Inspection) -> str:
     """Return the inspection as the text of a file: a bug report and a test's machine in one.
 
-    Cards' UUIDs become numbered ones, and host name, home folders, addresses, secrets in variables and the kernel's
-    options that are no concern of a diagnosis are left out.
+    Cards' UUIDs become numbered ones, and names of computers, people and their programs, home folders, addresses,
+    secrets in variables and the kernel's options that are no concern of a diagnosis are left out.
     """
-    data = to_json(redacted(inspection))
+    data = to_json(anonymous(inspection))
     assert isinstance(data, dict)
     host: Any = data["host"]
-    for key in ("environment", "nccl_configuration"):
-        host[key] = [[name, "(hidden)" if _SECRET_NAME.search(name) else value] for name, value in host[key]]
     if host["kernel_command_line"] is not None:
-        words = host["kernel_command_line"].split()
-        host["kernel_command_line"] = " ".join(word for word in words if _KERNEL_OPTION.fullmatch(word))
-    return json.dumps({"schema": SCHEMA, "inspection": _each_text(data, _Redaction())}, indent=1) + "\n"
+        host["kernel_command_line"] = kernel_options(host["kernel_command_line"])
+    return json.dumps({"schema": SCHEMA, "inspection": data}, indent=1) + "\n"
 
 
 def save(inspection: Inspection, path: Path) -> None:
@@ -73,14 +78,10 @@ def save(inspection: Inspection, path: Path) -> None:
 
 
 def replay(path: Path) -> Inspection:
-    """Return the inspection that `save` wrote to a file. Raises Missing (code "replay-unusable") for a file that
-    cannot be read, is no such file, or comes from a newer mgpu."""
+    """Return the inspection that `save` wrote to a file, or what is piped in for `STANDARD_STREAM`. Raises Missing
+    (code "replay-unusable") for a file that cannot be read, is no such file, or comes from a newer mgpu."""
     try:
-        # A pipe that nobody writes to must not block.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise _unusable(path, "is no regular file")
-            content = file.read(_LARGEST_FILE_BYTES + 1)
+        content = _piped(path) if path == STANDARD_STREAM else _content(path)
     except (OSError, ValueError) as error:
         raise _unusable(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > _LARGEST_FILE_BYTES:
@@ -97,27 +98,18 @@ def replay(path: Path) -> Inspection:
         raise _unusable(path, str(error)[:300]) from None
 
 
-class _Redaction:
-    """Takes identities and addresses out of texts; the same UUID becomes the same number everywhere."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def __call__(self, text: str) -> str:
-        text = _UUID.sub(self._numbered, text)
-        return _HOME.sub("user", _IPV4.sub("(address)", _MAC.sub("(address)", text)))
-
-    def _numbered(self, match: re.Match[str]) -> str:
-        number = self._numbers.setdefault(match[0].lower(), len(self._numbers))
-        return f"00000000-0000-0000-0000-{number:012d}"
+def _content(path: Path) -> bytes:
+    # A pipe that nobody writes to must not block.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise _unusable(path, "is no regular file")
+        return file.read(_LARGEST_FILE_BYTES + 1)
 
 
-def _each_text(value: object, change: Callable[[str], str]) -> object:
-    if isinstance(value, dict):
-        return {key: _each_text(entry, change) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_each_text(entry, change) for entry in value]
-    return change(value) if isinstance(value, str) else value
+def _piped(path: Path) -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise _unusable(path, "reads what is piped in, and nothing is")
+    return sys.stdin.buffer.read(_LARGEST_FILE_BYTES + 1)
 
 
 def _inspection(data: object) -> Inspection:
@@ -142,8 +134,19 @@ def _require_sane(value: object, path: str) -> None:
     for at, entry in _leaves(value, path):
         if isinstance(entry, str) and not entry.isprintable():
             raise ValueError(f"{at}: holds characters that cannot be printed")
+        if isinstance(entry, str) and (kind := _kind(at)) and not kind.fullmatch(entry):
+            raise ValueError(f"{at}: {entry[:60]!r} is not what belongs there")
         if isinstance(entry, int | float) and not -_OUT_OF_RANGE < entry < _OUT_OF_RANGE:
             raise ValueError(f"{at}: out of range")
+
+
+def _kind(place: str) -> re.Pattern[str] | None:
+    """What a text at a place must look like, None where it may be any."""
+    if _UNIT_NAME.fullmatch(place):
+        return _NAME
+    *_, field = place.rsplit(".", 1)
+    pair = re.fullmatch(r"(\w+)\[\d+\]\[0\]", field)
+    return _PLACES.get(place) or _KINDS.get(pair[1] if pair else field)
 
 
 def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:

@@ -74,7 +74,7 @@ def healthy(cards: int = 2, name: str = "NVIDIA GeForce RTX 4090", *, lanes: int
         ),
         pci=tuple(device for gpu in gpus for device in _branch(gpu, model, switched)),
         pci_known=True,
-        host=_host(),
+        host=_host(switched),
         container=ContainerFacts(device_nodes=cards, host_gpus=cards, docker=False, cdi_older_than_driver=False),
         root=True,
     )
@@ -148,10 +148,15 @@ def changed_pair(inspection: Inspection, a: int, b: int, *, kind: str | None = N
     return changed_machine(changed(inspection, peers=tuple(peers)), links=tuple(links))
 
 
+def asked(check: Check, inspection: Inspection, purpose: Purpose) -> list[Finding | Skip]:
+    """Return what a check says where it applies, as in a diagnosis."""
+    return list(check.run(inspection, purpose)) if check.applies(inspection, purpose) else []
+
+
 def verdict(check: Check, inspection: Inspection, **purpose: Any) -> str:
-    """Return the worst that a check says: "fail", "warn", "info", "skip", or "" where all is well. Findings must be
-    fit for the screen."""
-    said = list(check.run(inspection, Purpose(**purpose)))
+    """Return the worst that a check says: "fail", "warn", "info", "skip", or "" where all is well or it does not apply.
+    Findings must be fit for the screen."""
+    said = asked(check, inspection, Purpose(**purpose))
     for item in said:
         text = item.summary if isinstance(item, Finding) else item.reason
         assert text.isprintable()
@@ -181,7 +186,7 @@ def _stays_fast(model: Card) -> bool:
 def _gpu(index: int, name: str, model: Card, lanes: int, cards: int) -> Gpu:
     ports = _NVLINK_PORTS.get(model.name, 0)
     switched = "SXM" in model.name
-    small = model.name.startswith("GeForce RTX 30")
+    small = model.name.startswith(("GeForce RTX 30", "RTX A6000"))
     return Gpu(
         index=index,
         vendor="nvidia",
@@ -238,16 +243,16 @@ def _health(gpu: Gpu, model: Card, switched: bool) -> CardHealth:
         power_default_w=model.tdp_w,
         power_min_w=model.tdp_w / 3,
         power_max_w=model.tdp_w,
+        power_requested_w=model.tdp_w,
         power_enforced_w=model.tdp_w,
         temperature_slowdown_c=None if switched else 96,
         temperature_margin_c=50 if switched else None,
         sm_clock_max_mhz=1980 if switched else 3120,
         reserved_bytes=model.reserved_bytes,
-        used_bytes=2 * MIB,
+        used_by_known=True,
         ecc_enabled=True if datacentre else None,
         ecc_uncorrected_volatile=0 if datacentre else None,
         ecc_uncorrected_aggregate=0 if datacentre else None,
-        rows_remapped=0 if datacentre else None,
         remap_pending=False if datacentre else None,
         remap_failed=False if datacentre else None,
         recovery_action=0,
@@ -256,7 +261,6 @@ def _health(gpu: Gpu, model: Card, switched: bool) -> CardHealth:
         fabric_state=3 if switched else None,
         fabric_status=0 if switched else None,
         virtualisation_mode=0,
-        nvlink_speed_mb_s=26_562 if switched else None,
         readings=readings,
     )
 
@@ -329,6 +333,8 @@ def _driver(switched: bool, *, open_module: bool) -> NvidiaDriver:
         open_module=open_module,
         cuda_version=13000,
         uvm_loaded=True,
+        uvm_on_disk=True,
+        node_maker=True,
         uvm_device=True,
         control_device=True,
         secure_boot=False,
@@ -340,8 +346,10 @@ def _driver(switched: bool, *, open_module: bool) -> NvidiaDriver:
     )
 
 
-def _host() -> HostFacts:
+def _host(switched: bool) -> HostFacts:
     return HostFacts(
+        distribution="debian",
+        boot_loader="grub",
         boot_age_s=30 * DAY_S,
         kernel_command_line="BOOT_IMAGE=/vmlinuz root=/dev/nvme0n1p2 ro quiet iommu=pt",
         wsl=False,
@@ -356,7 +364,8 @@ def _host() -> HostFacts:
         numa_balancing=False,
         cpu_flags_known=True,
         avx2=True,
-        allowed_cpus=32,
+        allowed_cpus=64 if switched else 32,
+        allowed_cpu_list="0-63" if switched else "0-31",
         governors=("schedutil",),
         cpu_power_w=170.0,
         listeners_known=True,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mgpu.doctor.check import Check, Finding, Purpose
+from mgpu.doctor.check import Check, Finding, Purpose, Skip
 from mgpu.doctor.checks.driver import (
     driver_lib_mismatch,
     driver_not_loaded,
@@ -16,51 +16,26 @@ from mgpu.doctor.checks.driver import (
     no_gpu,
     uvm_missing,
 )
-from mgpu.doctor.checks.driver_fit import driver_flavour, driver_too_new_for_gpu, driver_too_old
-from mgpu.machine.inspection import Inspection, InstalledEngine, LogEntry, PciDevice
-from tests.doctor.inspections import H100, bare, changed, changed_gpu, changed_machine, changed_pci, healthy, verdict
-
-P40, RTX_5090 = "Tesla P40", "NVIDIA GeForce RTX 5090"
-
-
-def undriven(cards: int = 1, name: str = "NVIDIA GeForce RTX 4090", **driver: Any) -> Inspection:
-    """Cards on the bus that no driver has."""
-    there = changed_pci(healthy(cards, name), driver=None)
-    unread = {
-        "nvml_error": 9,
-        "loaded_version": None,
-        "library_version": None,
-        "on_disk_version": None,
-        "on_disk": False,
-    }
-    there = changed(there, driver={**unread, **driver}, cards=(), peers=())
-    return changed_machine(there, gpus=(), links=(), driver=None)
-
-
-def without_last(inspection: Inspection) -> Inspection:
-    """The same bus, and one card fewer that the driver has."""
-    fewer = changed_machine(inspection, gpus=inspection.machine.gpus[:-1], links=())
-    return changed(fewer, cards=inspection.cards[:-1], peers=())
-
-
-def version(inspection: Inspection, text: str | None) -> Inspection:
-    versions = {"loaded_version": text, "library_version": text, "on_disk_version": text}
-    return changed_machine(changed(inspection, driver=versions), driver={"version": text})
-
-
-def engine(backend: str = "vllm", cuda: int | None = 13000, **facts: Any) -> tuple[InstalledEngine, ...]:
-    return (InstalledEngine(backend=backend, cuda_runtime=cuda, **facts),)
-
-
-def logged(kind: str, text: str = "NVRM: it went wrong") -> dict[str, Any]:
-    return {"log": (LogEntry(kind=kind, text=text, age_s=60.0),)}
-
-
-DISPLAY_CHIP = PciDevice(address="0000:03:00.0", vendor=0x1A03, device=0x2000, pci_class=0x030000)
-AMD_CARD = PciDevice(address="0000:03:00.0", vendor=0x1002, device=0x744C, pci_class=0x030000)
-IN_PROCESSOR = PciDevice(address="0000:00:02.0", vendor=0x8086, device=0xA780, pci_class=0x030000)
-PORT = PciDevice(address="0000:00:01.0", vendor=0x8086, device=0x460D, pci_class=0x060400)
-IN_DOCKER = {"visible_devices": "all"}
+from mgpu.machine.inspection import Inspection, Unread
+from tests.doctor.drivers import (
+    AMD_CARD,
+    DISPLAY_CHIP,
+    IN_DOCKER,
+    IN_PROCESSOR,
+    P40,
+    PORT,
+    RTX_5090,
+    WANTS_OPEN,
+    beside_kepler,
+    kepler,
+    logged,
+    undriven,
+    version,
+    with_graphics,
+    without_last,
+    without_node,
+)
+from tests.doctor.inspections import bare, changed, changed_gpu, changed_machine, changed_pci, healthy, verdict
 
 
 @pytest.mark.parametrize(
@@ -118,12 +93,39 @@ IN_DOCKER = {"visible_devices": "all"}
         ),
         pytest.param(gpu_missing, without_last(healthy(3)), {}, "fail", id="the bus has one more than the driver"),
         pytest.param(gpu_missing, healthy(3), {"expected_gpus": 4}, "warn", id="fewer than expected"),
+        pytest.param(gpu_missing, healthy(3), {"expected_gpus": 3}, "", id="as many as expected"),
         pytest.param(
             gpu_missing,
-            changed_pci(without_last(healthy(3)), "0000:30:00.0", driver="vfio-pci"),
+            with_graphics(healthy(1)),
+            {"expected_gpus": 2},
+            "warn",
+            id="a processor's graphics do not count",
+        ),
+        pytest.param(
+            gpu_missing,
+            changed_gpu(healthy(2), 1, problem="needs a reset"),
+            {"expected_gpus": 2},
+            "warn",
+            id="nor does a card that cannot be used",
+        ),
+        pytest.param(gpu_missing, beside_kepler(healthy(2)), {}, "", id="a GT 710 for the screen is not missing"),
+        pytest.param(driver_not_loaded, kepler(), {}, "info", id="a GT 710 alone needs no driver for engines"),
+        *(
+            pytest.param(
+                gpu_missing,
+                changed_pci(without_last(healthy(3)), "0000:30:00.0", driver=driver),
+                {},
+                "info",
+                id=f"a card that {driver} keeps is not missing",
+            )
+            for driver in ("vfio-pci", "nvgrace_gpu_vfio_pci", "pci-stub")
+        ),
+        pytest.param(
+            gpu_missing,
+            changed_pci(without_last(without_last(healthy(3))), "0000:30:00.0", driver="vfio-pci"),
             {},
-            "",
-            id="a card that was given to a virtual machine is not missing",
+            "fail",
+            id="a card is missing beside one that is kept",
         ),
         pytest.param(
             gpu_missing,
@@ -133,61 +135,26 @@ IN_DOCKER = {"visible_devices": "all"}
             id="a container has the cards that it was given",
         ),
         pytest.param(gpu_missing, healthy(2, pci_known=False), {}, "skip", id="the bus could not be read"),
-        pytest.param(uvm_missing, healthy(driver={"uvm_device": False}), {}, "fail", id="no /dev/nvidia-uvm"),
-        pytest.param(uvm_missing, healthy(driver={"control_device": False}), {}, "fail", id="no /dev/nvidiactl"),
+        pytest.param(uvm_missing, without_node(node_maker=False), {}, "fail", id="nobody makes /dev/nvidia-uvm"),
+        pytest.param(uvm_missing, without_node(), {}, "info", id="the first program makes it"),
+        pytest.param(uvm_missing, without_node(uvm_loaded=False), {}, "info", id="and loads its module"),
+        pytest.param(
+            uvm_missing, without_node(uvm_loaded=False, uvm_on_disk=False), {}, "fail", id="there is no module to load"
+        ),
+        pytest.param(
+            uvm_missing,
+            changed_machine(without_node(), host={"container": "docker"}),
+            {},
+            "fail",
+            id="in a container no program may make it",
+        ),
+        pytest.param(uvm_missing, without_node(node_maker=None), {}, "skip", id="who would make it is unknown"),
+        pytest.param(
+            uvm_missing, without_node(uvm_loaded=False, uvm_on_disk=None), {}, "skip", id="its module is unknown"
+        ),
         pytest.param(uvm_missing, healthy(), {}, "", id="both devices are there"),
         pytest.param(uvm_missing, healthy(driver={"uvm_device": None}), {}, "skip", id="/dev could not be read"),
         pytest.param(uvm_missing, healthy(host={"wsl": True}, driver={"uvm_device": False}), {}, "", id="WSL has none"),
-        pytest.param(
-            driver_too_new_for_gpu, undriven(2, P40, on_disk_version="590.48.01"), {}, "fail", id="P40 and 590"
-        ),
-        pytest.param(driver_too_new_for_gpu, healthy(2, P40), {}, "info", id="P40 and 580: the last branch"),
-        pytest.param(driver_too_new_for_gpu, version(healthy(2, P40), "535.129.03"), {}, "", id="P40 and 535"),
-        pytest.param(driver_too_new_for_gpu, version(healthy(), "610.43.02"), {}, "", id="4090 and 610"),
-        pytest.param(driver_too_new_for_gpu, version(healthy(1, P40), None), {}, "skip", id="version unknown"),
-        pytest.param(
-            driver_too_old, version(healthy(engines=engine()), "575.57.08"), {}, "fail", id="CUDA 13 needs 580"
-        ),
-        pytest.param(
-            driver_too_old,
-            version(healthy(engines=engine(cuda=12080)), "525.60.13"),
-            {},
-            "",
-            id="the oldest driver of CUDA 12 runs all of CUDA 12",
-        ),
-        pytest.param(
-            driver_too_old,
-            version(healthy(1, P40, engines=engine("ollama", None)), "550.54"),
-            {},
-            "fail",
-            id="Ollama, P40",
-        ),
-        pytest.param(
-            driver_too_old,
-            version(healthy(engines=engine("ollama", None)), "550.54"),
-            {},
-            "",
-            id="Ollama, 4090 and 550",
-        ),
-        pytest.param(
-            driver_too_old,
-            version(healthy(engines=engine()), "575.57.08"),
-            {"backend": "llama.cpp"},
-            "",
-            id="another engine is meant",
-        ),
-        pytest.param(driver_too_old, healthy(engines=engine(cuda=None)), {}, "skip", id="vLLM's CUDA is unknown"),
-        pytest.param(driver_too_old, version(healthy(engines=engine()), None), {}, "skip", id="driver unknown"),
-        pytest.param(
-            driver_flavour,
-            without_last(healthy(2, RTX_5090, driver={"open_module": False})),
-            {},
-            "fail",
-            id="5090, closed",
-        ),
-        pytest.param(driver_flavour, undriven(1, P40, open_module=True), {}, "fail", id="P40 and the open module"),
-        pytest.param(driver_flavour, healthy(2, driver={"open_module": False}), {}, "", id="4090 runs with both"),
-        pytest.param(driver_flavour, healthy(1, H100, driver={"open_module": None}), {}, "skip", id="flavour unread"),
         pytest.param(hmm_kaslr, healthy(2, RTX_5090, host=logged("hmm")), {}, "fail", id="the kernel logged it"),
         pytest.param(
             hmm_kaslr,
@@ -197,6 +164,7 @@ IN_DOCKER = {"visible_devices": "all"}
             id="HMM is off already",
         ),
         pytest.param(hmm_kaslr, healthy(2, RTX_5090, host={"log_known": False}), {}, "skip", id="log unread"),
+        pytest.param(hmm_kaslr, healthy(1, RTX_5090, host={"log_known": False}), {}, "skip", id="log unread, one card"),
         pytest.param(hmm_kaslr, healthy(2, host={"log_known": False}), {}, "", id="not with cards before Blackwell"),
     ],
 )
@@ -205,22 +173,33 @@ def test_what_is_said_of_a_driver(check: Check, inspection: Inspection, purpose:
 
 
 @pytest.mark.parametrize(
-    ("inspection", "cause"),
+    ("driver", "log", "steps", "not_said"),
     [
-        pytest.param(changed_pci(undriven(), driver="nouveau"), "nouveau", id="nouveau holds it"),
-        pytest.param(changed_pci(undriven(), driver="vfio-pci"), "virtual machines", id="vfio-pci keeps it"),
-        pytest.param(changed(undriven(), host=logged("key")), "Secure Boot", id="the kernel refused the key"),
-        pytest.param(undriven(on_disk=True, secure_boot=True), "Secure Boot", id="Secure Boot and a module on disk"),
-        pytest.param(undriven(on_disk=True), "not loaded", id="only not loaded"),
-        pytest.param(undriven(), "no module for this kernel", id="none for this kernel"),
-        pytest.param(changed_machine(undriven(), host={"container": "docker"}), "container", id="a container without"),
+        pytest.param(None, {}, "BIOS", "nouveau", id="no driver has it"),
+        pytest.param("nouveau", {}, "blacklist nouveau", "BIOS", id="nouveau holds it"),
+        pytest.param(None, logged("init", WANTS_OPEN), "-open", "BIOS", id="the kernel wants the open module"),
     ],
 )
-def test_why_the_driver_is_not_loaded_is_named(inspection: Inspection, cause: str) -> None:
-    (finding,) = driver_not_loaded.run(inspection, Purpose())
+def test_what_to_do_about_a_missing_card_fits_its_cause(
+    driver: str | None, log: dict[str, Any], steps: str, not_said: str
+) -> None:
+    missing = changed_pci(without_last(healthy(3, host=log)), "0000:30:00.0", driver=driver)
+    (finding,) = gpu_missing.run(missing, Purpose())
     assert isinstance(finding, Finding)
-    assert cause in finding.summary
-    assert len(finding.summary) <= 90
+    assert steps in "\n".join(finding.fix)
+    assert not_said not in "\n".join(finding.fix)
+
+
+def test_who_could_read_the_log_is_said() -> None:
+    """Root in a container cannot; a user on a host could as root."""
+    hidden = changed_machine(healthy(1, RTX_5090, host={"log_known": False}), host={"container": "docker"})
+    (skip,) = hmm_kaslr.run(hidden, Purpose())
+    assert isinstance(skip, Skip)
+    assert not skip.needs_root
+    denied = (Unread(what="/dev/kmsg", why="not permitted", needs_root=True),)
+    (skip,) = hmm_kaslr.run(healthy(1, RTX_5090, host={"log_known": False}, unread=denied), Purpose())
+    assert isinstance(skip, Skip)
+    assert skip.needs_root
 
 
 def test_a_card_that_the_module_cannot_run_is_not_called_missing_as_well() -> None:

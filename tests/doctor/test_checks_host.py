@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from mgpu.doctor.check import Purpose, Skip
+from mgpu.doctor.check import Finding, Purpose, Skip
 from mgpu.doctor.checks import container, host
 from mgpu.machine.inspection import Inspection, Listener, Unread
-from tests.doctor.inspections import GIB, H100, MIB, bare, changed, changed_gpu, changed_machine, healthy
+from tests.doctor.inspections import GIB, H100, MIB, bare, changed, changed_gpu, changed_machine, changed_pci, healthy
 from tests.doctor.said import said
 
 CHECKS = (*host.CHECKS, *container.CHECKS)
@@ -14,6 +14,10 @@ TWO = Purpose(backend="vllm", tensor_parallel=2)
 
 def nodes(count: int | None, inspection: Inspection | None = None) -> Inspection:
     return changed_machine(inspection or healthy(), host={"numa_nodes": count})
+
+
+def on_processors(listed: str | None, **facts: object) -> Inspection:
+    return healthy(8, H100, host={"allowed_cpu_list": listed, **facts})
 
 
 def listening(port: int, *, everywhere: bool = False) -> Inspection:
@@ -60,6 +64,23 @@ STALE = docker(cdi_files=("/etc/cdi/nvidia.yaml",), cdi_older_than_driver=True)
             TWO,
             [],
             id="an empty node without cards",
+        ),
+        pytest.param("numa-affinity", on_processors("0-31"), TWO, ["info 4,5,6,7"], id="processors of one node alone"),
+        pytest.param("numa-affinity", on_processors("32,40-47"), TWO, ["info 0,1,2,3"], id="those of the other"),
+        pytest.param("numa-affinity", on_processors("0,63"), TWO, [], id="one processor of each node"),
+        pytest.param("numa-affinity", on_processors(None), TWO, ["skip"], id="processors unread"),
+        pytest.param(
+            "numa-affinity",
+            on_processors(None, numa_balancing=None),
+            TWO,
+            ["skip"],
+            id="processors and balancing unread, said once",
+        ),
+        pytest.param(
+            "numa-affinity", changed_pci(on_processors("0-31"), local_cpus=None), TWO, [], id="near which is unknown"
+        ),
+        pytest.param(
+            "numa-affinity", healthy(host={"allowed_cpu_list": "64"}), TWO, [], id="on one socket none is far"
         ),
         pytest.param("numa-affinity", nodes(None), TWO, ["skip"], id="nodes unread"),
         pytest.param(
@@ -152,6 +173,20 @@ STALE = docker(cdi_files=("/etc/cdi/nvidia.yaml",), cdi_older_than_driver=True)
 )
 def test_the_computer_is_judged(check: str, inspection: Inspection, purpose: Purpose, expected: list[str]) -> None:
     assert said(CHECKS, check, inspection, purpose) == expected
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "first"),
+    [
+        pytest.param(True, "sudo nvidia-ctk runtime configure", id="installed: it is only to be configured"),
+        pytest.param(False, "sudo apt install nvidia-container-toolkit", id="not installed"),
+        pytest.param(None, "sudo apt install nvidia-container-toolkit", id="not known"),
+    ],
+)
+def test_a_toolkit_that_is_there_is_not_installed_again(toolkit: bool | None, first: str) -> None:
+    (finding,) = container.container_toolkit.run(docker(docker_nvidia_runtime=False, toolkit=toolkit), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.fix[0].startswith(first)
 
 
 def test_balancing_is_a_warning_with_cards_of_amd() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mgpu.doctor.check import Check, Finding, Purpose
+from mgpu.doctor.check import Check, Finding, Purpose, Skip
 from mgpu.doctor.checks.pcie import (
     pcie_aer,
     pcie_gen_degraded,
@@ -67,6 +67,10 @@ def virtual(inspection: Inspection) -> Inspection:
 NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fatal": None}
 
 
+def errors(fresh: int | None) -> Inspection:
+    return changed_pci(healthy(), PORT, aer_correctable=700, aer_fresh=fresh)
+
+
 @pytest.mark.parametrize(
     ("check", "inspection", "purpose", "expected"),
     [
@@ -77,6 +81,13 @@ NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fa
         pytest.param(pcie_width_degraded, width(1), {}, "", id="one lane is a riser's"),
         pytest.param(pcie_width_degraded, virtual(width(8)), {}, "", id="a virtual machine has no slots"),
         pytest.param(pcie_width_degraded, width(8, slot=None), {}, "skip", id="slot unknown"),
+        pytest.param(
+            pcie_width_degraded,
+            changed_pci(width(8, slot=None), PORT, width_max=16),
+            {},
+            "skip",
+            id="a bridge above that may be the card's own is not taken for the slot",
+        ),
         pytest.param(pcie_width_degraded, width(16, slot=None), {}, "", id="slot unknown, but all lanes in use"),
         pytest.param(pcie_slot_limited, width(4, slot=4), {}, "info", id="x4 slot"),
         pytest.param(pcie_slot_limited, width(4, slot=4), TP2, "warn", id="x4 slot and a model that is cut"),
@@ -86,13 +97,15 @@ NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fa
         pytest.param(pcie_x1_riser, width(1, slot=1), {}, "warn", id="riser, layers"),
         pytest.param(pcie_x1_riser, width(1), TP2, "fail", id="riser and a model that is cut"),
         pytest.param(pcie_x1_riser, width(4, slot=4), TP2, "", id="four lanes are no riser"),
+        pytest.param(pcie_x1_riser, virtual(width(1, slot=1)), TP2, "", id="lanes that a virtual machine is shown"),
         pytest.param(pcie_x1_riser, width(None), {}, "skip", id="width unread"),
         pytest.param(pcie_gen_degraded, generation(3, busy=True), {}, "warn", id="one generation less under load"),
         pytest.param(pcie_gen_degraded, generation(1, busy=True), {}, "fail", id="three less under load"),
         pytest.param(pcie_gen_degraded, generation(4, busy=True), {}, "", id="full speed under load"),
         pytest.param(pcie_gen_degraded, generation(1, busy=False), {}, "", id="gen 1 at idle says nothing"),
         pytest.param(pcie_gen_degraded, generation(4, busy=False, name=H100), {}, "warn", id="an H100 keeps its speed"),
-        pytest.param(pcie_gen_degraded, generation(None, busy=False), {}, "skip", id="generation unread"),
+        pytest.param(pcie_gen_degraded, generation(None, busy=True), {}, "skip", id="generation unread"),
+        pytest.param(pcie_gen_degraded, generation(None, busy=False), {}, "", id="generation unread, at idle"),
         pytest.param(pcie_host_gen, board_gen(3), {}, "info", id="gen 3 board"),
         pytest.param(pcie_host_gen, board_gen(3), TP2, "info", id="gen 3 board, x16, a model that is cut"),
         pytest.param(pcie_host_gen, board_gen(3, 8), TP2, "warn", id="gen 3 board, x8, a model that is cut"),
@@ -101,6 +114,9 @@ NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fa
         pytest.param(pcie_replay_rate, replays(0, 400, 900), {}, "warn", id="hundreds a second"),
         pytest.param(pcie_replay_rate, replays(48_211, 48_211, 48_211), {}, "", id="many, and all of them old"),
         pytest.param(pcie_replay_rate, replays(0, 1, 2), {}, "", id="two in two seconds are no rate yet"),
+        pytest.param(pcie_replay_rate, replays(0, 1, apart_s=0.3), {}, "", id="one in 0.3 s is no 200 a minute"),
+        pytest.param(pcie_replay_rate, replays(0, 16, apart_s=0.3), {}, "", id="a minute's worth at once"),
+        pytest.param(pcie_replay_rate, replays(0, 17, apart_s=0.0), {}, "warn", id="more than that, at any moment"),
         pytest.param(pcie_replay_rate, replays(0, 16, apart_s=60.0), {}, "", id="as many a minute as DCGM allows"),
         pytest.param(pcie_replay_rate, replays(0, 17, apart_s=60.0), {}, "warn", id="one more"),
         pytest.param(pcie_replay_rate, replays(9, 0), {}, "", id="the counter began anew"),
@@ -116,6 +132,10 @@ NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fa
             id="more than one corrected a second",
         ),
         pytest.param(pcie_aer, changed_pci(healthy(), PORT, aer_correctable=700), {}, "info", id="few corrected"),
+        pytest.param(pcie_aer, errors(10), {}, "warn", id="few since the start, many now"),
+        pytest.param(pcie_aer, errors(9), {}, "info", id="a few at once"),
+        pytest.param(pcie_aer, changed(errors(10), host={"boot_age_s": None}), {}, "warn", id="many now, at any time"),
+        pytest.param(pcie_aer, changed(errors(0), host={"boot_age_s": None}), {}, "info", id="none now"),
         pytest.param(pcie_aer, healthy(), {}, "", id="none"),
         pytest.param(pcie_aer, changed_pci(healthy(), **NO_AER), {}, "skip", id="AER is off"),
         pytest.param(pcie_aer, virtual(changed_pci(healthy(), **NO_AER)), {}, "", id="a virtual machine has none"),
@@ -123,6 +143,13 @@ NO_AER: dict[str, Any] = {"aer_correctable": None, "aer_nonfatal": None, "aer_fa
 )
 def test_what_is_said_of_a_link(check: Check, inspection: Inspection, purpose: dict[str, Any], expected: str) -> None:
     assert verdict(check, inspection, **purpose) == expected
+
+
+def test_errors_whose_rate_nobody_knows_are_said_and_the_rate_is_skipped() -> None:
+    said = list(pcie_aer.run(changed(errors(None), host={"boot_age_s": None}), Purpose()))
+    assert [type(each).__name__ for each in said] == ["Finding", "Skip"]
+    assert isinstance(said[1], Skip)
+    assert said[1].reason == "driver and kernel do not tell it of GPU1"
 
 
 def test_a_riser_under_load_at_gen_1_is_one_finding() -> None:
@@ -133,7 +160,23 @@ def test_a_riser_under_load_at_gen_1_is_one_finding() -> None:
     assert [verdict(check, riser) for check in checks] == ["", "", "warn", ""]
 
 
+def test_what_was_counted_is_said_with_its_time() -> None:
+    (finding,) = pcie_replay_rate.run(replays(7, 400, 907, apart_s=0.3), Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.summary == "GPU1's link repeats packets: 900 in 0.6 s"
+    assert [each.value for each in finding.evidence] == ["7, and 907 after 0.6 s", "16"]
+
+
 def test_the_cards_without_the_riser_are_named() -> None:
     (finding,) = pcie_x1_riser.run(width(2), Purpose(tensor_parallel=2))
     assert isinstance(finding, Finding)
-    assert finding.fix[-1] == "export CUDA_VISIBLE_DEVICES=0  # leaves it out"
+    assert finding.fix[-1] == "export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0  # leaves it out"
+
+
+def test_links_of_cards_at_rest_are_not_judged_and_not_praised() -> None:
+    purpose, rest, once = Purpose(), generation(1, busy=False), replays(9)
+    assert not pcie_gen_degraded.applies(rest, purpose)
+    assert pcie_gen_degraded.applies(generation(4, busy=True), purpose)
+    assert pcie_gen_degraded.applies(generation(5, busy=False, name=H100), purpose)
+    assert not pcie_replay_rate.applies(changed_card(once, 0, readings=once.cards[1].readings), purpose)
+    assert pcie_replay_rate.applies(replays(9, 9), purpose)

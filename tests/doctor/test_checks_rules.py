@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgpu.doctor.check import Area, Check, Finding, Purpose, Severity, Skip
-from mgpu.doctor.checks import amd, container, engines, host, intel, memory, power, profile
-from mgpu.doctor.checks import settings as card_settings
+from mgpu.doctor.checks import amd, configuration, container, engines, host, intel, memory, power, profile
 from mgpu.machine.inspection import (
     AmdFacts,
     DiskSpace,
@@ -25,9 +24,9 @@ from mgpu.machine.inspection import (
     Unread,
 )
 from mgpu.machine.snapshot import Gpu, GpuProcess
-from tests.doctor.inspections import GIB, H100, bare, healthy
+from tests.doctor.inspections import GIB, H100, asked, bare, healthy
 
-MODULES = (power, memory, host, container, card_settings, engines, amd, intel, profile)
+MODULES = (power, memory, host, container, configuration, engines, amd, intel, profile)
 CHECKS: tuple[Check, ...] = tuple(check for module in MODULES for check in module.CHECKS)
 ENGINE = InstalledEngine(
     backend="vllm", version="0.32.0", architectures=("sm_80", "compute_120"), architectures_known=True
@@ -66,7 +65,7 @@ FULL = dataclasses.replace(
         PciDevice(address="0000:00:1c.0", vendor=0x8086),
         PciDevice(address="0000:a0:00.0", vendor=0x8086, pci_class=0x030000, driver="xe", bar_bytes=7),
     ),
-    amd=AmdFacts(kfd_device=True, kfd_accessible=True, render_accessible=True, gfx_override="10.3.0"),
+    amd=AmdFacts(kfd_device=True, kfd_accessible=True, render_accessible=True),
     engines=(ENGINE, dataclasses.replace(ENGINE, backend="llama.cpp", nccl=True, nccl_version="2.x")),
     host=dataclasses.replace(
         healthy(3).host,
@@ -128,7 +127,7 @@ def test_every_id_is_given_once() -> None:
 )
 @pytest.mark.parametrize("check", CHECKS, ids=[check.id for check in CHECKS])
 def test_a_healthy_idle_machine_is_never_warned(check: Check, inspection: Inspection) -> None:
-    said = list(check.run(inspection, Purpose()))
+    said = asked(check, inspection, Purpose())
     assert not [item for item in said if isinstance(item, Finding) and item.severity is not Severity.info]
     assert not [item for item in said if isinstance(item, Skip)]
 
@@ -160,7 +159,7 @@ def damaged(value: Any, chance: random.Random, *, nothing_only: bool) -> Any:
 def test_whatever_is_unknown_or_odd_no_check_raises(seed: int, purpose: Purpose, nothing_only: bool) -> None:
     inspection = damaged(FULL, random.Random(seed), nothing_only=nothing_only)
     for check in CHECKS:
-        for item in check.run(inspection, purpose):
+        for item in asked(check, inspection, purpose):
             assert isinstance(item, Finding | Skip)
             if isinstance(item, Finding) and nothing_only:
                 assert len(item.summary) <= 90, item.summary
@@ -173,4 +172,4 @@ def test_a_machine_of_which_nothing_is_known_has_no_fault(purpose: Purpose) -> N
     blind = Inspection(machine=dataclasses.replace(FULL.machine, gpus=healthy(2).machine.gpus, links=()))
     for check in CHECKS:
         if check.id not in ("engine-missing", "tp-size", "psu-budget", "ram-swap"):
-            assert not [item for item in check.run(blind, purpose) if isinstance(item, Finding)], check.id
+            assert not [item for item in asked(check, blind, purpose) if isinstance(item, Finding)], check.id

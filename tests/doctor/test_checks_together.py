@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mgpu.doctor.check import Check, Finding, Purpose, Severity
 from mgpu.machine.inspection import CardHealth, Inspection, PciDevice, PeerAccess
 from mgpu.machine.snapshot import Gpu
-from tests.doctor.inspections import H100, bare, changed, healthy, verdict
+from tests.doctor.inspections import H100, asked, bare, changed, healthy, verdict
 
 MODULES = ("driver", "driver_fit", "cards", "virtual", "pcie", "peers", "nvlink", "topology")
 CHECKS: tuple[Check, ...] = tuple(
@@ -40,13 +40,13 @@ HEALTHY = (
 @pytest.mark.parametrize("backend", [None, "vllm", "llama.cpp"])
 def test_a_healthy_idle_machine_gives_neither_warning_nor_failure(inspection: Inspection, backend: str | None) -> None:
     purpose = Purpose(backend=backend, tensor_parallel=2 if backend == "vllm" else None)
-    said = {check.id: list(check.run(inspection, purpose)) for check in CHECKS}
+    said = {check.id: asked(check, inspection, purpose) for check in CHECKS}
     for items in said.values():
         assert all(isinstance(item, Finding) and item.severity is Severity.info for item in items), items
 
 
 def test_a_machine_without_a_card_says_one_thing() -> None:
-    said = [(check.id, item) for check in CHECKS for item in check.run(bare(), Purpose())]
+    said = [(check.id, item) for check in CHECKS for item in asked(check, bare(), Purpose())]
     assert [name for name, _ in said] == ["no-gpu"]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from mgpu.doctor import subjects
 from mgpu.doctor.catalogue import CHECKS, replaced, with_ids, without_ids
 from mgpu.doctor.check import Area, Check, Finding, Purpose, Said, Severity, Skip, check
 from mgpu.doctor.diagnosis import diagnose
 from mgpu.doctor.fixes import fixable_ids
 from mgpu.doctor.plans import ProfilePlan, plan_checks, unknown_flags
+from mgpu.doctor.proof import proof_checks
 from mgpu.doctor.report import Report, report_data
 from mgpu.errors import UsageError
 from mgpu.machine.inspection import Inspection
@@ -16,6 +18,7 @@ from mgpu.machine.inspection import Inspection
 from .inspections import H100, bare, changed_pair, healthy
 
 PURPOSE = Purpose()
+PROOFS = {each.id for each in proof_checks(None)}
 
 
 @check("warns", Area.host, "B")
@@ -50,6 +53,12 @@ def quiet(_: Inspection, __: Purpose) -> Said:
     yield from ()
 
 
+@check("of-amd", Area.amd, "A", about=(subjects.amd,))
+def of_amd(_: Inspection, __: Purpose) -> Said:
+    """Is about AMD's cards, and says something of any machine."""
+    yield Finding(severity=Severity.fail, summary="a failure of what is not here")
+
+
 ALL = (crashes, quiet, skips, warns, fails)
 
 
@@ -79,6 +88,35 @@ def test_the_report_counts_what_was_said() -> None:
         ("fails", "fail"),
     ]
     assert [skip["rerun"] for skip in data["skipped"]] == [None, "sudo mgpu doctor --only skips"]
+
+
+def test_what_root_is_to_run_judges_for_the_same() -> None:
+    said = diagnose(healthy(), ALL, PURPOSE)
+    asked = ("my model", "--for", "vllm", "--gpus", "0,1")
+    report = Report(inspection=healthy(), checks=ALL, diagnosis=said, purpose=PURPOSE, seconds=0.1, asked=asked)
+    assert report.rerun("a", "b", "a") == "sudo mgpu doctor 'my model' --for vllm --gpus 0,1 --only a,b"
+
+
+def test_what_is_not_here_is_not_asked_for_neither_well_nor_counted() -> None:
+    said = diagnose(healthy(), (quiet, of_amd), PURPOSE)
+    report = Report(inspection=healthy(), checks=(quiet, of_amd), diagnosis=said, purpose=PURPOSE, seconds=0)
+    data = report_data(report)
+    assert data["counts"] == {"fail": 0, "warn": 0, "info": 0, "skipped": 0, "ok": 1}
+    assert [each["result"] for each in data["checks"]] == ["ok", "not-applicable"]
+
+
+@pytest.mark.parametrize(
+    ("inspection", "areas"),
+    [
+        pytest.param(bare(), {"GPUs", "Memory", "Host", "Engines"}, id="no card"),
+        pytest.param(healthy(1), {"Driver", "GPUs", "PCIe", "Memory", "Power", "Host", "Engines"}, id="one card"),
+    ],
+)
+def test_only_what_is_here_is_well(inspection: Inspection, areas: set[str]) -> None:
+    checks = tuple(each for each in CHECKS if each.area is not Area.profile and each.id not in PROOFS)
+    said = diagnose(inspection, checks, PURPOSE)
+    spoken = {*said.well, *(finding.id for finding in said.findings), *(skip.id for skip in said.skipped)}
+    assert {each.area.value for each in checks if each.id in spoken} == areas
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mgpu.doctor.check import Finding, Severity
-from mgpu.doctor.diagnosis import Diagnosis
+from mgpu.doctor.catalogue import CHECKS
+from mgpu.doctor.check import Finding, Purpose, Severity
+from mgpu.doctor.diagnosis import Diagnosis, diagnose
 from mgpu.doctor.fixes import Remedy, apply, fixable_ids, remedies
 from mgpu.machine.inspection import Inspection
 
@@ -17,8 +18,8 @@ REDIRECTS = 0x1D
 PORTS = ("0000:00:01.0", "0000:00:01.1")
 
 
-def found(*ids: str, gpus: tuple[int, ...] = ()) -> Diagnosis:
-    findings = tuple(Finding(id=name, severity=Severity.warn, summary="x", gpus=gpus) for name in ids)
+def found(*ids: str, gpus: tuple[int, ...] = (), severity: Severity = Severity.warn) -> Diagnosis:
+    findings = tuple(Finding(id=name, severity=severity, summary="x", gpus=gpus) for name in ids)
     return Diagnosis(findings=findings, skipped=(), well=())
 
 
@@ -26,7 +27,7 @@ def lines(inspection: Inspection, *ids: str, gpus: tuple[int, ...] = ()) -> list
     return [" ".join(remedy.argv) for remedy in remedies(inspection, found(*ids, gpus=gpus))]
 
 
-CAPPED = changed_gpu(healthy(), 1, power_limit_w=300.0)
+CAPPED = changed_card(healthy(), 1, power_requested_w=300.0, power_enforced_w=250.0)
 UVM = changed(healthy(), driver={"uvm_loaded": False, "uvm_device": False})
 REDIRECTED = changed_pci(healthy(), *PORTS, acs=REDIRECTS)
 
@@ -46,13 +47,34 @@ REDIRECTED = changed_pci(healthy(), *PORTS, acs=REDIRECTS)
             changed_card(CAPPED, 1, power_default_w=None), "power-capped", [], id="no limit where none is known"
         ),
         pytest.param(
-            changed_card(CAPPED, 1, power_max_w=400.0), "power-capped", [], id="no limit above what the card takes"
+            changed_card(CAPPED, 1, power_max_w=400.5),
+            "power-capped",
+            ["nvidia-smi -i 0000:20:00.0 -pl 400"],
+            id="no limit above what the card takes",
+        ),
+        pytest.param(
+            changed_card(CAPPED, 1, power_default_w=200.0, power_min_w=310.5),
+            "power-capped",
+            ["nvidia-smi -i 0000:20:00.0 -pl 311"],
+            id="nor below",
+        ),
+        pytest.param(
+            changed_card(CAPPED, 1, power_requested_w=450.0), "power-capped", [], id="no limit that is set already"
+        ),
+        pytest.param(
+            changed_gpu(changed_card(CAPPED, 1, power_requested_w=None), 1, name="NVIDIA GeForce RTX 4090 Laptop GPU"),
+            "power-capped",
+            [],
+            id="no limit in a laptop",
         ),
         pytest.param(
             changed_card(healthy(), 0, compute_mode=3),
             "compute-mode",
             ["nvidia-smi -i 0000:10:00.0 -c 0"],
             id="a card for several processes",
+        ),
+        pytest.param(
+            changed_machine(UVM, host={"container": "lxc"}), "uvm-missing", [], id="no module from within a container"
         ),
         pytest.param(UVM, "uvm-missing", ["modprobe nvidia_uvm", "nvidia-modprobe -c0 -u"], id="CUDA's module"),
         pytest.param(
@@ -79,6 +101,45 @@ def test_a_finding_has_its_commands(inspection: Inspection, finding: str, expect
 def test_only_the_cards_of_the_finding_are_touched() -> None:
     both = changed_card(changed_card(healthy(), 0, compute_mode=3), 1, compute_mode=3)
     assert lines(both, "compute-mode", gpus=(1,)) == ["nvidia-smi -i 0000:20:00.0 -c 0"]
+
+
+@pytest.mark.parametrize(
+    ("inspection", "finding", "is_mended"),
+    [
+        pytest.param(CAPPED, "power-capped", False, id="a limit that was set on purpose"),
+        pytest.param(REDIRECTED, "acs-redirect", False, id="bridges that do no harm"),
+        pytest.param(REDIRECTED, "p2p-grant-unsafe", False, id="a grant that is proved"),
+        pytest.param(UVM, "uvm-missing", True, id="a device that the first program makes"),
+        pytest.param(changed_card(healthy(), 1, persistence=False), "persistence-off", True, id="cards let go of"),
+    ],
+)
+def test_what_is_only_said_is_mended_only_where_that_costs_nothing(
+    inspection: Inspection, finding: str, is_mended: bool
+) -> None:
+    assert bool(remedies(inspection, found(finding, severity=Severity.info))) is is_mended
+
+
+@pytest.mark.parametrize(
+    ("inspection", "purpose"),
+    [
+        pytest.param(changed_card(healthy(), 1, power_requested_w=400.0), Purpose(), id="a rig capped for its supply"),
+        pytest.param(REDIRECTED, Purpose(backend="vllm", tensor_parallel=2), id="ACS between cards without peers"),
+    ],
+)
+def test_a_diagnosis_without_a_fault_changes_neither_power_nor_bridges(
+    inspection: Inspection, purpose: Purpose
+) -> None:
+    assert remedies(inspection, diagnose(inspection, CHECKS, purpose)) == ()
+
+
+def test_only_bridges_between_the_cards_of_the_finding_are_touched() -> None:
+    four = changed_pci(healthy(4), acs=REDIRECTS)
+    assert lines(four, "p2p-grant-unsafe", gpus=(0, 1)) == lines(REDIRECTED, "acs-redirect")
+
+
+def test_a_power_limit_is_undone_to_the_one_that_was_set() -> None:
+    (remedy,) = remedies(CAPPED, found("power-capped"))
+    assert "-pl 300," in remedy.undo
 
 
 def test_two_findings_with_the_same_command_have_it_once() -> None:

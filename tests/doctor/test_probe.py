@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from mgpu.cli.doctor import _report
+from mgpu.doctor.catalogue import CHECKS, with_ids
 from mgpu.doctor.check import Finding, Purpose, Skip
 from mgpu.doctor.probe import busy, probe, probed_cards, prove, torch_python
 from mgpu.doctor.proof import CardCopy, Collective, PairCopy, Proof, proof_checks, with_links_under_load
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.snapshot import Gpu, GpuProcess
 
-from .inspections import bare, changed_card, changed_gpu, healthy
+from .inspections import bare, changed_card, changed_gpu, changed_pair, healthy
 
 GPUS = (0, 1)
 
@@ -42,6 +44,24 @@ def said(proof: Proof) -> list[str]:
                 assert isinstance(item, Skip)
                 words.append(f"skip: {item.reason}")
     return words
+
+
+def test_a_bridge_stays_in_use_where_peers_over_pcie_fail() -> None:
+    bridged = changed_pair(healthy(4, "NVIDIA GeForce RTX 3090"), 0, 1, kind="NVLink")
+    arrives, _ = proof_checks(Proof(pairs=(PairCopy(a=1, b=2, outcome="wrong"),)))
+    (finding,) = arrives.run(bridged, Purpose())
+    assert isinstance(finding, Finding)
+    assert finding.fix[0] == "export NCCL_P2P_LEVEL=NVL"
+
+
+def test_the_report_of_a_probe_takes_back_what_was_only_claimed() -> None:
+    pairs = tuple(PairCopy(a=a, b=b, outcome="right") for a, b in ((0, 1), (1, 0)))
+    proof = Proof(pairs=pairs, collectives=(run("right"),))
+    granted = changed_pair(healthy(), 0, 1, read=0, write=0)
+    (check,) = with_ids(CHECKS, "patched-p2p-risk", option="--only")
+    for found, severity in ((None, "warn"), (proof, "info")):
+        report = _report(granted, (check,), Purpose(), None, found)
+        assert [each.severity for each in report.diagnosis.findings] == [severity]
 
 
 @pytest.mark.parametrize(
@@ -214,17 +234,36 @@ def cards(count: int) -> tuple[Gpu, ...]:
     return tuple(Gpu(index=index + 3, vendor="other", name="a process") for index in range(count))
 
 
-def members(group_of: str) -> list[str]:
-    """The living processes whose command line names the probe's program and a mark."""
+_MARK = "MGPU_TEST_PROBE"
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """What only the processes of this test have in their environment: others may probe at the same time."""
+    monkeypatch.setenv(_MARK, str(tmp_path))
+    return f"{_MARK}={tmp_path}"
+
+
+def left(mark: str) -> list[str]:
+    """The command lines of living processes with a mark in the environment that they were started with."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = path.read_bytes().decode("utf-8", "replace")
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_bytes().decode("utf-8", "replace"))
         except OSError:
             continue
-        if group_of in words:
-            found.append(words)
     return found
+
+
+def test_a_process_with_the_mark_is_seen(mark: str) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        deadline = time.monotonic() + 30
+        while (seen := left(mark)) != ["sleep\x0060\x00"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    assert seen == ["sleep\x0060\x00"]
+    assert left(mark) == []
 
 
 def stand_in(tmp_path: Path, body: str) -> Path:
@@ -253,13 +292,13 @@ MARKED = "def say(text): os.write(1, b'noise\\nmgpu-probe ' + text.encode() + b'
         ),
     ],
 )
-def test_a_program_that_does_not_do_its_work_is_told_of(tmp_path: Path, body: str, problem: str) -> None:
+def test_a_program_that_does_not_do_its_work_is_told_of(tmp_path: Path, mark: str, body: str, problem: str) -> None:
     begun = time.monotonic()
     proof = prove(stand_in(tmp_path, body), cards(2), limit_s=1 if "hang" in problem or "600" in body else 20)
     assert problem in (proof.problem or "")
     assert (proof.problem or "").isprintable()
     assert time.monotonic() - begun < 15
-    assert members("987.6") == []
+    assert left(mark) == []
 
 
 def test_a_python_that_cannot_run_is_told_of(tmp_path: Path) -> None:
@@ -299,7 +338,7 @@ def real_python() -> Path:
 
 @pytest.mark.real_vllm
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_prove_an_all_reduce_for_real(real_python: Path, count: int) -> None:
+def test_processes_prove_an_all_reduce_for_real(real_python: Path, mark: str, count: int) -> None:
     proof = prove(real_python, cards(count), device="cpu")
     assert (proof.problem, proof.copies, proof.pairs) == (None, (), ())
     sizes = [2] if count == 2 else [2, 3]
@@ -310,7 +349,7 @@ def test_processes_prove_an_all_reduce_for_real(real_python: Path, count: int) -
     assert all((each.gb_s or 0) > 0 for each in proof.collectives)
     assert proof.seconds < 20
     assert proof.torch
-    assert members("probe_program") == []
+    assert left(mark) == []
 
 
 @pytest.mark.real_vllm
@@ -327,7 +366,9 @@ def test_a_pytorch_that_sees_no_card_is_told_of(real_python: Path) -> None:
         pytest.param("lambda *a, **k: 1 / 0", "error", id="it fails"),
     ],
 )
-def test_a_broken_all_reduce_is_found_out(real_python: Path, tmp_path: Path, sabotage: str, outcome: str) -> None:
+def test_a_broken_all_reduce_is_found_out(
+    real_python: Path, mark: str, tmp_path: Path, sabotage: str, outcome: str
+) -> None:
     """The real program with an all-reduce that is broken unless peer access is off."""
     python = tmp_path / "python"
     code = (
@@ -342,4 +383,4 @@ def test_a_broken_all_reduce_is_found_out(real_python: Path, tmp_path: Path, sab
     (finding,) = said(proof)
     assert finding.startswith("fail: ")
     assert finding.endswith("without peer access it is right")
-    assert members("probe_program") == []
+    assert left(mark) == []

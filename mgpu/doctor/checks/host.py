@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
-from mgpu.doctor.facts import named, unread, usable_cards
+from mgpu.doctor.facts import is_hosts, named, unread, usable_cards
+from mgpu.machine.host_facts import ENGINE_PORTS
 from mgpu.machine.inspection import Inspection, Unread
+from mgpu.machine.layout import in_container, is_wsl
+from mgpu.machine.sysfs import ranges
 from mgpu.units import MIB
 
 _ENOUGH_LOCKED_BYTES = 64 * MIB
-_ENGINES_PORTS = (8000, 8080, 11434)
 _MOST_LISTED = 6
 
 
-@check("memlock", Area.host, "A")
+@check("memlock", Area.host, "A", about=(subjects.several_cards,))
 def memlock(inspection: Inspection, _purpose: Purpose) -> Said:
     """A low limit of memory that may be locked.
 
@@ -24,7 +27,7 @@ def memlock(inspection: Inspection, _purpose: Purpose) -> Said:
     computer do without, so it is never a warning.
     Do: docker run --ulimit memlock=-1, or LimitMEMLOCK=infinity in the unit.
     """
-    if len(usable_cards(inspection)) < 2 or inspection.host.memlock_unlimited:
+    if inspection.host.memlock_unlimited:
         return
     limit = inspection.host.memlock_bytes
     if limit is None:
@@ -38,19 +41,20 @@ def memlock(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-@check("numa-affinity", Area.host, "B")
+@check("numa-affinity", Area.host, "B", about=(subjects.card,))
 def numa_affinity(inspection: Inspection, _purpose: Purpose) -> Said:
-    """Memory that is far from the cards: a node without any, or a kernel that moves pages about.
+    """Memory or processors that are far from the cards, or a kernel that moves pages about.
 
-    Read: /sys/devices/system/node, numa_node of the cards, /proc/sys/kernel/numa_balancing.
-    Rule: with two nodes or more: warn when a card's own node has no memory; info when automatic balancing is on (warn
-    with AMD cards, whose maker says to turn it off).
+    Read: /sys/devices/system/node, numa_node and local_cpulist of the cards, Cpus_allowed_list in /proc/self/status,
+    /proc/sys/kernel/numa_balancing.
+    Rule: with two nodes or more: warn when a card's own node has no memory; info when this process may run on none of
+    the processors that are near a card; info when automatic balancing is on (warn with AMD cards, whose maker says to
+    turn it off).
     Why: copies to such a card cross from the other socket, and balancing unmaps pages in the middle of them.
-    Do: put memory into the empty node's slots; sudo sysctl kernel.numa_balancing=0.
+    Do: put memory into the empty node's slots; numactl --cpunodebind=N --membind=N with the card's node, or end the
+    limit that taskset, numactl or a cpuset sets; sudo sysctl kernel.numa_balancing=0.
     """
     cards, nodes, host = usable_cards(inspection), inspection.machine.host.numa_nodes, inspection.host
-    if not cards:
-        return
     if nodes is None:
         yield unread(inspection, "NUMA nodes", "system/node", "numa")
         return
@@ -66,6 +70,7 @@ def numa_affinity(inspection: Inspection, _purpose: Purpose) -> Said:
                 fix=("put memory modules into the slots of that socket, or set NPS1 in the BIOS",),
                 gpus=tuple(far),
             )
+    yield from _far_processors(inspection)
     if host.numa_balancing is None:
         yield unread(inspection, "NUMA balancing", "numa_balancing")
     elif host.numa_balancing:
@@ -77,6 +82,33 @@ def numa_affinity(inspection: Inspection, _purpose: Purpose) -> Said:
             fix=("sudo sysctl kernel.numa_balancing=0",),
             gpus=tuple(amd),
             needs_root=True,
+        )
+
+
+def _far_processors(inspection: Inspection) -> Said:
+    """The cards none of whose near processors this process may use; those of one node are one finding."""
+    listed = inspection.host.allowed_cpu_list
+    allowed, devices = ranges(listed), {device.address: device for device in inspection.pci}
+    if allowed is None:
+        if inspection.host.numa_balancing is not None:  # else that is said, and once is enough
+            yield unread(inspection, "the processors of this process", "self/status")
+        return
+    far: dict[tuple[int | None, str], list[int]] = {}
+    for gpu in usable_cards(inspection):
+        found = devices.get(gpu.bus_id or "")
+        near = ranges(found.local_cpus) if found else None
+        if found and near and not any(a <= d and c <= b for a, b in near for c, d in allowed):
+            far.setdefault((found.numa_node, found.local_cpus or ""), []).append(gpu.index)
+    for (node, near_list), indices in far.items():
+        yield Finding(
+            severity=Severity.info,
+            summary=f"this process may not run on the processors near {named(indices)}",
+            evidence=(
+                Evidence(path="/proc/self/status Cpus_allowed_list", value=(listed or "")[:80]),
+                Evidence(path=f"local_cpulist of {named(indices)}", value=near_list[:80]),
+            ),
+            fix=(f"numactl --cpunodebind={node} --membind={node} mgpu run MODEL",) if node is not None else (),
+            gpus=tuple(indices),
         )
 
 
@@ -163,7 +195,7 @@ def port_exposed(inspection: Inspection, purpose: Purpose) -> Said:
             fix=(f"ss -ltnp 'sport = :{purpose.port}'  # shows by which",),
         )
     wide = sorted({listener.port for listener in host.listeners if listener.everywhere})
-    for port in (port for port in wide if port in (*_ENGINES_PORTS, purpose.port)):
+    for port in (port for port in wide if port in (*ENGINE_PORTS, purpose.port)):
         yield Finding(
             severity=Severity.info,
             summary=f"port {port} is open to the whole network",
@@ -177,12 +209,15 @@ def cannot_read(inspection: Inspection, _purpose: Purpose) -> Said:
     """What the doctor was not allowed to read, or could not.
 
     Read: the reasons that were kept while reading.
-    Rule: never a finding; two lines at most, one of what root could read, one of the rest.
+    Rule: never a finding; two lines at most, one of what root could read, one of the rest. What no container is shown,
+    and no WSL2, is left to the checks that ask for it.
     Why: silence about what was not looked at would pass for health.
     Do: sudo mgpu doctor, with --only for the checks that are named.
     """
+    confined = in_container(inspection) or is_wsl(inspection)
+    told = [each for each in inspection.unread if not (confined and is_hosts(each.what))]
     for needs_root in (True, False):
-        missed = [each for each in inspection.unread if each.needs_root is needs_root]
+        missed = [each for each in told if each.needs_root is needs_root]
         if missed:
             yield Skip(reason=_listed(missed, needs_root=needs_root), needs_root=needs_root)
 

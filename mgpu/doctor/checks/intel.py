@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import unread
 from mgpu.machine.inspection import Inspection, PciDevice
-from mgpu.machine.layout import in_container, is_virtual
+from mgpu.machine.layout import in_container, is_virtual, on_bus
+from mgpu.machine.sysfs import INTEL
 from mgpu.units import MIB, gib
 
-_INTEL, _DISPLAY = 0x8086, 0x03
 _DRIVERS = ("i915", "xe")
 _SMALL_BAR_BYTES = 256 * MIB
 
 
-@check("intel-xe", Area.intel, "A")
+@check("intel-xe", Area.intel, "A", about=(subjects.intel,))
 def intel_xe(inspection: Inspection, _purpose: Purpose) -> Said:
     """An Intel card without a driver, without access, or whose memory the processor sees through a small window.
 
@@ -22,11 +23,12 @@ def intel_xe(inspection: Inspection, _purpose: Purpose) -> Said:
     Rule: fail when neither i915 nor xe has the card (info when it is handed to a virtual machine), or when the render
     node may not be opened; warn when the region is 256 MiB or less on bare metal; info for several cards without
     ONEAPI_DEVICE_SELECTOR.
-    Why: Arc needs Resizable BAR: without, every copy is cut into small windows. Peers behind different root ports reach
-    each other only over bridges that the kernel knows, and llama.cpp cuts over Arc by whole layers alone.
+    Why: Arc needs Resizable BAR: without, every copy is cut into small windows. llama.cpp cuts over
+    Arc by whole layers alone. Whether peers behind different root ports reach each other is not judged: that is up to a
+    list of host bridges inside the kernel, which it shows to nobody.
     Do: Re-Size BAR and Above 4G Decoding in the BIOS; sudo usermod -aG render $USER.
     """
-    cards = [each for each in inspection.pci if _is_card(each)]
+    cards = on_bus(inspection, INTEL)
     unbound = [each for each in cards if each.driver not in _DRIVERS]
     for each in unbound:
         passed_on = each.driver == "vfio-pci"
@@ -55,15 +57,8 @@ def intel_xe(inspection: Inspection, _purpose: Purpose) -> Said:
         )
 
 
-def _is_card(each: PciDevice) -> bool:
-    """Integrated graphics sit on the first bus; cards are always behind a bridge."""
-    if each.vendor != _INTEL or each.pci_class is None or each.pci_class >> 16 != _DISPLAY:
-        return False
-    return not each.address.partition(":")[2].startswith("00:")
-
-
 def _access(inspection: Inspection) -> Said:
-    accessible = inspection.amd.render_accessible
+    accessible = inspection.intel.render_accessible
     if accessible is None:
         yield unread(inspection, "access to /dev/dri/renderD*", "dri")
     elif not accessible:
@@ -79,14 +74,18 @@ def _access(inspection: Inspection) -> Said:
 
 
 def _windows(inspection: Inspection, driven: list[PciDevice]) -> Said:
-    for each in driven:
-        if each.bar_bytes is not None and each.bar_bytes <= _SMALL_BAR_BYTES:
-            yield Finding(
-                severity=Severity.warn,
-                summary=f"the memory of the Intel card {each.address} is seen through {gib(each.bar_bytes)}",
-                evidence=(Evidence(path=f"/sys/bus/pci/devices/{each.address}/resource", value=gib(each.bar_bytes)),),
-                fix=("BIOS: Above 4G Decoding = Enabled, Re-Size BAR Support = Enabled",),
-            )
+    small = [each for each in driven if each.bar_bytes is not None and each.bar_bytes <= _SMALL_BAR_BYTES]
+    if small:
+        which = f"the Intel card {small[0].address} is" if len(small) == 1 else f"{len(small)} Intel cards is"
+        yield Finding(
+            severity=Severity.warn,
+            summary=f"the memory of {which} seen through {gib(max(each.bar_bytes or 0 for each in small))}",
+            evidence=tuple(
+                Evidence(path=f"/sys/bus/pci/devices/{each.address}/resource", value=gib(each.bar_bytes or 0))
+                for each in small
+            ),
+            fix=("BIOS: Above 4G Decoding = Enabled, Re-Size BAR Support = Enabled",),
+        )
     if unknown := [each.address for each in driven if each.bar_bytes is None]:
         yield unread(inspection, f"the memory regions of {', '.join(unknown)}", "resource")
 

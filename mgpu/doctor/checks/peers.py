@@ -2,50 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
-from mgpu.doctor.facts import named, unread
-from mgpu.machine.inspection import Inspection, PciDevice
-from mgpu.machine.layout import Pair, bridges_between, cards, device, is_geforce, is_virtual, pairs
+from mgpu.doctor.facts import HOST_ONLY, named, on_pci, unread, without_peers
+from mgpu.doctor.peer_ways import (
+    acs_off,
+    acs_words,
+    between,
+    either,
+    group_type,
+    group_types,
+    is_redirected,
+    untranslated,
+)
+from mgpu.doctor.proof import Proof
+from mgpu.machine.families import family
+from mgpu.machine.inspection import Inspection
+from mgpu.machine.layout import (
+    Pair,
+    cards,
+    in_container,
+    is_translated,
+    is_virtual,
+    pairs,
+)
+from mgpu.machine.snapshot import Gpu
 from mgpu.units import seconds
 
-_REQUEST_REDIRECT, _COMPLETION_REDIRECT = 0x04, 0x08
-_PASS_THROUGH = (
-    "add iommu=pt to GRUB_CMDLINE_LINUX_DEFAULT in /etc/default/grub",
-    "sudo update-grub && sudo reboot",
-)
-_WITHOUT_PEERS = "export NCCL_P2P_DISABLE=1  # until then, and vLLM with --disable-custom-all-reduce"
 
-
-@check("p2p-grant-unsafe", Area.p2p, "A")
+@check("p2p-grant-unsafe", Area.p2p, "A", about=(subjects.nvidia_pair, subjects.bare_metal))
 def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
     """Peer access is granted between cards that cannot reach each other: hangs, or wrong output at full speed.
 
-    Joins three facts of two cards without NVLink: NVML says that peer access is OK (a claim, not a test), their IOMMU
+    Read: three facts of two cards without NVLink: NVML says that peer access is OK (a claim, not a test), their IOMMU
     group translates addresses (DMA or DMA-FQ), and a bridge between them redirects peer traffic (ACS, bits 2 and 3).
-    All three are a failure: peer writes are not acknowledged, so they vanish, and vLLM with two cards hangs after NCCL
-    has started. A translating IOMMU alone is a warning, and a failure for vLLM or --tensor-parallel; redirection alone
-    is a warning there and only said elsewhere. What is only claimed can be proved with --probe. Two cards hang where
-    four do not: NCCL uses peers across host bridges of AMD processors only up to two.
+    Rule: fail for all three. A translating IOMMU alone: warn, and fail for vLLM or --tensor-parallel. Redirection
+    alone: warn. A grant with nothing in its way is still a claim: info (of GeForce cards patched-p2p-risk says it), and
+    so is all of it where --probe saw all values arrive.
+    Why: peer writes are not acknowledged, so they vanish, and vLLM with two cards hangs after NCCL has started. Two
+    cards hang where four do not: NCCL uses peers across host bridges of AMD processors only up to two.
+    Do: iommu=pt on the kernel's command line, ACS off in the BIOS, and NCCL_P2P_DISABLE=1 until then; --probe proves
+    whether data arrives.
     """
-    if is_virtual(inspection):
-        return
     wanted = _peers_wanted(purpose)
     worst: dict[tuple[Severity, bool, bool | None], list[Pair]] = {}
-    unknown = []
+    unknown, unproven = [], []
     for pair in pairs(inspection):
         if pair.nvlink or pair.granted is False:
             continue
-        translated = _either(_translated(inspection, gpu.bus_id) for gpu in (pair.a, pair.b))
-        redirected = _redirected(inspection, pair)
+        translated = either(is_translated(inspection, gpu.bus_id) for gpu in (pair.a, pair.b))
+        redirected = is_redirected(inspection, pair)
         if pair.granted is None or (translated is None and not redirected) or (redirected is None and not translated):
             unknown.append(pair)
         elif translated:
             severity = Severity.fail if redirected or wanted else Severity.warn
             worst.setdefault((severity, True, redirected), []).append(pair)
         elif redirected:
-            worst.setdefault((Severity.warn if wanted else Severity.info, False, True), []).append(pair)
+            worst.setdefault((Severity.warn, False, True), []).append(pair)
+        elif not _is_geforce(pair.a):
+            unproven.append(pair)
     for (severity, translated, redirected), found in worst.items():
         reasons = [
             word for word, holds in (("the IOMMU remaps it", translated), ("ACS redirects it", redirected)) if holds
@@ -55,17 +73,26 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
             summary=f"peer access is granted, but {' and '.join(reasons)}: may hang or corrupt",
             evidence=(
                 Evidence(path=f"nvmlDeviceGetP2PStatus {_named(found[0])}", value="OK"),
-                *_group_types(inspection, found[0]),
-                *_acs_words(inspection, found[0]),
+                *group_types(inspection, found[0]),
+                *acs_words(inspection, found[0]),
             ),
             fix=(
-                *(_PASS_THROUGH if translated else ()),
-                *(_acs_off(inspection, found) if redirected else ()),
+                f"{without_peers(inspection)}  # helps at once; vLLM with --disable-custom-all-reduce too",
+                *(acs_off(inspection, found) if redirected else ()),
                 *(("sudo mgpu doctor --only acs-redirect  # whether ACS redirects too",) if redirected is None else ()),
-                _WITHOUT_PEERS,
+                *(untranslated(inspection) if translated else ()),
             ),
             gpus=_members(found),
             confidence="read" if severity is Severity.fail and redirected else "inferred",
+        )
+    if unproven:
+        yield Finding(
+            severity=Severity.info,
+            summary="peer access is granted but unproven: mgpu doctor --probe tests it",
+            evidence=(Evidence(path=f"nvmlDeviceGetP2PStatus {_named(unproven[0])}", value="OK"),),
+            fix=("mgpu doctor --probe",),
+            gpus=_members(unproven),
+            confidence="inferred",
         )
     if unknown:
         known = all(pair.granted is not None for pair in unknown)
@@ -76,19 +103,20 @@ def p2p_grant_unsafe(inspection: Inspection, purpose: Purpose) -> Said:
         )
 
 
-@check("iommu-translated", Area.host, "A")
+@check("iommu-translated", Area.host, "A", about=(subjects.nvidia_pair,))
 def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
     """The IOMMU translates the addresses that cards use.
 
-    Read from iommu_group/type of each card: DMA and DMA-FQ translate, identity does not, and without an IOMMU there is
-    no group. With two cards or more on bare metal it is a warning: translation slows transfers between cards and can
-    stop them (two 3090 on an X399 board crashed with Xid 154 under tensor parallel). Where peer access is granted,
-    p2p-grant-unsafe says it. In a virtual machine, or where cards are passed to one (vfio), it is only said.
+    Read: iommu_group/type of each card: DMA and DMA-FQ translate, identity does not, and a card without a group has no
+    IOMMU before it, or one that is off.
+    Rule: warn with two cards or more on bare metal; info in a virtual machine, or where cards are passed to one (vfio).
+    Where peer access is granted, p2p-grant-unsafe says it.
+    Why: translation slows transfers between cards and can stop them (two 3090 on an X399 board crashed with Xid 154
+    under tensor parallel).
+    Do: iommu=pt on the kernel's command line; where that is told already, the IOMMU off in the BIOS.
     """
     gpus = cards(inspection)
-    if len(gpus) < 2:
-        return
-    found = {gpu.index: _translated(inspection, gpu.bus_id) for gpu in gpus}
+    found = {gpu.index: is_translated(inspection, gpu.bus_id) for gpu in gpus}
     translated = [gpu for gpu in gpus if found[gpu.index]]
     if translated:
         joined = any(pair.granted and not pair.nvlink for pair in pairs(inspection)) and not is_virtual(inspection)
@@ -101,43 +129,44 @@ def iommu_translated(inspection: Inspection, _purpose: Purpose) -> Said:
                 else "the IOMMU translates GPU addresses: slower, and can hang tensor parallel"
             ),
             evidence=tuple(
-                Evidence(path=f"{_path(gpu.bus_id)}/iommu_group/type", value=_type(inspection, gpu.bus_id))
+                Evidence(path=f"{on_pci(gpu.bus_id)}/iommu_group/type", value=group_type(inspection, gpu.bus_id))
                 for gpu in translated[:4]
             ),
-            fix=() if is_virtual(inspection) else _PASS_THROUGH,
+            fix=() if is_virtual(inspection) else untranslated(inspection),
             gpus=tuple(gpu.index for gpu in translated),
         )
     elif any(value is None for value in found.values()) and not is_virtual(inspection):
         yield unread(inspection, "the IOMMU group's type", "iommu", of=(i for i, it in found.items() if it is None))
 
 
-@check("acs-redirect", Area.host, "A", needs_root=True)
+@check("acs-redirect", Area.host, "A", needs_root=True, about=(subjects.nvidia_pair, subjects.bare_metal))
 def acs_redirect(inspection: Inspection, purpose: Purpose) -> Said:
     """Bridges between the cards send peer traffic through the root complex (ACS).
 
-    Read from the PCIe configuration of the bridges between each two cards, which needs root: request redirect (bit 2)
-    and completion redirect (bit 3); 0x1d is usual on AMD. It matters where peer access is granted and wanted (vLLM,
-    --tensor-parallel): a warning then, as the slow or hanging all-reduce of NCCL has it for its cause; only said
-    elsewhere. Virtual machines need ACS, so nothing is advised in one, nor where vfio is in use.
+    Read: the PCIe configuration of the bridges between each two cards, which needs root: request redirect (bit 2) and
+    completion redirect (bit 3); 0x1d is usual on AMD.
+    Rule: warn where peer access is granted and wanted (vLLM, --tensor-parallel), else info.
+    Why: a slow or hanging all-reduce of NCCL has it for its cause. Virtual machines need ACS, so nothing is advised in
+    one, nor where vfio is in use.
+    Do: ACS off in the BIOS, or until the next boot with setpci.
     """
-    if is_virtual(inspection) or len(cards(inspection)) < 2:
-        return
-    found = [pair for pair in pairs(inspection) if not pair.nvlink and _redirected(inspection, pair)]
+    found = [pair for pair in pairs(inspection) if not pair.nvlink and is_redirected(inspection, pair)]
     if found:
         granted = [pair for pair in found if pair.granted]
-        joined = any(_translated(inspection, gpu.bus_id) for pair in granted for gpu in (pair.a, pair.b))
-        keep = inspection.host.vfio_in_use is not False
+        joined = any(is_translated(inspection, gpu.bus_id) for pair in granted for gpu in (pair.a, pair.b))
         warn = granted and _peers_wanted(purpose) and not inspection.host.vfio_in_use and not joined
         said = "peer access is slow or hangs" if granted else "harmless without peer access"
         yield Finding(
             severity=Severity.warn if warn else Severity.info,
             summary=f"ACS redirects traffic between {named(_members(found))}: {said}",
-            evidence=_acs_words(inspection, found[0]),
-            fix=_acs_off(inspection, found) if granted and not keep else (),
+            evidence=acs_words(inspection, found[0]),
+            fix=acs_off(inspection, granted) if granted and not inspection.host.vfio_in_use else (),
             gpus=_members(found),
         )
-    unknown = [pair for pair in pairs(inspection) if not pair.nvlink and _redirected(inspection, pair) is None]
-    if unknown and not found:
+    unknown = [pair for pair in pairs(inspection) if not pair.nvlink and is_redirected(inspection, pair) is None]
+    if unknown and not found and in_container(inspection):
+        yield Skip(reason=HOST_ONLY)
+    elif unknown and not found:
         yield Skip(
             reason=f"ACS of the bridges between {named(_members(unknown))} could not be read",
             needs_root=not inspection.root,
@@ -154,14 +183,17 @@ _STATUS_WORDS = {
 }
 
 
-@check("p2p-none", Area.p2p, "B")
+@check("p2p-none", Area.p2p, "B", about=(subjects.nvidia_pair,))
 def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards have no access to each other's memory.
 
-    Read from NVML's peer status of every two cards. Normal on GeForce and between sockets: only said, and NCCL then
-    goes through host memory. For two other cards on one socket it is a warning, unless the engine does not use it: peer
-    access is worth 10 to 14 % in decode on x4 and 12 to 14 % in prefill, and nothing to llama.cpp splitting by layers.
-    A patched driver grants it to GeForce at a risk of its own (patched-p2p-risk).
+    Read: NVML's peer status of every two cards.
+    Rule: info on GeForce, on mining cards, between unlike cards and between sockets, where it is normal; warn for two
+    equal cards for workstations or datacentres on one socket, unless the engine does not use it.
+    Why: NCCL then goes through host memory. Peer access is worth 10 to 14 % in decode on x4 and 12 to 14 % in prefill,
+    and nothing to llama.cpp splitting by layers.
+    Do: nothing where it is normal (a patched driver grants it to GeForce at a risk of its own: patched-p2p-risk); else
+    Above 4G Decoding and Re-Size BAR in the BIOS.
     """
     without: dict[str, list[Pair]] = {}
     unknown = []
@@ -175,7 +207,7 @@ def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
         unexpected = why == _UNEXPECTED
         yield Finding(
             severity=Severity.warn if unexpected and not layers else Severity.info,
-            summary=f"peer access between {named(_members(found))} is {why}",
+            summary=_no_access(found, why),
             evidence=tuple(
                 Evidence(
                     path=f"nvmlDeviceGetP2PStatus {_named(pair)}",
@@ -183,22 +215,24 @@ def p2p_none(inspection: Inspection, purpose: Purpose) -> Said:
                 )
                 for pair in found[:4]
             ),
-            fix=("BIOS: enable Above 4G Decoding and Re-Size BAR",) if unexpected else ("export NCCL_P2P_DISABLE=1",),
+            fix=("BIOS: enable Above 4G Decoding and Re-Size BAR",) if unexpected else (without_peers(inspection),),
             gpus=_members(found),
         )
     if unknown and not inspection.host.wsl:
         yield unread(inspection, "peer access", "P2P", of=_members(unknown))
 
 
-@check("patched-p2p-risk", Area.p2p, "A")
+@check("patched-p2p-risk", Area.p2p, "A", about=(subjects.nvidia_pair,))
 def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
     """GeForce cards have peer access over PCIe, which only a patched or forced driver grants.
 
-    Read from NVML: GeForce, no NVLink, and peer access OK; the patch itself leaves no mark. A warning until --probe has
-    seen values arrive: vLLM's custom all-reduce returned wrong data on two Intel rigs while NCCL's own path was fine,
-    and RTX 50 need RMForceStaticBar1=1 and PeerMappingOverride=1 or they hang.
+    Read: NVML: GeForce, no NVLink, and peer access OK; the patch itself leaves no mark.
+    Rule: warn; info once --probe has seen all values arrive.
+    Why: vLLM's custom all-reduce returned wrong data on two Intel rigs while NCCL's own path was fine, and RTX 50 need
+    RMForceStaticBar1=1 and PeerMappingOverride=1 or they hang.
+    Do: mgpu doctor --probe; until it is proved, vLLM with --disable-custom-all-reduce.
     """
-    both = [pair for pair in pairs(inspection) if is_geforce(pair.a) and is_geforce(pair.b) and not pair.nvlink]
+    both = [pair for pair in pairs(inspection) if _is_geforce(pair.a) and _is_geforce(pair.b) and not pair.nvlink]
     found = [pair for pair in both if pair.granted]
     if found:
         dwords = inspection.driver.registry_dwords
@@ -216,7 +250,7 @@ def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
             fix=(
                 "mgpu doctor --probe",
                 "vllm serve --disable-custom-all-reduce",
-                "export NCCL_P2P_DISABLE=1  # if it hangs",
+                f"{without_peers(inspection)}  # if it hangs",
             ),
             gpus=_members(found),
             confidence="inferred",
@@ -225,16 +259,20 @@ def patched_p2p_risk(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "peer access", "P2P", of=_members(both))
 
 
-@check("vllm-p2p-cache-stale", Area.p2p, "A")
+@check("vllm-p2p-cache-stale", Area.p2p, "A", about=(subjects.nvidia_pair,))
 def vllm_p2p_cache_stale(inspection: Inspection, purpose: Purpose) -> Said:
     """vLLM keeps an answer about peer access from before the machine started.
 
-    Compares the age of ~/.cache/vllm/gpu_p2p_access_cache_for_*.json with the time since boot: a new driver, BIOS or
-    slot changes the answer, and the file is named by card numbers only. A warning for vLLM, or where
-    VLLM_SKIP_P2P_CHECK=0 has it read; only said otherwise, since vLLM believes the driver by default. Delete it.
+    Read: the age of gpu_p2p_access_cache_for_*.json in vLLM's cache (~/.cache/vllm), and the time since boot. When the
+    driver was installed is not asked: its files often have the dates of its making, and it takes effect when it is
+    loaded, which is at boot but for those who reload it by hand.
+    Rule: warn for vLLM, or where VLLM_SKIP_P2P_CHECK=0 has it read; else info, since vLLM believes the driver by
+    default.
+    Why: a new driver, BIOS or slot changes the answer, and the file is named by card numbers only.
+    Do: delete the file.
     """
     age_s, boot_s = inspection.host.vllm_p2p_cache_age_s, inspection.host.boot_age_s
-    if age_s is None or len(cards(inspection)) < 2:
+    if age_s is None:
         return
     if boot_s is None:
         yield Skip(reason="the time since boot could not be read, so the age of vLLM's answer means nothing")
@@ -244,95 +282,67 @@ def vllm_p2p_cache_stale(inspection: Inspection, purpose: Purpose) -> Said:
             severity=Severity.warn if read else Severity.info,
             summary="vLLM's saved answer about peer access is older than the last boot",
             evidence=(
-                Evidence(path="~/.cache/vllm/gpu_p2p_access_cache_for_*.json", value=f"{seconds(age_s)} old"),
+                Evidence(path="gpu_p2p_access_cache_for_*.json in vLLM's cache", value=f"{seconds(age_s)} old"),
                 Evidence(path="since boot", value=seconds(max(boot_s, 0))),
             ),
             fix=(
-                "rm ~/.cache/vllm/gpu_p2p_access_cache_for_*.json",
+                'rm "${VLLM_CACHE_ROOT:-${XDG_CACHE_HOME:-$HOME/.cache}/vllm}"/gpu_p2p_access_cache_for_*.json',
                 "export VLLM_SKIP_P2P_CHECK=0  # for the next start of vLLM",
             ),
         )
+
+
+def _no_access(found: list[Pair], why: str) -> str:
+    """The pairs as two sides, where that is not too long for a summary."""
+    said = (f"peer access between {which} is {why}" for which in (between(found), named(_members(found))))
+    return next((words for words in said if len(words) <= 90), f"peer access between some cards is {why}")
 
 
 _UNEXPECTED = "missing, though these cards support it"
 
 
 def _why_none(pair: Pair) -> str:
-    if is_geforce(pair.a) or is_geforce(pair.b):
+    if pair.a.name != pair.b.name:
+        return "not possible between unlike cards, which is normal"
+    if _is_geforce(pair.a):
         return "not granted to GeForce, which is normal"
-    return "not possible between sockets, which is normal" if pair.kind == "SYS" else _UNEXPECTED
+    if pair.kind == "SYS":
+        return "not possible between sockets, which is normal"
+    return _UNEXPECTED if family(pair.a.name).peers else "not known to be granted to such cards"
+
+
+def proved_checks(proof: Proof | None) -> tuple[Check, ...]:
+    """Return the checks of a claim that a probe can prove: what it saw arrive is only said, and no longer unproven."""
+    return tuple(replace(each, run=partial(_proved, each, proof)) for each in (p2p_grant_unsafe, patched_p2p_risk))
+
+
+def _proved(claimed: Check, proof: Proof | None, inspection: Inspection, purpose: Purpose) -> Said:
+    for said in claimed.run(inspection, purpose):
+        gpus = said.gpus if isinstance(said, Finding) else tuple(gpu.index for gpu in cards(inspection))
+        if proof is None or not proof.shows_peers(gpus):
+            yield said
+        elif isinstance(said, Finding) and said.severity is not Severity.info:  # no claim is unproven any more
+            summary, fix = _PROVED[claimed.id]
+            evidence = (*said.evidence, Evidence(path="copies and all-reduce", value="right"))
+            info = replace(said, severity=Severity.info, summary=summary, evidence=evidence, fix=fix)
+            yield replace(info, confidence="probed")
+
+
+_PROVED: dict[str, tuple[str, tuple[str, ...]]] = {
+    p2p_grant_unsafe.id: ("peer access works as probed, though the IOMMU or ACS is in its way", ()),
+    patched_p2p_risk.id: (
+        "GeForce cards have peer access by a patched driver; probed, and values arrive",
+        ("vllm serve --disable-custom-all-reduce  # if vLLM alone errs: the probe sums with NCCL",),
+    ),
+}
+
+
+def _is_geforce(gpu: Gpu) -> bool:
+    return family(gpu.name).geforce
 
 
 def _peers_wanted(purpose: Purpose) -> bool:
-    return (purpose.tensor_parallel or 1) > 1 or purpose.backend == "vllm"
-
-
-def _translated(inspection: Inspection, bus_id: str | None) -> bool | None:
-    """Whether the IOMMU translates what a card addresses; a host without an IOMMU does not."""
-    found = device(inspection, bus_id)
-    if found is not None and found.iommu_type is not None:
-        return found.iommu_type.upper().startswith("DMA")
-    return False if inspection.host.iommu_present is False else None
-
-
-def _redirected(inspection: Inspection, pair: Pair) -> bool | None:
-    bridges = bridges_between(inspection, pair.a.bus_id, pair.b.bus_id)
-    if not bridges:
-        return None
-    return _either(_redirects(bridge) for bridge in bridges)
-
-
-def _redirects(bridge: PciDevice) -> bool | None:
-    if bridge.acs is not None:
-        return bool(bridge.acs & (_REQUEST_REDIRECT | _COMPLETION_REDIRECT))
-    return False if bridge.acs_known else None
-
-
-def _either(answers: Iterable[bool | None]) -> bool | None:
-    """Or, of three values."""
-    known = list(answers)
-    return True if True in known else None if None in known else False
-
-
-def _acs_off(inspection: Inspection, found: list[Pair]) -> tuple[str, ...]:
-    """Commands for every bridge that redirects; none where vfio relies on them."""
-    if inspection.host.vfio_in_use is None:
-        return ("BIOS: ACS off, unless a virtual machine has a card of this one (that could not be read)",)
-    if inspection.host.vfio_in_use:
-        return ("ACS stays on: vfio is in use here, and virtual machines rely on it",)
-    addresses = {
-        bridge.address
-        for pair in found
-        for bridge in bridges_between(inspection, pair.a.bus_id, pair.b.bus_id)
-        if _redirects(bridge)
-    }
-    commands = tuple(f"sudo setpci -s {address} ECAP_ACS+6.w=0000" for address in sorted(addresses))
-    return (*commands, "BIOS: ACS off (the commands last until the next boot)")
-
-
-def _acs_words(inspection: Inspection, pair: Pair) -> tuple[Evidence, ...]:
-    bridges = bridges_between(inspection, pair.a.bus_id, pair.b.bus_id)
-    return tuple(
-        Evidence(path=f"ACS control of {bridge.address}", value=f"{bridge.acs:#06x}")
-        for bridge in bridges
-        if bridge.acs is not None and _redirects(bridge)
-    )
-
-
-def _group_types(inspection: Inspection, pair: Pair) -> tuple[Evidence, ...]:
-    return tuple(
-        Evidence(path=f"{_path(gpu.bus_id)}/iommu_group/type", value=_type(inspection, gpu.bus_id))
-        for gpu in (pair.a, pair.b)
-    )
-
-
-def _type(inspection: Inspection, bus_id: str | None) -> str:
-    found = device(inspection, bus_id)
-    return (found.iommu_type if found else None) or "unknown"
-
-
-def _path(bus_id: str | None) -> str:
-    return f"/sys/bus/pci/devices/{bus_id or 'unknown'}"
+    return purpose.joins_cards
 
 
 def _named(pair: Pair) -> str:

@@ -5,21 +5,25 @@ from __future__ import annotations
 from functools import partial
 from statistics import median
 
-from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
-from mgpu.doctor.facts import event, in_use_bytes, is_busy, lasting, named, nvidia_cards, unread, usable_cards
+from mgpu.doctor import subjects
+from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
+from mgpu.doctor.facts import at_work, event, in_use_bytes, is_busy, lasting, named, nvidia_cards, unread, usable_cards
+from mgpu.doctor.power_limits import default_limit_w, requested_limit_w
 from mgpu.machine.inspection import CardHealth, Inspection, Readings
-from mgpu.machine.layout import health
+from mgpu.machine.layout import health, is_laptop, on_bus
 from mgpu.machine.snapshot import Gpu
+from mgpu.machine.sysfs import INTEL
 from mgpu.units import GIB
 
 _POWER_CAP, _HARDWARE_SLOWDOWN, _THERMAL, _POWER_BRAKE = 0x04, 0x08, 0x20 | 0x40, 0x80
+_CLOCKS_SET = 0x02
 _REASONS_FOR_LOW_CLOCKS = _POWER_CAP | _HARDWARE_SLOWDOWN | _THERMAL | _POWER_BRAKE
 _REST_OF_COMPUTER_W = 100
 # From Ada on, some cards give the distance to the limit (a small or negative number) where others give the limit.
 _LOWEST_TRUE_LIMIT_C = 50
 
 
-@check("thermal", Area.power, "B")
+@check("thermal", Area.power, "B", about=(subjects.nvidia_card,))
 def thermal(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card that is hot, or that its heat makes slower.
 
@@ -37,15 +41,21 @@ def thermal(inspection: Inspection, _purpose: Purpose) -> Said:
         if limited is None and margin is None:
             unknown.append(gpu.index)
         elif margin is not None and margin <= 3:
-            yield _hot(gpu, card, Severity.fail, f"{named([gpu.index])} is {margin} °C below its limit")
+            yield _hot(gpu, card, Severity.fail, f"{named([gpu.index])} is {_place(margin)}")
         elif limited:
             yield _hot(gpu, card, Severity.warn, f"{named([gpu.index])} lowers its clocks because of heat")
         elif margin is not None and margin <= 8:
-            yield _hot(gpu, card, Severity.warn, f"{named([gpu.index])} is {margin} °C below its limit")
+            yield _hot(gpu, card, Severity.warn, f"{named([gpu.index])} is {_place(margin)}")
         elif gpu.temperature_c is not None and gpu.temperature_c > 70 and gpu.utilisation_percent == 0:
             yield _hot(gpu, card, Severity.info, f"{named([gpu.index])} is at {gpu.temperature_c} °C while idle")
     if unknown:
-        yield unread(inspection, "temperature limits and events", "Temperature", "Event", "Throttle", of=unknown)
+        yield _unsure(inspection, "temperature limits and events", unknown, "Temperature")
+
+
+def _place(margin_c: int) -> str:
+    if margin_c == 0:
+        return "at its temperature limit"
+    return f"{abs(margin_c)} °C {'below' if margin_c > 0 else 'over'} its limit"
 
 
 def _margin_c(gpu: Gpu, card: CardHealth) -> int | None:
@@ -65,15 +75,31 @@ def _hot(gpu: Gpu, card: CardHealth, severity: Severity, summary: str) -> Findin
         severity=severity,
         summary=summary,
         evidence=(*evidence, *_events(gpu, card)),
-        fix=("clean the fans and filters, leave a free slot between cards", _lower_limit(gpu, card)),
+        fix=("clean the fans and vents",)  # a laptop's limit is not the user's to set
+        if is_laptop(gpu)
+        else ("clean the fans and filters, leave a free slot between cards", *_lower_limit(gpu, card)),
         gpus=(gpu.index,),
     )
 
 
-def _lower_limit(gpu: Gpu, card: CardHealth) -> str:
-    limit = card.power_default_w or gpu.power_limit_w
-    watts = f"{max(0.8 * limit, card.power_min_w or 0):.0f}" if limit else "WATTS"
-    return f"sudo nvidia-smi -i {gpu.index} -pl {watts}"
+def _lower_limit(gpu: Gpu, card: CardHealth, until: str = "") -> tuple[str, ...]:
+    """The command that takes a fifth off the limit that holds; none where the card takes no lower one."""
+    command = f"sudo nvidia-smi -i {gpu.index} -pl"
+    limits = [limit for limit in (requested_limit_w(gpu, card), card.power_default_w) if limit]
+    if not limits:
+        return (f"{command} WATTS{until}",)
+    watts = max(0.8 * min(limits), card.power_min_w or 0)
+    return (f"{command} {watts:.0f}{until}",) if watts < min(limits) else ()
+
+
+def _unsure(inspection: Inspection, what: str, indices: list[int], *paths: str) -> Skip:
+    """Why it is unknown whether an event of these cards lasts: a single reading does not show it."""
+    events = [
+        [r.events for r in card.readings if r.events is not None] for card in inspection.cards if card.gpu in indices
+    ]
+    if events and all(len(masks) == 1 for masks in events):
+        return Skip(reason=f"{what} of {named(indices)} were read once, not three times")
+    return unread(inspection, what, *paths, "Event", "Throttle", of=indices)
 
 
 def _events(gpu: Gpu, card: CardHealth) -> tuple[Evidence, ...]:
@@ -82,7 +108,7 @@ def _events(gpu: Gpu, card: CardHealth) -> tuple[Evidence, ...]:
     return (Evidence(path=path, value=", ".join(masks[:3])),) if masks else ()
 
 
-@check("hw-slowdown", Area.power, "B")
+@check("hw-slowdown", Area.power, "B", about=(subjects.nvidia_card,))
 def hw_slowdown(inspection: Inspection, _purpose: Purpose) -> Said:
     """A card whose hardware brakes it: its power supply or a cable.
 
@@ -106,17 +132,17 @@ def hw_slowdown(inspection: Inspection, _purpose: Purpose) -> Said:
                 evidence=_events(gpu, card),
                 fix=(
                     "power off, seat the power plugs (12VHPWR up to the stop), one cable for each socket",
-                    f"{_lower_limit(gpu, card)}  # until then",
+                    *_lower_limit(gpu, card, "  # until then"),
                 ),
                 gpus=(gpu.index,),
             )
         elif braked is None:
             unknown.append(gpu.index)
     if unknown:
-        yield unread(inspection, "clock events", "Event", "Throttle", of=unknown)
+        yield _unsure(inspection, "clock events", unknown)
 
 
-@check("sw-power-cap", Area.power, "B")
+@check("sw-power-cap", Area.power, "B", about=(subjects.busy,))
 def sw_power_cap(inspection: Inspection, _purpose: Purpose) -> Said:
     """A busy card that draws all the power it may have.
 
@@ -128,6 +154,8 @@ def sw_power_cap(inspection: Inspection, _purpose: Purpose) -> Said:
     """
     unknown: list[int] = []
     for gpu, card in nvidia_cards(inspection):
+        if at_work(gpu, card) is False:
+            continue
         limit_w = card.power_enforced_w or gpu.power_limit_w
         capped = lasting(card.readings, partial(_at_limit, limit_w=limit_w))
         if capped:
@@ -140,7 +168,7 @@ def sw_power_cap(inspection: Inspection, _purpose: Purpose) -> Said:
         elif capped is None:
             unknown.append(gpu.index)
     if unknown:
-        yield unread(inspection, "clock events", "Event", "Throttle", of=unknown)
+        yield _unsure(inspection, "clock events", unknown)
 
 
 def _at_limit(reading: Readings, limit_w: float | None) -> bool | None:
@@ -151,11 +179,12 @@ def _at_limit(reading: Readings, limit_w: float | None) -> bool | None:
     return None if reading.power_w is None or not limit_w else reading.power_w >= 0.95 * limit_w
 
 
-@check("power-capped", Area.power, "B")
+@check("power-capped", Area.power, "B", about=(subjects.nvidia_card,))
 def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
     """A power limit far below the card's default, or unlike its siblings'.
 
-    Read: NVML's power limit against the default one.
+    Read: the power limit that was set (NVML's management limit) against the default one. What a laptop may draw changes
+    by itself, so that only a limit that somebody set is judged there.
     Rule: info below 95 % of the default; warn below 60 %, or when cards of one model that share a tensor parallel model
     are more than 15 % apart.
     Why: moderate limits cost little (decoding on an RTX 3090 at 290 W loses 7 % for 22 % less power; 400 to 600 W make
@@ -163,24 +192,30 @@ def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
     Do: sudo nvidia-smi -pl WATTS -i CARD; a systemd unit keeps it over a reboot.
     """
     shares: dict[str, list[tuple[float, Gpu]]] = {}
+    defaults: dict[int, int] = {}
     unknown: list[int] = []
     for gpu, card in nvidia_cards(inspection):
-        limit, default = card.power_enforced_w or gpu.power_limit_w, card.power_default_w
-        if not limit or not default or default < 0:
-            unknown.append(gpu.index)
+        limit, default = requested_limit_w(gpu, card), default_limit_w(card)
+        if not limit or not default:
+            if not is_laptop(gpu):
+                unknown.append(gpu.index)
             continue
+        defaults[gpu.index] = default
         shares.setdefault(gpu.name, []).append((limit / default, gpu))
         if limit < 0.95 * default:
             yield Finding(
                 severity=Severity.warn if limit < 0.6 * default else Severity.info,
-                summary=f"{named([gpu.index])} is limited to {limit:.0f} of its {default:.0f} W",
+                summary=f"{named([gpu.index])} is limited to {limit:.0f} of its {default} W",
                 evidence=_limits(gpu, limit, default),
-                fix=(f"sudo nvidia-smi -i {gpu.index} -pl {default:.0f}",),
+                fix=(f"sudo nvidia-smi -i {gpu.index} -pl {default}",),
                 gpus=(gpu.index,),
             )
     for same in shares.values():
         lowest, highest = min(share for share, _ in same), max(share for share, _ in same)
         if (purpose.tensor_parallel or 1) > 1 and highest - lowest > 0.15:
+            members = [gpu.index for _, gpu in same]
+            # The highest that all of them take without being raised above a default.
+            common = min(defaults[index] for index in members)
             slow = [gpu.index for share, gpu in same if highest - share > 0.15]
             yield Finding(
                 severity=Severity.warn,
@@ -189,7 +224,7 @@ def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
                     Evidence(path=f"power limit of GPU{gpu.index}", value=f"{share:.0%} of the default")
                     for share, gpu in same
                 ),
-                fix=("sudo nvidia-smi -pl WATTS  # without -i it sets all cards alike",),
+                fix=(f"sudo nvidia-smi -i {','.join(map(str, members))} -pl {common}",),
                 gpus=tuple(slow),
             )
     if unknown:
@@ -198,17 +233,18 @@ def power_capped(inspection: Inspection, purpose: Purpose) -> Said:
 
 def _limits(gpu: Gpu, limit: float, default: float) -> tuple[Evidence, ...]:
     return (
-        Evidence(path=f"nvmlDeviceGetEnforcedPowerLimit({gpu.index})", value=f"{limit:.0f} W"),
+        Evidence(path=f"nvmlDeviceGetPowerManagementLimit({gpu.index})", value=f"{limit:.0f} W"),
         Evidence(path=f"nvmlDeviceGetPowerManagementDefaultLimit({gpu.index})", value=f"{default:.0f} W"),
     )
 
 
-@check("psu-budget", Area.power, "B")
+@check("psu-budget", Area.power, "B", about=(subjects.card,))
 def psu_budget(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards that together may draw more than the power supply gives.
 
     Read: the sum of all cards' power limits, the processor's long-term limit (intel-rapl in /sys/class/powercap) and
-    100 W for the rest, against the wattage that you give.
+    100 W for the rest, against the wattage that you give. Intel's cards tell theirs only to who
+    computes on them, so that no sum with one of them is all well.
     Rule: fail above 100 % of the supply, warn above 80 %; without a wattage, info with the sum for two cards or more.
     Why: peaks of milliseconds are far above the limits; a supply that trips on them takes cards off the bus (Xid 79).
     Do: limit the cards (nvidia-smi -pl), or take a larger supply.
@@ -224,12 +260,12 @@ def psu_budget(inspection: Inspection, purpose: Purpose) -> Said:
         *(Evidence(path=f"power limit of GPU{index}", value=f"{limit:.0f} W") for index, limit in limits.items()),
         Evidence(path="intel-rapl", value="unknown" if processor_w is None else f"{processor_w:.0f} W"),
     )
-    others = "the processor and the rest" if processor_w is not None else "100 W for the rest (processor unknown)"
+    others = "processor and the rest" if processor_w is not None else "100 W for the rest (processor unknown)"
     supply_w = purpose.psu_w
     if supply_w and total_w > 0.8 * supply_w:
         yield Finding(
             severity=Severity.fail if total_w > supply_w else Severity.warn,
-            summary=f"cards and {others} may draw {total_w:.0f} of {supply_w} W",
+            summary=f"cards, {others} may draw {total_w:.0f} of {supply_w} W",
             evidence=evidence,
             fix=(
                 "sudo nvidia-smi -pl WATTS  # on each card",
@@ -237,12 +273,14 @@ def psu_budget(inspection: Inspection, purpose: Purpose) -> Said:
             ),
             confidence="inferred",
         )
+    elif cards and on_bus(inspection, INTEL):
+        yield unread(inspection, "the power limits of Intel's cards", "power1_cap")
     elif supply_w and processor_w is None and cards:
         yield unread(inspection, "the processor's power limit", "powercap", "rapl")
     elif not supply_w and len(cards) > 1:
         yield Finding(
             severity=Severity.info,
-            summary=f"cards and {others} may draw {total_w:.0f} W together",
+            summary=f"cards, {others} may draw {total_w:.0f} W together",
             evidence=evidence,
             confidence="inferred",
         )
@@ -252,19 +290,23 @@ def _limit_w(gpu: Gpu, card: CardHealth) -> float | None:
     return card.power_enforced_w or gpu.power_limit_w
 
 
-@check("clocks-locked", Area.power, "B")
+@check("clocks-locked", Area.power, "B", about=(subjects.busy,))
 def clocks_locked(inspection: Inspection, _purpose: Purpose) -> Said:
     """A busy card whose clock stays low, though nothing makes it.
 
     Read: the SM clock of busy readings against the card's highest, the event bits, and the clocks of busy siblings.
-    Rule: warn when a busy card stays below 70 % of its highest clock without an event bit that explains it, or below
-    85 % of the median of busy cards of its model. Idle cards are not judged.
+    Rule: warn when a busy card stays below 70 % of its highest clock, or below 85 % of the median of busy cards of its
+    model, without an event bit that explains it (power, heat, hardware: other checks say those). Info below 95 % while
+    bit 0x02 lasts, by which the driver itself says that a setting holds the clock: no more, because cards for
+    datacentres are delivered so. Idle cards are not judged.
     Why: a clock that someone locked (nvidia-smi -lgc) stays locked until it is reset, and the slowest card paces all.
-    Do: sudo nvidia-smi -rgc -i CARD.
+    Do: sudo nvidia-smi -rgc -i CARD; -rac where -ac set the clock of applications.
     """
     unknown: list[int] = []
     clocks = {gpu.index: _busy_clock_mhz(gpu, card) for gpu, card in nvidia_cards(inspection)}
     for gpu, card in nvidia_cards(inspection):
+        if at_work(gpu, card) is False:
+            continue
         readings = [(r.utilisation_percent, r.sm_clock_mhz) for r in card.readings]
         if all(use is None for use, _ in readings) or (
             clocks[gpu.index] is None and any((use or 0) >= 50 and clock is None for use, clock in readings)
@@ -278,7 +320,17 @@ def clocks_locked(inspection: Inspection, _purpose: Purpose) -> Said:
         typical = median(value for value in siblings if value is not None)
         explained = lasting(card.readings, event(_REASONS_FOR_LOW_CLOCKS)) is not False
         low = highest is not None and clock < 0.7 * highest and not explained
-        if low or clock < 0.85 * typical:
+        slow = clock < 0.85 * typical and not explained
+        held = highest is not None and clock < 0.95 * highest and lasting(card.readings, event(_CLOCKS_SET)) is True
+        if held and not (low or slow or explained):
+            yield Finding(
+                severity=Severity.info,
+                summary=f"a setting holds {named([gpu.index])} at {clock:.0f} of {highest} MHz",
+                evidence=_events(gpu, card),
+                fix=(f"sudo nvidia-smi -rgc -i {gpu.index}", f"sudo nvidia-smi -rac -i {gpu.index}"),
+                gpus=(gpu.index,),
+            )
+        elif low or slow:
             against = f"of {highest} MHz" if low else f"MHz, its siblings at {typical:.0f} MHz"
             yield Finding(
                 severity=Severity.warn,
@@ -301,7 +353,7 @@ def _busy_clock_mhz(gpu: Gpu, card: CardHealth) -> float | None:
     return median(clocks) if clocks else None
 
 
-@check("idle-power-stuck", Area.power, "B")
+@check("idle-power-stuck", Area.power, "B", about=(subjects.nvidia_card,))
 def idle_power_stuck(inspection: Inspection, _purpose: Purpose) -> Said:
     """An idle card that holds a model and stays at full clocks.
 

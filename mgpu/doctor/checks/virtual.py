@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, Skip, check
-from mgpu.doctor.facts import nvidia_cards
 from mgpu.machine.inspection import Inspection
-from mgpu.machine.layout import is_virtual
+from mgpu.machine.layout import is_virtual, is_wsl
 
 
-@check("virtualised", Area.host, "A")
+@check("virtualised", Area.host, "A", about=(subjects.nvidia_card,))
 def virtualised(inspection: Inspection, _purpose: Purpose) -> Said:
     """This is a virtual machine, or an LXC container: some readings differ, and some advice would be wrong.
 
-    Read from the processor's hypervisor flag, the board's name and NVML's virtualisation mode. Only said, once: what
-    the host decides (slots, link speeds, Resizable BAR, IOMMU, ACS) is not judged in here. Peer access that is missing
-    in a guest comes from its virtual chipset, not from BAR1. Run mgpu doctor on the host too, and never turn ACS off
-    there while cards are passed through.
+    Read: the processor's hypervisor flag, the board's name and NVML's virtualisation mode.
+    Rule: info, once. What the host decides (slots, link speeds, Resizable BAR, IOMMU, ACS) is not judged in here.
+    Why: peer access that is missing in a guest comes from its virtual chipset, not from BAR1.
+    Do: run mgpu doctor on the host too, and never turn ACS off there while cards are passed through.
     """
     host = inspection.machine.host
-    if not nvidia_cards(inspection) or _is_wsl(inspection):
+    if is_wsl(inspection):
         return
     virtual = is_virtual(inspection)
     if virtual:
@@ -52,12 +52,14 @@ def virtualised(inspection: Inspection, _purpose: Purpose) -> Said:
 def wsl2(inspection: Inspection, purpose: Purpose) -> Said:
     """This is WSL2: cards reach each other only through Windows, and some readings are missing.
 
-    Read from the kernel's name and /dev/dxg. Only said, because one card works well; a warning where a model is to be
-    cut over several cards, for there is neither peer access nor a topology, and pinned memory may be refused; a warning
-    too for a kernel before 4.19.121, the first with CUDA. AMD does not support several cards in WSL. Native Linux has
-    none of this.
+    Read: the kernel's name and /dev/dxg.
+    Rule: info, because one card works well; warn where a model is to be cut over several, and for a kernel before
+    4.19.121, the first with CUDA.
+    Why: there is neither peer access nor a topology, and pinned memory may be refused. AMD does not support several
+    cards in WSL.
+    Do: wsl --update for the kernel; native Linux for several cards.
     """
-    if not _is_wsl(inspection):
+    if not is_wsl(inspection):
         return
     kernel = inspection.machine.host.kernel or ""
     version = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", kernel)
@@ -70,10 +72,6 @@ def wsl2(inspection: Inspection, purpose: Purpose) -> Said:
         evidence=(Evidence(path="/proc/sys/kernel/osrelease", value=kernel or "unknown"),),
         fix=("wsl --update  # in Windows",) if old else ("for several cards: run native Linux",),
     )
-
-
-def _is_wsl(inspection: Inspection) -> bool:
-    return inspection.host.wsl is True or inspection.machine.host.virtualisation == "wsl2"
 
 
 CHECKS: tuple[Check, ...] = (virtualised, wsl2)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Sequence
 
+from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
-from mgpu.doctor.facts import named, nvidia_cards, unread, usable_cards
+from mgpu.doctor.facts import named, nvidia_cards, of_one_size, settings, unread, unread_settings, usable_cards
+from mgpu.doctor.visibility import sees_only
 from mgpu.machine.inspection import Inspection
+from mgpu.machine.layout import in_container
 from mgpu.machine.snapshot import Gpu
 from mgpu.units import gib
 
-# Cards of one model differ by a few MiB (ECC aside, the driver's reserve).
-_SAME_SIZE = 0.95
 
-
-@check("persistence-off", Area.gpus, "B")
+@check("persistence-off", Area.gpus, "B", about=(subjects.nvidia_card,))
 def persistence_off(inspection: Inspection, _purpose: Purpose) -> Said:
     """A driver that lets go of idle cards.
 
@@ -33,6 +34,7 @@ def persistence_off(inspection: Inspection, _purpose: Purpose) -> Said:
             off.append(gpu.index)
     if off:
         running = inspection.driver.persistence_daemon
+        command = "sudo nvidia-smi -pm 1" if running else "sudo systemctl enable --now nvidia-persistenced"
         yield Finding(
             severity=Severity.info,
             summary=f"the driver lets go of {named(off)} when idle; each start takes 1-3 s longer",
@@ -43,7 +45,7 @@ def persistence_off(inspection: Inspection, _purpose: Purpose) -> Said:
                     value="unknown" if running is None else "active" if running else "not running",
                 ),
             ),
-            fix=("sudo nvidia-smi -pm 1",) if running else ("sudo systemctl enable --now nvidia-persistenced",),
+            fix=(f"{command}  # on the host" if in_container(inspection) else command,),
             gpus=tuple(off),
             needs_root=True,
         )
@@ -51,23 +53,21 @@ def persistence_off(inspection: Inspection, _purpose: Purpose) -> Said:
         yield unread(inspection, "persistence mode", "Persistence", of=unknown)
 
 
-@check("mixed-gpus", Area.gpus, "B")
+@check("mixed-gpus", Area.gpus, "B", about=(subjects.several_cards,))
 def mixed_gpus(inspection: Inspection, purpose: Purpose) -> Said:
     """Cards of unequal size or generation in one machine.
 
-    Read: the cards' memory and compute capability.
+    Read: the cards' memory and compute capability; not of Intel's cards, which tell them only to who computes on them.
     Rule: warn when vLLM is to cut a model over more cards than there are of one size; else info. llama.cpp and Ollama
     fill each card as far as it goes.
     Why: tensor parallel gives every card an equal part, so that 24 and 12 GB hold as much as twice 12.
     Do: cut over the equal cards alone; for llama.cpp the ratio is given as --tensor-split.
     """
     cards = usable_cards(inspection)
-    if len(cards) < 2:
-        return
     if unknown := [gpu.index for gpu in cards if not gpu.total_bytes]:
         yield unread(inspection, "the memory", "MemoryInfo", "mem_info", of=unknown)
         return
-    groups = _alike(cards)
+    groups = of_one_size(cards)
     kinds = {gpu.compute_capability or gpu.gfx for gpu in cards}
     if len(groups) == 1 and len(kinds) == 1:
         return
@@ -86,90 +86,91 @@ def mixed_gpus(inspection: Inspection, purpose: Purpose) -> Said:
         if len(groups) > 1
         else "cards of different generations, equal in size",
         evidence=evidence,
-        fix=_advice(groups, ratio),
+        fix=_advice(inspection, groups, ratio),
         gpus=tuple(gpu.index for gpu in cards),
     )
 
 
-def _alike(cards: Sequence[Gpu]) -> list[list[Gpu]]:
-    """The cards in groups of about one size, largest cards first."""
-    groups: list[list[Gpu]] = []
-    for gpu in sorted(cards, key=lambda gpu: gpu.total_bytes or 0, reverse=True):
-        if groups and (gpu.total_bytes or 0) >= _SAME_SIZE * (groups[-1][0].total_bytes or 0):
-            groups[-1].append(gpu)
-        else:
-            groups.append([gpu])
-    return groups
-
-
-def _advice(groups: Sequence[Sequence[Gpu]], ratio: str) -> tuple[str, ...]:
+def _advice(inspection: Inspection, groups: Sequence[Sequence[Gpu]], ratio: str) -> tuple[str, ...]:
     if len(groups) < 2:
         return ()
+    nvidia = any(gpu.vendor == "nvidia" for group in groups for gpu in group)
+    order = "CUDA_DEVICE_ORDER=PCI_BUS_ID " if nvidia else ""  # else CUDA may count the second card first
+    llama = f"{order}llama-server --tensor-split {ratio}"
     equal = max(groups, key=len)
-    llama = f"llama.cpp: --tensor-split {ratio}"
-    if len(equal) < 2:
-        return (llama,)
-    return (f"export CUDA_VISIBLE_DEVICES={','.join(str(gpu.index) for gpu in equal)}  # for vLLM", llama)
+    only = sees_only(inspection, sorted(equal, key=lambda gpu: gpu.index)) if len(equal) > 1 else None
+    return (f"{only}  # for vLLM", llama) if only else (llama,)
 
 
-@check("device-order", Area.gpus, "B")
+@check("device-order", Area.gpus, "B", about=(subjects.nvidia_pair,))
 def device_order(inspection: Inspection, _purpose: Purpose) -> Said:
     """CUDA that counts the cards otherwise than nvidia-smi.
 
-    Read: the cards' names, CUDA_DEVICE_ORDER and CUDA_VISIBLE_DEVICES.
+    Read: the cards' names, CUDA_DEVICE_ORDER and CUDA_VISIBLE_DEVICES in the environment and in the units of engines.
     Rule: with different NVIDIA cards and no CUDA_DEVICE_ORDER=PCI_BUS_ID: warn when CUDA_VISIBLE_DEVICES names cards
     by number, else info. mgpu sets the order for the engines that it starts.
     Why: CUDA puts the fastest card first, NVML the lowest bus address: number 0 is then not number 0.
     Do: export CUDA_DEVICE_ORDER=PCI_BUS_ID, and name cards by UUID.
     """
     cards = usable_cards(inspection, "nvidia")
-    environment = dict(inspection.host.environment)
-    if len({gpu.name for gpu in cards}) < 2 or environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+    if len({gpu.name for gpu in cards}) < 2:
         return
-    chosen = environment.get("CUDA_VISIBLE_DEVICES", "")
-    numbered = any(part.strip().isdigit() for part in chosen.split(","))
-    yield Finding(
-        severity=Severity.warn if numbered else Severity.info,
-        summary="CUDA_VISIBLE_DEVICES may mean other cards than nvidia-smi's numbers"
-        if numbered
-        else "outside mgpu, CUDA may number these cards otherwise than nvidia-smi",
-        evidence=(
-            Evidence(path="CUDA_DEVICE_ORDER", value=environment.get("CUDA_DEVICE_ORDER", "not set")),
-            Evidence(path="CUDA_VISIBLE_DEVICES", value=chosen or "not set"),
-        ),
-        fix=("export CUDA_DEVICE_ORDER=PCI_BUS_ID",),
-        gpus=tuple(gpu.index for gpu in cards),
-    )
+    indices = tuple(gpu.index for gpu in cards)
+    orders = {each.place: each.value for each in settings(inspection) if each.name == "CUDA_DEVICE_ORDER"}
+    ordered = {place for place, value in orders.items() if value == "PCI_BUS_ID"}
+    chosen = [each for each in settings(inspection) if each.name == "CUDA_VISIBLE_DEVICES"]
+    numbered = [
+        each
+        for each in chosen
+        if each.place not in ordered and any(part.strip().isdigit() for part in each.value.split(","))
+    ]
+    for each in numbered:
+        yield Finding(
+            severity=Severity.warn,
+            summary=f"CUDA_VISIBLE_DEVICES in {each.place[:24]} may mean other cards than in nvidia-smi",
+            evidence=(
+                Evidence(path=each.path, value=f"CUDA_VISIBLE_DEVICES={each.value[:60]}"),
+                Evidence(path="CUDA_DEVICE_ORDER", value=orders.get(each.place, "not set")[:60]),
+            ),
+            fix=("export CUDA_DEVICE_ORDER=PCI_BUS_ID",)
+            if each.path == "environment"
+            else (f"add Environment=CUDA_DEVICE_ORDER=PCI_BUS_ID to {shlex.quote(each.path)}", each.removal[-1]),
+            gpus=indices,
+        )
+    if not numbered and "the environment" not in ordered:
+        yield Finding(
+            severity=Severity.info,
+            summary="outside mgpu, CUDA may number these cards otherwise than nvidia-smi",
+            evidence=(Evidence(path="CUDA_DEVICE_ORDER", value=orders.get("the environment", "not set")[:60]),),
+            fix=("export CUDA_DEVICE_ORDER=PCI_BUS_ID",),
+            gpus=indices,
+        )
 
 
 @check("debug-env", Area.host, "B")
 def debug_env(inspection: Inspection, _purpose: Purpose) -> Said:
     """Switches for finding bugs that were left on.
 
-    Read: the environment, /etc/nccl.conf and ~/.nccl.conf.
+    Read: the environment, /etc/nccl.conf and ~/.nccl.conf, and the units of systemd that run Ollama, vLLM or llama.cpp
+    with their drop-ins and environment files. What a compose file gives to a container is not read: nobody knows which
+    of them is in use.
     Rule: warn for NCCL_DEBUG=TRACE, CUDA_LAUNCH_BLOCKING, VLLM_TRACE_FUNCTION, NCCL_SHM_DISABLE, AMD_LOG_LEVEL and
     OLLAMA_DEBUG when they are on. NCCL_DEBUG=INFO and WARN are harmless.
     Why: they make every kernel wait or every call write a line; NCCL_SHM_DISABLE takes away the way that cards without
     peer access have.
     Do: unset them, or take them out of the file.
     """
-    for source, name, value in _switches(inspection):
-        yield Finding(
-            severity=Severity.warn,
-            summary=f"{name}={value[:20]} is left on, and slows engines down",
-            evidence=(Evidence(path=source, value=f"{name}={value[:60]}"),),
-            fix=(f"unset {name}",) if source == "environment" else (f"take {name} out of {source}",),
-        )
-    if missed := [each for each in inspection.unread if "nccl.conf" in each.what]:
-        yield unread(inspection, missed[0].what, "nccl.conf")
-
-
-def _switches(inspection: Inspection) -> Iterator[tuple[str, str, str]]:
-    named_here = [("environment", *pair) for pair in inspection.host.environment]
-    for source, name, value in named_here + [("nccl.conf", *pair) for pair in inspection.host.nccl_configuration]:
-        on = value.strip().lower() not in ("", "0", "false", "off", "no")
-        if (name in _SLOW_WHEN_ON and on) or (name == "NCCL_DEBUG" and value.strip().upper() == "TRACE"):
-            yield source, name, value
+    for each in settings(inspection):
+        on = each.value.strip().lower() not in ("", "0", "false", "off", "no")
+        traced = each.name == "NCCL_DEBUG" and each.value.strip().upper() == "TRACE"
+        if traced or (each.name in _SLOW_WHEN_ON and on):
+            yield Finding(
+                severity=Severity.warn,
+                summary=f"{each.name}={each.value[:10]} in {each.place[:24]} slows engines down",
+                evidence=(Evidence(path=each.path, value=f"{each.name}={each.value[:60]}"),),
+                fix=each.removal,
+            )
+    yield from unread_settings(inspection)
 
 
 _SLOW_WHEN_ON = ("CUDA_LAUNCH_BLOCKING", "VLLM_TRACE_FUNCTION", "NCCL_SHM_DISABLE", "AMD_LOG_LEVEL", "OLLAMA_DEBUG")
