@@ -2,80 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mgpu.machine.snapshot import Gpu, Host
 from mgpu.models.facts import ModelFacts
-from mgpu.planning.memory import compute_buffers, device_kind, kv_bytes, padded_ctx_tokens
-from mgpu.planning.speed import Speed, active_bytes, layer_split_bound
-from mgpu.planning.split import balanced_split, split_by_proportions
+from mgpu.planning.compute import compute_buffers
+from mgpu.planning.ledger import PlannedDevice, PlannedHost
+from mgpu.planning.memory import cache_bytes, device_kind, padded_ctx_tokens
+from mgpu.planning.speed import Speed
+from mgpu.planning.split import split_behind_first, split_by_proportions
+from mgpu.planning.tensor_split import problems as tensor_split_problems
+from mgpu.planning.tensor_split import tensor_split_bytes
 from mgpu.planning.wants import Wants
 from mgpu.units import gib
 
+__all__ = [
+    "TITLES",
+    "Candidate",
+    "PlannedDevice",
+    "PlannedHost",
+    "layer_split",
+    "place_layers",
+    "place_tensors",
+    "planned_on_bytes",
+    "with_max_ctx",
+]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedDevice:
-    """One card's ledger. `device` is the engine's name for it; `layers` counts the repeating layers from
-    `first_layer` on; `head` says that it also holds the output head. `card_bytes` is the card's
-    whole memory, `total_bytes` what is planned on it, `spare_bytes` what then stays free."""
-
-    gpu: int
-    uuid: str | None
-    name: str
-    device: str
-    first_layer: int
-    layers: int
-    head: bool
-    weights_bytes: int
-    kv_bytes: int
-    compute_bytes: int
-    runtime_bytes: int
-    card_bytes: int | None
-    free_bytes: int
-    basis: str
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing of the model is on this card: the engine is then started without it."""
-        return not self.layers and not self.head
-
-    @property
-    def total_bytes(self) -> int:
-        """Everything the engine will hold on this card."""
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.runtime_bytes
-
-    @property
-    def spare_bytes(self) -> int:
-        """What stays free; negative when the card overflows."""
-        return self.free_bytes - self.total_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedHost:
-    """The host memory's ledger; `free_bytes` is None when unknown."""
-
-    layers: int
-    weights_bytes: int
-    kv_bytes: int
-    compute_bytes: int
-    free_bytes: int | None
-
-    @property
-    def total_bytes(self) -> int:
-        """Everything the engine will hold in host memory (mapped weights included)."""
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes
-
-    @property
-    def spare_bytes(self) -> int | None:
-        """What stays available, None when unknown."""
-        return None if self.free_bytes is None else self.free_bytes - self.total_bytes
+TITLES = {"llama.cpp": "llama.cpp", "vllm": "vLLM", "ollama": "Ollama"}
+"""What engines call themselves, by the names of --backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One way to run the model, with its verdict: "fits", "fits-with-offload", "does-not-fit", "illegal" or
-    "unavailable". `short_bytes` is by how much it does not fit, 0 when it does."""
+    "unavailable". `short_bytes` is by how much it does not fit, 0 when it does. `speed` says nothing until
+    `predicted.predicted` has filled it in."""
 
     backend: str
     split_mode: str
@@ -98,17 +60,27 @@ class Candidate:
     @property
     def runs(self) -> bool:
         """Whether it can be run as it is: it fits, if need be with layers in host memory where they may be."""
-        return self.verdict == "fits" or (self.verdict == "fits-with-offload" and self.wants.offload)
+        allowed = self.wants.offload or self.wants.cpu_moe_layers
+        return self.verdict == "fits" or (self.verdict == "fits-with-offload" and bool(allowed))
+
+    @property
+    def users_per_replica(self) -> int:
+        """How many of the users one replica serves at most, where they are dealt evenly."""
+        return -(-self.parallel // self.replicas)
 
 
 def layer_split(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int) -> Candidate:
-    """Return the best llama.cpp layer split of `facts` over `gpus` (all of them, in this order; none: the CPU).
+    """Return the best llama.cpp layer split of `facts` over `gpus` (all of them, in this order; none: the CPU), or the
+    tensor split where `wants` asks for it.
 
     Without `wants.offload` all layers go to the cards and a split that overflows is returned as "does-not-fit";
-    with it, as many first layers as needed stay in host memory.
+    with it, as many as needed stay in host memory: the routed experts of the first layers, which are read least, and
+    where that is not enough, whole first layers.
     """
     if not gpus:
         return place_layers(facts, wants, gpus, host, ctx_tokens, host_units=len(facts.layers) + 1)
+    if wants.split_mode == "tensor" and len(gpus) > 1:
+        return place_tensors(facts, wants, gpus, host, ctx_tokens)
     candidate = place_layers(facts, wants, gpus, host, ctx_tokens, host_units=0)
     if candidate.verdict == "fits" or not wants.offload:
         return candidate
@@ -128,49 +100,83 @@ def with_max_ctx(candidate: Candidate, facts: ModelFacts, gpus: Sequence[Gpu], h
 
 
 def _with_offload(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int) -> Candidate:
-    """The fewest layers on the host for which the cards hold the rest."""
-    low, high = 1, len(facts.layers) + 1
-    while low < high:
-        middle = (low + high) // 2
-        tried = place_layers(facts, wants, gpus, host, ctx_tokens, host_units=middle)
-        low, high = (low, middle) if _cards_hold(tried) else (middle + 1, high)
-    return place_layers(facts, wants, gpus, host, ctx_tokens, host_units=low)
+    """The fewest experts, or else the fewest layers, on the host for which the cards hold the rest."""
+
+    def placed(host_units: int, expert_layers: int) -> Candidate:
+        return place_layers(facts, wants, gpus, host, ctx_tokens, host_units=host_units, expert_layers=expert_layers)
+
+    def held(candidate: Candidate) -> bool:
+        return all(lacking <= 0 for lacking in _lacking_bytes(wants, gpus, candidate.devices))
+
+    def fewest(most: int, tried: Callable[[int], Candidate]) -> int:
+        low, high = 1, most
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if held(tried(middle)) else (middle + 1, high)
+        return low
+
+    layers = len(facts.layers)
+    experts = 0
+    if any(layer.expert_bytes for layer in facts.layers):
+        least = fewest(layers, lambda count: placed(0, count))
+        if held(candidate := placed(0, least)):
+            return candidate
+        experts = layers
+    return placed(fewest(layers + 1, lambda count: placed(count, experts)), experts)
 
 
-def _cards_hold(candidate: Candidate) -> bool:
-    headroom_bytes = candidate.wants.headroom_bytes
-    return all(device.idle or device.spare_bytes >= headroom_bytes for device in candidate.devices)
+def _lacking_bytes(wants: Wants, gpus: Sequence[Gpu], devices: Sequence[PlannedDevice]) -> tuple[int, ...]:
+    """By how much each of `gpus` misses its headroom with what is planned on it; negative where more stays free."""
+    return tuple(
+        wants.headroom_on(gpu) - device.spare_bytes
+        for gpu, device in zip(gpus, devices, strict=bool(devices))
+        if not device.idle
+    )
 
 
 def place_layers(
-    facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int, *, host_units: int
+    facts: ModelFacts,
+    wants: Wants,
+    gpus: Sequence[Gpu],
+    host: Host,
+    ctx_tokens: int,
+    *,
+    host_units: int,
+    expert_layers: int = 0,
 ) -> Candidate:
     """Return the candidate with the first `host_units` units (layers, then the head) in host memory, and the rest
-    on `gpus` in the proportions of `wants.tensor_split` or, without one, balanced by what each card can take."""
+    on `gpus` in the proportions of `wants.tensor_split` or, without one, balanced by what each card can take.
+
+    The routed experts of the first `expert_layers` layers stay on the host, too (or of more, if `wants` says so).
+    """
+    asked, wants = wants, replace(wants, cpu_moe_layers=max(expert_layers, wants.cpu_moe_layers))
     host_experts = [layer.expert_bytes if i < wants.cpu_moe_layers else 0 for i, layer in enumerate(facts.layers)]
     weights = [layer.weights_bytes - experts for layer, experts in zip(facts.layers, host_experts, strict=True)]
-    caches = [kv_bytes(layer, wants, ctx_tokens) for layer in facts.layers]
-    host_caches, caches = (caches, [0] * len(caches)) if wants.kv_on_host else (caches[:host_units], caches)
+    caches = cache_bytes(facts, wants, ctx_tokens)
+    host_caches, caches = (caches, (0,) * len(caches)) if wants.kv_on_host else (caches[:host_units], caches)
     total_units = len(weights) + 1
     names = tuple(gpu.engine_devices[0] for gpu in gpus)
     host_layers = min(host_units, len(weights))
     buffers = compute_buffers(facts, wants, ctx_tokens, devices=names, host_layers=host_layers)
 
-    unit_bytes = [w + kv for w, kv in zip(weights, caches, strict=True)] + [facts.head_bytes]
+    unit_bytes = [w + kv + buffers.layer_bytes for w, kv in zip(weights, caches, strict=True)] + [facts.head_bytes]
     unit_bytes = unit_bytes[host_units:]
     if not gpus or host_units >= total_units:
         counts: tuple[int, ...] = ()
     elif wants.tensor_split:
         counts = split_by_proportions(len(unit_bytes), wants.tensor_split)
     else:
-        capacities = [
-            _planned_on_bytes(gpu)
-            - device_kind(name).runtime_bytes
-            - wants.headroom_bytes
-            - (buffers.first if i == 0 else buffers.other)
-            for i, (gpu, name) in enumerate(zip(gpus, names, strict=True))
+        rooms = [
+            planned_on_bytes(gpu) - device_kind(name).runtime_bytes - wants.headroom_on(gpu)
+            for gpu, name in zip(gpus, names, strict=True)
         ]
-        counts = balanced_split(unit_bytes, capacities)
+        counts = split_behind_first(
+            unit_bytes,
+            rooms,
+            first_bytes=buffers.first.bytes,
+            other_bytes=buffers.other.bytes,
+            head_bytes=buffers.head_only.bytes,
+        )
     if 0 in counts:
         used = tuple(name for name, count in zip(names, counts, strict=True) if count)
         buffers = compute_buffers(facts, wants, ctx_tokens, devices=used, host_layers=host_layers)
@@ -180,25 +186,18 @@ def place_layers(
         end = start + count
         head = start < total_units <= end
         own = slice(start, min(end, len(weights)))
-        compute = buffers.first if start == host_units else buffers.other
-        if head and count == 1:
-            compute = buffers.head_only
+        compute = buffers.on(facts.layers[own], first=start == host_units, head=head)
         devices.append(
-            PlannedDevice(
-                gpu=gpu.index,
-                uuid=gpu.uuid,
-                name=gpu.name,
-                device=name,
+            _device(
+                gpu,
+                name,
+                facts,
                 first_layer=start,
                 layers=count - head,
                 head=head,
                 weights_bytes=sum(weights[own]) + (facts.head_bytes if head else 0),
                 kv_bytes=sum(caches[own]),
-                compute_bytes=compute if count else 0,
-                runtime_bytes=device_kind(name).runtime_bytes if count else 0,
-                card_bytes=gpu.total_bytes,
-                free_bytes=_planned_on_bytes(gpu),
-                basis="weights and KV by formula from the tensor table, runtime from a table",
+                compute_bytes=compute.bytes,
             )
         )
         start = end
@@ -206,20 +205,91 @@ def place_layers(
     host_head = facts.head_bytes if host_units >= total_units and not facts.tied else 0
     planned_host = PlannedHost(
         layers=host_layers,
+        expert_layers=min(wants.cpu_moe_layers, len(weights)) if any(host_experts[host_layers:]) else 0,
         weights_bytes=facts.embedding_bytes
         + facts.other_bytes
-        + sum(weights[:host_layers])
-        + sum(host_experts)
-        + host_head,
+        + sum((*weights[:host_layers], *host_experts, host_head)),
         kv_bytes=sum(host_caches),
-        compute_bytes=buffers.host,
+        compute_bytes=buffers.host.bytes,
         free_bytes=host.ram_available_bytes,
+        basis=f"weights: {facts.weights_basis}, KV: formula, compute: formula",
     )
-    return _judged(facts, wants, gpus, ctx_tokens, tuple(devices), planned_host)
+    return _judged(facts, asked, gpus, ctx_tokens, tuple(devices), planned_host)
 
 
-def _planned_on_bytes(gpu: Gpu) -> int:
-    """The card's free memory; the whole of it where the driver does not say what is free, 0 where it says nothing."""
+def place_tensors(facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], host: Host, ctx_tokens: int) -> Candidate:
+    """Return llama.cpp's tensor split of `facts` over `gpus`, two or more: every card holds a part of every layer.
+
+    In the proportions of `wants.tensor_split`, or equal parts, as llama.cpp makes them without one. It leaves nothing
+    on the host but the embedding. A candidate that llama.cpp would refuse is "illegal", with the reasons.
+    """
+    proportions = wants.tensor_split or (1.0,) * len(gpus)
+    names = tuple(gpu.engine_devices[0] for gpu in gpus)
+    # Each device computes on buffers of the size that one alone would have.
+    buffers = compute_buffers(facts, wants, ctx_tokens, devices=names[:1], host_layers=0)
+    parts = tensor_split_bytes(facts, wants, ctx_tokens, proportions)
+    devices = tuple(
+        _device(
+            gpu,
+            name,
+            facts,
+            first_layer=0,
+            layers=len(facts.layers),
+            head=True,
+            weights_bytes=weights,
+            kv_bytes=0 if wants.kv_on_host else cache,
+            compute_bytes=buffers.on(facts.layers, first=True, head=True).bytes,
+        )
+        for gpu, name, (weights, cache) in zip(gpus, names, parts, strict=True)
+    )
+    planned_host = PlannedHost(
+        layers=0,
+        weights_bytes=facts.embedding_bytes + facts.other_bytes,
+        kv_bytes=sum(cache_bytes(facts, wants, ctx_tokens)) if wants.kv_on_host else 0,
+        compute_bytes=buffers.host.bytes,
+        free_bytes=host.ram_available_bytes,
+        basis=f"weights: {facts.weights_basis}, KV: formula, compute: formula",
+    )
+    candidate = _judged(facts, wants, gpus, ctx_tokens, devices, planned_host)
+    candidate = replace(candidate, split_mode="tensor")
+    refused = tuple(tensor_split_problems(facts, wants, len(gpus)))
+    if refused:
+        return replace(candidate, verdict="illegal", reasons=refused)
+    return replace(candidate, reasons=(*candidate.reasons, "llama.cpp calls its tensor split experimental"))
+
+
+def _device(
+    gpu: Gpu,
+    device: str,
+    facts: ModelFacts,
+    *,
+    first_layer: int,
+    layers: int,
+    head: bool,
+    weights_bytes: int,
+    kv_bytes: int,
+    compute_bytes: int,
+) -> PlannedDevice:
+    return PlannedDevice(
+        gpu=gpu.index,
+        uuid=gpu.uuid,
+        name=gpu.name,
+        device=device,
+        first_layer=first_layer,
+        layers=layers,
+        head=head,
+        weights_bytes=weights_bytes,
+        kv_bytes=kv_bytes,
+        compute_bytes=compute_bytes,
+        runtime_bytes=device_kind(device).runtime_bytes if layers or head else 0,
+        card_bytes=gpu.total_bytes,
+        free_bytes=planned_on_bytes(gpu),
+        basis=f"weights: {facts.weights_basis}, KV: formula, compute: formula, runtime: table",
+    )
+
+
+def planned_on_bytes(gpu: Gpu) -> int:
+    """Return the card's free memory; all of it where the driver does not say what is free, 0 where it says nothing."""
     return next((known for known in (gpu.free_bytes, gpu.total_bytes) if known is not None), 0)
 
 
@@ -232,31 +302,30 @@ def _judged(
     host: PlannedHost,
 ) -> Candidate:
     used = [device for device in devices if not device.idle]
-    short = sum(max(wants.headroom_bytes - device.spare_bytes, 0) for device in used)
+    lacking = _lacking_bytes(wants, gpus, devices)
+    short = sum(max(each, 0) for each in lacking)
     unread = {gpu.index: gpu.total_bytes for gpu in gpus if gpu.free_bytes is None}
     unknown = [device.gpu for device in devices if device.gpu in unread and unread[device.gpu] is None]
     assumed = [device.gpu for device in used if device.gpu in unread and unread[device.gpu] is not None]
     reasons = [f"memory of gpu{index} is unknown" for index in unknown]
     reasons += [f"free memory of gpu{index} is unknown: planned on its whole memory" for index in assumed]
     if short and not any(device.gpu in unknown for device in used):
-        fullest = min(used, key=lambda device: device.spare_bytes)
-        needed = sum(device.total_bytes + wants.headroom_bytes for device in used)
         free = sum(device.free_bytes for device in used)
-        reasons.append(
-            f"{gib(needed)} needed on the cards, {gib(free)} free; "
-            f"gpu{fullest.gpu} is short by {gib(wants.headroom_bytes - fullest.spare_bytes)}"
-        )
+        lacks = [f"gpu{device.gpu} by {gib(each)}" for each, device in zip(lacking, used, strict=True) if each > 0]
+        told = f"{gib(free + sum(lacking))} needed on the cards, {gib(free)} free: short on {', '.join(lacks)}"
+        kept = sorted({wants.headroom_on(gpu) for gpu in gpus})
+        reasons.append(f"{told} ({' to '.join(map(gib, kept))} headroom on each included)" if kept[-1] else told)
     if host.spare_bytes is not None and host.spare_bytes < 0:
         short += -host.spare_bytes
         reasons.append(f"{gib(host.total_bytes)} needed in host memory, {gib(host.free_bytes or 0)} available")
     if short:
         verdict = "does-not-fit"
-    elif gpus and host.layers:
+    elif gpus and (host.layers or host.expert_layers):
         verdict = "fits-with-offload"
-        reasons.append(f"{host.layers} of {len(facts.layers)} layers stay in host memory: slow")
+        reasons.append(f"{host.words(len(facts.layers))} stay in host memory: slow")
     else:
         verdict = "fits"
-    if host.layers and host.free_bytes is None:
+    if (host.layers or host.expert_layers) and host.free_bytes is None:
         reasons.append("the host's memory is unknown, so it was not checked")
     if facts.context_length and ctx_tokens > facts.context_length:
         reasons.append(f"{ctx_tokens} tokens are more than the {facts.context_length} the model was trained for")
@@ -279,21 +348,6 @@ def _judged(
         host=host,
         short_bytes=short,
         max_ctx_tokens=None,
-        speed=_bound(facts, wants, gpus, devices, host),
+        speed=Speed(),
         wants=wants,
     )
-
-
-def _bound(
-    facts: ModelFacts, wants: Wants, gpus: Sequence[Gpu], devices: tuple[PlannedDevice, ...], host: PlannedHost
-) -> Speed:
-    """The physical bound at an empty context; none with layers in host memory, whose bandwidth is unknown."""
-    if host.layers or wants.cpu_moe_layers or not devices:
-        return Speed()
-    reads = []
-    for gpu, device in zip(gpus, devices, strict=True):
-        layers = facts.layers[device.first_layer : device.first_layer + device.layers]
-        read = sum(active_bytes(layer, facts) for layer in layers) + (facts.head_bytes if device.head else 0)
-        if read:
-            reads.append((read, gpu.bandwidth_gb_s))
-    return layer_split_bound(reads)

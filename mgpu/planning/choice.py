@@ -1,23 +1,28 @@
-"""The choice among engines: which to prefer for these users and cards, and what runs when that one cannot."""
+"""The choice among engines: what runs is what is predicted to be fastest for these users, and fits.
+
+Where no speed is known, a rule of thumb by users and cards takes its place (`preference`).
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mgpu.machine.snapshot import Gpu, Machine
 from mgpu.models.facts import ModelFacts
-from mgpu.planning.candidates import Candidate
-from mgpu.planning.plan import Fix, Plan
-from mgpu.planning.wants import Goal
-from mgpu.units import GIB
+from mgpu.planning.candidates import TITLES, Candidate
+from mgpu.planning.kinds import alike
+from mgpu.planning.plan import Fix, Plan, mildest_first
+from mgpu.planning.ranking import Contestant, in_order, overlap, rate
+from mgpu.planning.speed import Range, interval
+from mgpu.planning.wants import Goal, asked_ctx_tokens
+
+__all__ = ["TITLES", "Offer", "Preference", "choose", "preference"]
 
 _LINE = 88  # what the screens have for it in 100 columns
 # The verdicts from best to worst; the first two can run.
 _RANKS = ("fits", "fits-with-offload", "unavailable", "does-not-fit", "illegal")
-
-TITLES = {"llama.cpp": "llama.cpp", "vllm": "vLLM", "ollama": "Ollama"}
-"""What engines call themselves, by the names of --backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +38,28 @@ class Offer:
     install: str | None = None
     on_disk: bool = True
 
+    def elsewhere(self) -> Offer:
+        """Return the offer for another machine than this one: what is installed and on disk here says nothing of it."""
+        return replace(self, install=None, on_disk=True)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
-    """Engines, the best one first, and why that is so."""
+    """What the user prefers, and engines, the best one first where no speed is known, and why that is so.
+
+    `for_many` says that the tokens of all users together count, `all_cards` that the user named or counted the cards:
+    ways that use fewer come after."""
 
     order: tuple[str, ...]
     why: str
+    for_many: bool = False
+    all_cards: bool = False
 
 
-def preference(goal: Goal, parallel: int, gpus: Sequence[Gpu], offers: Sequence[Offer]) -> Preference:
-    """Return which of the engines to prefer for `parallel` users on `gpus` (none: the CPU).
+def preference(
+    goal: Goal, parallel: int, gpus: Sequence[Gpu], offers: Sequence[Offer], *, all_cards: bool = False
+) -> Preference:
+    """Return which of the engines to prefer for `parallel` users on `gpus` (none: the CPU) where no speed is known.
 
     vLLM's tensor parallelism reads all cards at the same time, where a layer split reads them in turn, but needs
     equal cards and a model that can be cut so; its batching serves many users best on any. Elsewhere llama.cpp has
@@ -61,11 +77,13 @@ def preference(goal: Goal, parallel: int, gpus: Sequence[Gpu], offers: Sequence[
         both = f"{why}; {on_disk}"
         why = both if len(both) <= _LINE else on_disk
         order = (*there, *(engine for engine in order if engine not in there))
-    return Preference(order=order, why=why)
+    for_many = goal is Goal.throughput and parallel > 1
+    return Preference(order=order, why=why, for_many=for_many, all_cards=all_cards)
 
 
 def choose(offers: Sequence[Offer], preferred: Preference, machine: Machine) -> Plan:
-    """Return the plan made of all engines' offers: what can run comes first, by preference among equals.
+    """Return the plan made of all engines' offers: what can run comes first, what fits the cards before what needs host
+    memory, and the context asked for before a lower one; of those the fastest (`ranking`).
 
     An engine that is not installed is not chosen where another one is; its ways that would fit are then "unavailable",
     and when nothing else fits, the command that installs it is a way out. `why` says in one line of at most 88
@@ -74,19 +92,43 @@ def choose(offers: Sequence[Offer], preferred: Preference, machine: Machine) -> 
     offers = sorted(offers, key=lambda offer: preferred.order.index(offer.backend))
     if not any(offer.install is None for offer in offers):
         offers = [replace(offer, install=None) for offer in offers]  # planned as if they were
-    pairs = [(offer, candidate) for offer in offers for candidate in _available(offer)]
-    # Of what cannot run, the installed come first: to say of an engine that is not there what it lacks helps nobody.
-    pairs.sort(key=lambda pair: (_RANKS.index(pair[1].verdict), pair[0].install is not None))
-    best = 0 if pairs[0][1].runs else None
-    chosen = pairs[0][0]
+    ways = [
+        _Way(candidate=candidate, on_disk=offer.on_disk, offer=offer)
+        for offer in offers
+        for candidate in _available(offer)
+    ]
+    ways = _ranked(ways, preferred)
+    best = 0 if ways[0].candidate.runs else None
+    chosen = ways[0].offer
     return Plan(
         model=chosen.facts,
         machine=machine,
-        candidates=tuple(candidate for _, candidate in pairs),
+        candidates=tuple(way.candidate for way in ways),
         best=best,
-        fixes=() if best is not None else tuple(_fixes(chosen, offers)),
-        why=_why(chosen, offers, preferred) if best is not None else None,
+        fixes=() if best is not None else _mildest(chosen, offers),
+        why=(_by_speed(ways, preferred) or _why(chosen, offers, preferred)) if best is not None else None,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way(Contestant):
+    """A candidate with the offer it is from."""
+
+    offer: Offer
+
+
+def _ranked(ways: Sequence[_Way], preferred: Preference) -> list[_Way]:
+    most = max(len(way.candidate.devices) for way in ways)
+
+    def tier(way: _Way) -> tuple[int, bool, bool, int]:
+        candidate = way.candidate
+        # Of what cannot run, the installed come first: what an engine lacks that is not there helps nobody.
+        missing = way.offer.install is not None
+        fewer = preferred.all_cards and len(candidate.devices) < most
+        return _RANKS.index(candidate.verdict), missing, fewer, -candidate.ctx_tokens
+
+    tiers = itertools.groupby(sorted(ways, key=tier), key=tier)
+    return [way for _, some in tiers for way in in_order(list(some), for_many=preferred.for_many)]
 
 
 _LLAMA_FIRST: tuple[str, ...] = ("llama.cpp", "ollama", "vllm")
@@ -104,9 +146,12 @@ def _by_users_and_cards(
         return _LLAMA_FIRST, "llama.cpp is made for machines without a card, too"
     if goal is Goal.throughput:
         return _VLLM_FIRST, f"vLLM serves {'many' if parallel == 1 else parallel} users fastest (batching)"
-    if len(gpus) == 1:
+    split_mode = ways[0].wants.split_mode
+    if len(gpus) == 1 or split_mode == "none":
         return _LLAMA_FIRST, "llama.cpp has the smallest files for one user on one card"
-    if not _alike(gpus):
+    if not alike(gpus):
+        if split_mode == "tensor":
+            return _LLAMA_FIRST, "llama.cpp cuts each layer over unequal cards, too"
         return _LLAMA_FIRST, "llama.cpp deals layers to unequal cards by their memory"
     if (cards := _read_at_once(ways)) > 1:
         among = f"{cards} of {len(gpus)}" if cards < len(gpus) else f"{cards}"
@@ -138,8 +183,7 @@ def _fixes(chosen: Offer, offers: Sequence[Offer]) -> Iterator[Fix]:
     found: list[Fix] = []
     for offer in sorted(offers, key=lambda offer: offer is not chosen):
         if offer.install is None:
-            prefix = "" if offer is chosen else f"--backend {offer.backend} "
-            found += [replace(fix, change=f"{prefix}{fix.change}") for fix in offer.fixes]
+            found += [fix if offer is chosen else _of(offer.backend, fix) for fix in offer.fixes]
         elif (way := next((each for each in offer.candidates if each.runs), None)) is not None:
             found.append(Fix(change=offer.install, candidate=way))
     yield from found
@@ -147,6 +191,134 @@ def _fixes(chosen: Offer, offers: Sequence[Offer]) -> Iterator[Fix]:
         for offer in offers:
             prefix = f"{offer.install}, then --backend {offer.backend} "
             yield from (replace(fix, change=f"{prefix}{fix.change}") for fix in offer.fixes)
+
+
+def _mildest(chosen: Offer, offers: Sequence[Offer]) -> tuple[Fix, ...]:
+    return mildest_first(_fixes(chosen, offers), asked_ctx_tokens(chosen.candidates[0].wants, chosen.facts))
+
+
+def _of(backend: str, fix: Fix) -> Fix:
+    """A way out of another engine than the chosen one, with its name."""
+    is_option = fix.change.startswith(("--", "without --"))
+    change = f"--backend {backend} {fix.change}" if is_option else f"{fix.change} ({TITLES[backend]})"
+    return replace(fix, change=change)
+
+
+def _by_speed(ways: Sequence[_Way], preferred: Preference) -> str | None:
+    """Why the first way is chosen, with the numbers; None where speed did not decide."""
+    chosen, *others = ways
+    many = preferred.for_many
+    own = rate(chosen.candidate, for_many=many)
+    # Ollama runs llama.cpp: that it is as fast says nothing.
+    twin = {"ollama"} if chosen.candidate.backend == "llama.cpp" else {"llama.cpp"} if _is_ollama(chosen) else set()
+    known = [
+        (way, found)
+        for way in others
+        if way.candidate.backend not in twin
+        and (way.candidate.runs or way.candidate.verdict == "unavailable")
+        and (found := rate(way.candidate, for_many=many))
+    ]
+    if own is None or not known:
+        return None
+    users = f"{chosen.candidate.parallel} users: " if many else ""
+    better = _better_if_installed(
+        chosen, [way for way, _ in known if way.candidate.verdict == "unavailable"], preferred
+    )
+    if better:
+        there = rate(better.candidate, for_many=many)
+        assert there
+        would = f"{users}{interval(there)} tokens/s with {TITLES[better.candidate.backend]}, not {interval(own)}"
+        command = (better.offer.install or "").removeprefix("install it from ")
+        return _first_short(f"{would}; not installed: {command}", f"{would}; not installed", would)
+    rivals = [(way, found) for way, found in known if way.candidate.runs]
+    if not rivals:
+        missing, there = max(known, key=lambda pair: pair[1].likely)
+        would = f"{interval(there)} with {TITLES[missing.candidate.backend]}"
+        both = f"{users}{interval(own)} tokens/s with {_named(chosen, ways)}, {would}"
+        return _first_short(
+            f"{both}, which is not installed", f"{users}{interval(own)} tokens/s; not installed: {would}"
+        )
+    rival, theirs = max(
+        rivals, key=lambda pair: (pair[0].candidate.backend != chosen.candidate.backend, pair[1].likely)
+    )
+    against = _named(rival, ways, beside=chosen)
+    both = f"{users}{interval(own)} tokens/s with {_named(chosen, ways)}, {interval(theirs)} with {against}"
+    rest, alone = _reason(chosen, rival, own, theirs, preferred)
+    return _first_short(f"{both}{rest}", alone or both, f"{interval(own)} tokens/s against {interval(theirs)}")
+
+
+def _reason(chosen: _Way, rival: _Way, own: Range, theirs: Range, preferred: Preference) -> tuple[str, str]:
+    """What made the difference besides the numbers, as their end and as a line of its own; "" where they say it."""
+    one, other, title = chosen.candidate, rival.candidate, TITLES[rival.candidate.backend]
+    apart = one.backend == other.backend or not overlap(one, other, for_many=preferred.for_many)
+    if own.likely > theirs.likely and apart:
+        return "", ""
+    if other.verdict != one.verdict:
+        return ", which needs host memory", f"{title} needs host memory"
+    if other.ctx_tokens < one.ctx_tokens:
+        room = f"room for {other.ctx_tokens} tokens{' each' if other.parallel > 1 else ''}"
+        alone = f"{title} ({interval(theirs)} tokens/s) has {room}, not {one.ctx_tokens}"
+        return f", which has {room} only", alone
+    if preferred.all_cards and len(other.devices) < len(one.devices):
+        return ", which leaves cards unused", f"{title} would leave cards unused"
+    if other.speed.thin and not one.speed.thin:
+        mine, against = _apart(chosen, rival)
+        alone = f"{interval(own)} tokens/s with {mine}; {against}'s {interval(theirs)} rest on thin evidence"
+        return " on thin evidence", alone
+    if one.backend != other.backend:
+        if chosen.on_disk and not rival.on_disk:
+            on_disk = f"the model is on disk for {TITLES[one.backend]} only"
+            return f"; {on_disk}", f"as fast as {title}, and {on_disk}"
+        if own.likely < theirs.likely:
+            simpler = f"{TITLES[one.backend]} is simpler"
+            return f"; {simpler}", f"{interval(own)} tokens/s, {interval(theirs)} with {title}; {simpler}"
+    return "", ""
+
+
+def _better_if_installed(chosen: _Way, missing: Sequence[_Way], preferred: Preference) -> _Way | None:
+    """What would be chosen instead, were it installed, and clearly so."""
+    if chosen.candidate.verdict != "fits":
+        return missing[0] if missing else None
+    same = [way for way in missing if way.candidate.ctx_tokens >= chosen.candidate.ctx_tokens]
+    first = in_order([chosen, *same], for_many=preferred.for_many)[0]
+    return (
+        first
+        if first is not chosen and not overlap(first.candidate, chosen.candidate, for_many=preferred.for_many)
+        else None
+    )
+
+
+def _named(way: _Way, ways: Sequence[_Way], *, beside: _Way | None = None) -> str:
+    """The engine, and its split where it has several ways; "its" beside another of the same engine."""
+    candidate = way.candidate
+    title = TITLES[candidate.backend]
+    its = "its" if beside and beside.candidate.backend == candidate.backend else f"{title}'s"
+    if sum(each.candidate.backend == candidate.backend for each in ways) == 1:
+        return title
+    if candidate.replicas > 1:
+        return f"{candidate.replicas} replicas"
+    if len(candidate.devices) == 1:
+        return "one card" if its == "its" else f"{title} on one card"
+    if candidate.tensor_parallel > 1:
+        return f"{its} tensor parallel {candidate.tensor_parallel}"
+    return f"{its} pipeline" if candidate.backend == "vllm" else f"{its} {candidate.split_mode} split"
+
+
+def _apart(one: _Way, other: _Way) -> tuple[str, str]:
+    """What tells the two apart: their engines, or of one engine the splits."""
+    backends = {one.candidate.backend, other.candidate.backend}
+    if len(backends) == 2 or "none" in (one.candidate.split_mode, other.candidate.split_mode):
+        return TITLES[one.candidate.backend], TITLES[other.candidate.backend]
+    names = [_named(way, (one, other)).removeprefix(f"{TITLES[way.candidate.backend]}'s ") for way in (one, other)]
+    return f"the {names[0]}", f"the {names[1]}"
+
+
+def _first_short(*lines: str) -> str:
+    return next((line for line in lines if len(line) <= _LINE), lines[-1][:_LINE])
+
+
+def _is_ollama(way: _Way) -> bool:
+    return way.candidate.backend == "ollama"
 
 
 def _why(chosen: Offer, offers: Sequence[Offer], preferred: Preference) -> str:
@@ -181,9 +353,3 @@ def _kept(offer: Offer, *, titled: bool = True, command: bool = False) -> str:
     if "fits-with-offload" in verdicts:
         return f"{title}needs host memory"
     return f"{title}{'does not fit' if 'does-not-fit' in verdicts else 'cannot run it here'}"
-
-
-def _alike(gpus: Sequence[Gpu]) -> bool:
-    """Whether the cards are of one model and size."""
-    kinds = {(gpu.name, round(gpu.total_bytes / GIB) if gpu.total_bytes else None) for gpu in gpus}
-    return len(kinds) == 1

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 from mgpu.machine.snapshot import Gpu, Host, Machine
 from mgpu.models.facts import ModelFacts
-from mgpu.planning.candidates import Candidate, place_layers
-from mgpu.planning.memory import CTX_GRANULARITY
+from mgpu.planning.candidates import Candidate, place_layers, planned_on_bytes
+from mgpu.planning.memory import CTX_GRANULARITY, cache_bytes
 from mgpu.planning.plan import Fix, find_fixes
+from mgpu.planning.predicted import predicted
 from mgpu.planning.wants import DEFAULT_CTX_TOKENS, Wants
 from mgpu.units import GIB, MIB, gib
 
@@ -68,7 +69,8 @@ def ollama_candidates(facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], 
 
     With several cards that is all of one library together, as it does by itself or with OLLAMA_SCHED_SPREAD, and then
     the single card it would take by itself; with the split mode "none" only the latter. The ledgers are those of
-    llama.cpp, which it runs; `wants.headroom_bytes` is the margin kept free on each card (LLAMA_ARG_FIT_TARGET).
+    llama.cpp, which it runs; the `headroom_bytes` of a candidate's wants is the margin kept free on each of its cards
+    (LLAMA_ARG_FIT_TARGET), which is the largest that `wants` has for one of them.
     """
     notes = []
     usable = [_named(gpu, machine) for gpu in gpus if _library(gpu)]
@@ -102,7 +104,10 @@ def ollama_candidates(facts: ModelFacts, machine: Machine, gpus: Sequence[Gpu], 
     return tuple(
         candidate
         if candidate.verdict == "illegal"  # then only that matters
-        else replace(candidate, reasons=(*([why] if why else []), *notes, *candidate.reasons))
+        else replace(
+            predicted(candidate, facts, usable, machine.host, machine.links),
+            reasons=(*([why] if why else []), *notes, *candidate.reasons),
+        )
         for candidate, why in zip(candidates, reasons, strict=True)
         if candidate is candidates[0] or candidate.verdict == "fits"
     )
@@ -148,19 +153,40 @@ def _ctx(facts: ModelFacts, wants: Wants) -> int:
 
 
 def _placed(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], host: Host, ctx_tokens: int) -> Candidate:
-    """The model on exactly these cards, with the largest context that would fit there."""
+    """The model on exactly these cards, with the largest context that would fit there.
+
+    Ollama keeps one margin on all cards, in an order of its own: the largest that any of these is to have.
+    """
+    margin = max((wants.headroom_on(gpu) for gpu in gpus), default=wants.headroom_bytes)
+    shown = [gpu for gpu in gpus if wants.headroom_on(gpu) > wants.headroom_bytes]
+    wants, gpus = replace(wants, headroom_bytes=margin), tuple(replace(gpu, display=None) for gpu in gpus)
     candidate = _fitted(facts, wants, gpus, host, ctx_tokens)
     low, high = 0, (facts.context_length or 1 << 20) // CTX_GRANULARITY
     cards_only = replace(wants, offload=False)
     while low < high:
         middle = (low + high + 1) // 2
-        tried = _fitted(facts, cards_only, gpus, host, middle * CTX_GRANULARITY)
-        low, high = (middle, high) if tried.verdict == "fits" else (low, middle - 1)
+        fits = _may_fit(facts, wants, gpus, middle * CTX_GRANULARITY)
+        fits = fits and _fitted(facts, cards_only, gpus, host, middle * CTX_GRANULARITY).verdict == "fits"
+        low, high = (middle, high) if fits else (low, middle - 1)
     largest = low * CTX_GRANULARITY
     candidate = replace(candidate, max_ctx_tokens=largest)
+    if shown and len(gpus) > 1:
+        drives = "drive displays" if len(shown) > 1 else "drives a display"
+        note = f"{_names(shown)} {drives}: {gib(margin)} stay free on each card, since Ollama has one margin for all"
+        candidate = replace(candidate, reasons=(*candidate.reasons, note))
     if refusals := _refusals(facts, wants):
         candidate = replace(candidate, verdict="illegal", reasons=refusals)
     return candidate
+
+
+def _may_fit(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], ctx_tokens: int) -> bool:
+    """Whether the cards together hold weights and KV cache, if not compute buffers: told without a split."""
+    if not gpus or wants.kv_on_host or wants.cpu_moe_layers:
+        return True
+    planned = replace(wants, ubatch=_micro_batch(facts, wants, gpus, ctx_tokens))  # a window's cache depends on it
+    kept = sum(layer.weights_bytes for layer in facts.layers) + facts.head_bytes
+    room = sum(max(planned_on_bytes(gpu) - wants.headroom_bytes, 0) for gpu in gpus)
+    return kept + sum(cache_bytes(facts, planned, ctx_tokens)) <= room
 
 
 def _fitted(facts: ModelFacts, wants: Wants, gpus: tuple[Gpu, ...], host: Host, ctx_tokens: int) -> Candidate:
@@ -192,8 +218,16 @@ def _filled_from_the_back(
 ) -> list[int]:
     """How many layers each card takes, the head counted as one, when the last card is filled first."""
     units, counts = len(facts.layers) + 1, [0] * len(gpus)
+    caches = (0,) * (units - 1) if wants.kv_on_host else cache_bytes(facts, wants, ctx_tokens)
+    kept = [layer.weights_bytes - layer.expert_bytes + cache for layer, cache in zip(facts.layers, caches, strict=True)]
+    if not wants.cpu_moe_layers:
+        kept = [size + layer.expert_bytes for layer, size in zip(facts.layers, kept, strict=True)]
+    kept.append(facts.head_bytes)
 
     def room(device: int, count: int) -> bool:
+        end = units - sum(counts[device + 1 :])
+        if sum(kept[end - count : end]) > planned_on_bytes(gpus[device]) - wants.headroom_bytes:
+            return False  # without a look at the compute buffers
         tried = [*counts[:device], count, *counts[device + 1 :]]
         if device and sum(tried) < units:
             tried[0] = 1  # layers in RAM are computed on the first card, which has yet to get some
@@ -269,7 +303,7 @@ def _library(gpu: Gpu) -> str:
 
 
 def _named(gpu: Gpu, machine: Machine) -> Gpu:
-    """`gpu` with the name under which Ollama can be told of it first among its engine devices."""
+    """`gpu` as Ollama sees it, with the name under which it can be told of it as its only engine device."""
     library = _library(gpu)
     known = next((name for name in gpu.engine_devices if name.rstrip("0123456789") == library), None)
     if known is None:

@@ -1,16 +1,10 @@
-"""Speed, as far as arithmetic alone can tell: the physical bound.
-
-Each generated token reads every active weight once, so a card's memory bandwidth bounds its part of the time.
-With a layer split the cards work one after the other: the times add up.
-"""
+"""Speed as a candidate carries it, and as it is written."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from mgpu.models.facts import Layer, ModelFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,37 +18,42 @@ class Range:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """What is predicted of a plan's speed; None where nothing honest can be said."""
+    """What is predicted of a plan's speed; None where nothing honest can be said.
+
+    `decode_tok_s` is one user's rate with the context full, `decode_start_tok_s` with an empty one, `aggregate_tok_s`
+    that of `aggregate_users` together (those of the users asked for whose context finds room at once), `prefill_tok_s`
+    the prompt's. `basis` is one line, `sums` are the sums line by line. `thin` are the reasons why the evidence is
+    thin, `unknown` is the reason why there is no prediction.
+    """
 
     decode_tok_s: Range | None = None
+    decode_start_tok_s: Range | None = None
     aggregate_tok_s: Range | None = None
+    aggregate_users: int | None = None
     prefill_tok_s: Range | None = None
     bound_tok_s: float | None = None
     basis: str | None = None
+    sums: tuple[str, ...] = ()
+    thin: tuple[str, ...] = ()
+    unknown: str | None = None
 
 
-def active_bytes(layer: Layer, facts: ModelFacts) -> int:
-    """Return the bytes of one layer that one token reads: of its routed experts only those used."""
-    if not facts.experts or not layer.expert_bytes:
-        return layer.weights_bytes
-    return layer.weights_bytes - layer.expert_bytes + layer.expert_bytes * facts.experts_used // facts.experts
+def interval(rates: Range, bound_tok_s: float | None = None) -> str:
+    """Return rates as people write them, "17-22", "2.1-3.4", "150-210": two digits that count, the lower end rounded
+    down, and no end above `bound_tok_s`."""
+    low, high = _rounded(rates.low, math.floor), _rounded(rates.high, round)
+    if bound_tok_s is not None and float(high) > bound_tok_s:
+        high = _rounded(rates.high, math.floor)
+    return low if low == high else f"{low}-{high}"
 
 
-def layer_split_bound(reads: Iterable[tuple[int, float | None]]) -> Speed:
-    """Return the bound for cards that work in turn, given (bytes read per token, bandwidth in GB/s) of each.
+def floored(bound_tok_s: float) -> str:
+    """Return a bound as it is written, rounded down: what is printed as a bound must not be above it."""
+    return f"{math.floor(bound_tok_s * 10) / 10:.1f}" if bound_tok_s < 100 else f"{math.floor(bound_tok_s)}"
 
-    Unknown where one bandwidth is unknown (or given as zero), or where nothing is read.
-    """
-    reads = tuple(reads)
-    seconds = 0.0
-    for read_bytes, bandwidth_gb_s in reads:
-        if not bandwidth_gb_s:
-            return Speed()
-        seconds += read_bytes / (bandwidth_gb_s * 1e9)
-    if not seconds:
-        return Speed()
-    total_gb = sum(read_bytes for read_bytes, _ in reads) / 1e9
-    groups = [(len(list(group)), rate) for rate, group in itertools.groupby(rate for _, rate in reads)]
-    rates = " + ".join(f"{count} × {rate:.0f}" if count > 1 else f"{rate:.0f}" for count, rate in groups)
-    in_turn = " in turn" if len(reads) > 1 else ""
-    return Speed(bound_tok_s=1 / seconds, basis=f"{total_gb:.2f} GB read per token at {rates} GB/s{in_turn}")
+
+def _rounded(rate: float, rounding: Callable[[float], float]) -> str:
+    """Two digits that count; of small rates one behind the point, or two."""
+    digits = 2 if rate < 1 else 1 if rate < 10 else 0 if rate < 100 else 1 - math.floor(math.log10(rate))
+    unit: float = 10**digits
+    return f"{rounding(rate * unit) / unit:.{max(0, digits)}f}"

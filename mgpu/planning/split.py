@@ -39,6 +39,60 @@ def balanced_split(unit_bytes: Sequence[int], capacity_bytes: Sequence[int]) -> 
     return tuple(end - start for start, end in zip((0, *ends), ends, strict=False))
 
 
+def split_behind_first(
+    unit_bytes: Sequence[int], room_bytes: Sequence[int], *, first_bytes: int, other_bytes: int, head_bytes: int
+) -> tuple[int, ...]:
+    """Return a `balanced_split` over cards of which the first one that holds anything computes in `first_bytes`, each
+    one after it in `other_bytes`, and one with the head alone in `head_bytes`.
+
+    The first one is the foremost card behind which everything has room; those before it stay idle. Where no card is,
+    the head goes to the last card that can hold it alone if the rest then has room before that, and else the first one
+    is that behind which most has room.
+    """
+    capacities, held = _behind_first(unit_bytes, room_bytes, first_bytes, other_bytes)
+    layers = unit_bytes[:-1]
+    if held < len(unit_bytes):
+        for last in reversed(range(len(room_bytes))):
+            if room_bytes[last] - head_bytes >= unit_bytes[-1]:
+                front, held = _behind_first(layers, room_bytes[:last], first_bytes, other_bytes)
+                if held == len(layers):
+                    counts = _balanced_behind_first(layers, front) if layers else (0,) * last
+                    return (*counts, 1, *(0,) * (len(room_bytes) - last - 1))
+    return _balanced_behind_first(unit_bytes, capacities)
+
+
+def _balanced_behind_first(unit_bytes: Sequence[int], capacity_bytes: Sequence[int]) -> tuple[int, ...]:
+    """A balanced split in which the first card with room for a unit takes one: the others count on not being first."""
+    counts = balanced_split(unit_bytes, capacity_bytes)
+    first = next((i for i, capacity in enumerate(capacity_bytes) if capacity >= unit_bytes[0]), None)
+    if first is None or counts[first]:
+        return counts
+    left = [capacity - (unit_bytes[0] if i == first else 0) for i, capacity in enumerate(capacity_bytes)]
+    rest = balanced_split(unit_bytes[1:], left)
+    return tuple(count + (i == first) for i, count in enumerate(rest))
+
+
+def _behind_first(
+    unit_bytes: Sequence[int], room_bytes: Sequence[int], first_bytes: int, other_bytes: int
+) -> tuple[list[int], int]:
+    """What each card can take behind the best first one, and how many units that holds."""
+    prefix = [0, *itertools.accumulate(unit_bytes)]
+    best, most = [], -1
+    for first in range(len(room_bytes)):
+        # Nothing may lie before the first card: those lack more than any other.
+        lacking = min(0, *room_bytes) - first_bytes - other_bytes - 1
+        rest = (room - other_bytes for room in room_bytes[first + 1 :])
+        capacities = [*[lacking] * first, room_bytes[first] - first_bytes, *rest]
+        held = _filled(prefix, [max(capacity, 0) for capacity in capacities])[-1]
+        if capacities[first] < next(iter(unit_bytes), 0):
+            held = 0  # it would hold nothing, and another one be first
+        if held > most:
+            best, most = capacities, held
+        if held == len(unit_bytes):
+            break
+    return best, max(most, 0)
+
+
 def _lowest_sizes(prefix: Sequence[int], capacities: Sequence[int]) -> list[int]:
     """The lowest common fraction of every card's capacity that holds all units, in bytes of each card."""
     low, high = 0.0, prefix[-1] / max(capacities) + 1.0  # there, the largest card alone holds everything

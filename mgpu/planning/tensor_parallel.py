@@ -13,9 +13,11 @@ from itertools import groupby
 
 from mgpu.machine.snapshot import Gpu
 from mgpu.models.facts import ModelFacts
+from mgpu.planning.links import is_slow, link_words
 from mgpu.planning.split import balanced_split
 from mgpu.units import gib
 
+_EXPERTS = "an expert's width"
 _VOCABULARY_PADDING = 64  # vLLM rounds the vocabulary up before it cuts it
 
 
@@ -50,6 +52,7 @@ def check_shape(facts: ModelFacts, gpus: Sequence[Gpu], *, tensor_parallel: int,
     if not problems and tensor_parallel > 1:
         for start in range(0, len(gpus), tensor_parallel):
             notes += _unequal(gpus[start : start + tensor_parallel])
+            notes += _slow_links(facts, gpus[start : start + tensor_parallel])
         if replicas := _kv_replicas(facts, tensor_parallel):
             notes.append(
                 f"{facts.kv_heads} KV heads on {_cards(tensor_parallel)}: each is held {replicas} times, "
@@ -72,6 +75,19 @@ def tensor_problems(facts: ModelFacts, size: int) -> Iterator[str]:
         if length % size:
             yield f"{name} of {length} ÷ {_cards(size)} = {_quotient(length, size)}"
     yield from _quantisation_problems(facts, size)
+
+
+def replica_problems(facts: ModelFacts, tensor_parallel: int, replicas: int) -> Iterator[str]:
+    """Say what keeps `replicas` engines from serving `facts` side by side; nothing for a dense model.
+
+    Experts are not held by each replica: all cards of all replicas share them (docs.vllm.ai, data parallel
+    deployment), so that they must be cut that often.
+    """
+    size = tensor_parallel * replicas
+    if facts.experts and replicas > 1:
+        for problem in tensor_problems(facts, size):
+            if problem.startswith(_EXPERTS):
+                yield f"vLLM cuts the experts over all {_cards(size)} of the replicas: {problem}"
 
 
 def legal_sizes(facts: ModelFacts, most: int) -> tuple[int, ...]:
@@ -135,7 +151,7 @@ def _feed_forward(facts: ModelFacts) -> Iterator[tuple[str, int]]:
     if any(not layer.expert_bytes for layer in facts.layers):
         yield "a feed-forward width", facts.feed_forward_length
     if facts.experts and facts.expert_feed_forward_length:
-        yield "an expert's width", facts.expert_feed_forward_length
+        yield _EXPERTS, facts.expert_feed_forward_length
     if facts.shared_expert_feed_forward_length:
         yield "the shared expert's width", facts.shared_expert_feed_forward_length
 
@@ -155,6 +171,19 @@ def _unequal(gpus: Sequence[Gpu]) -> Iterator[str]:
         yield f"{names} take equal parts: the slowest card sets the pace"
     if totals and max(totals) - min(totals) > max(totals) // 50:
         yield f"every card holds what the smallest can: {gib(min(totals))} of up to {gib(max(totals))} is used"
+
+
+def _slow_links(facts: ModelFacts, gpus: Sequence[Gpu]) -> Iterator[str]:
+    """What a slow link costs: after attention and after the feed-forward network of each layer, every card sends and
+    receives 2 (n - 1) / n vectors of the model's width a token, in 16 bits."""
+    count = len(gpus)
+    moved_bytes = 2 * len(facts.layers) * facts.embedding_length * 2 * 2 * (count - 1) // count
+    for gpu in gpus:
+        if is_slow(gpu):
+            yield (
+                f"gpu{gpu.index} is on a slow link ({link_words(gpu)}), and a token moves {moved_bytes / 1e6:.1f} MB "
+                "over it: long prompts and many users wait for it"
+            )
 
 
 def _cards(count: int) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from mgpu.models.facts import Layer, ModelFacts
-from mgpu.planning.wants import Wants
+from mgpu.planning.wants import Goal, Wants
 from mgpu.units import GIB, MIB
 
 DEFAULT_UTILISATION = 0.90
@@ -27,7 +28,7 @@ _BATCHED_TOKENS = 2048
 # CUDA sees less than the driver's total: 23.56 of 24.00 GiB (RTX 3090), 31.36 of 31.84 (5090), 39.39 of 40.00 (A100).
 _VISIBLE_SHARE = 0.98
 # Norms and padding that every rank holds whole: 7.58 instead of 7.53 GiB (8B on two cards).
-_REPLICATED_SHARE = 1.01
+REPLICATED_SHARE = 1.01
 
 KV_BYTES = {"f16": 2, "bf16": 2, "fp8": 1}
 """Bytes per element of the KV cache types that vLLM has on every card it supports."""
@@ -39,6 +40,7 @@ class VllmWants(Wants):
     0.90, or less where less is free), and whether CUDA graphs are left out.
 
     `all_cards` says that the user named or counted the cards: fewer of them that are faster come after all of them.
+    `goal` is what the user asked for, None where the number of users tells.
     """
 
     tensor_parallel: int | None = None
@@ -47,6 +49,12 @@ class VllmWants(Wants):
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
     all_cards: bool = False
+    goal: Goal | None = None
+
+    @property
+    def for_many(self) -> bool:
+        """Whether the tokens of all users together count, rather than the wait of each."""
+        return self.parallel > 1 and self.goal is not Goal.latency
 
     @property
     def graph_bytes(self) -> int:
@@ -67,7 +75,7 @@ def model_bytes(facts: ModelFacts) -> int:
 
 def shard_bytes(weights_bytes: int, tensor_parallel: int) -> int:
     """Return what each of `tensor_parallel` cards holds of `weights_bytes`."""
-    return weights_bytes if tensor_parallel == 1 else int(weights_bytes / tensor_parallel * _REPLICATED_SHARE)
+    return weights_bytes if tensor_parallel == 1 else int(weights_bytes / tensor_parallel * REPLICATED_SHARE)
 
 
 def stage_bytes(facts: ModelFacts, first_layer: int, layers: int) -> int:
@@ -102,6 +110,10 @@ def request_bytes(layers: Sequence[Layer], tensor_parallel: int, kv_type: str, c
     )
 
 
+# Asked thousands of times for a plan on many cards.
+_CACHE_SHAPE = attrgetter("kv_heads", "key_length", "value_length", "sliding_window")
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """Layers whose caches are alike."""
@@ -127,11 +139,11 @@ def _kinds(layers: Sequence[Layer]) -> dict[_Kind, int]:
     where they differ by less than a quarter); a kind that is no multiple of it is filled up
     (`_get_kv_cache_groups_uniform_page_size`): Gemma 3 27B's 10 + 52 layers cost as much as 10 + 60.
     """
-    counts = Counter(
-        _Kind(layer.kv_heads, layer.key_length + layer.value_length, layer.sliding_window)
-        for layer in layers
-        if layer.kv_heads
-    )
+    counts: dict[_Kind, int] = {}
+    for (kv_heads, key, value, window), count in Counter(map(_CACHE_SHAPE, layers)).items():
+        if kv_heads:
+            kind = _Kind(kv_heads, key + value, window)
+            counts[kind] = counts.get(kind, 0) + count
     if len(counts) < 2:
         return counts
     group, most = min(counts.values()), max(counts.values())

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mgpu.machine.snapshot import Gpu, Host
-from mgpu.models.facts import ModelFacts
+from mgpu.models.facts import Layer, ModelFacts
 from mgpu.planning.candidates import Candidate, PlannedDevice, PlannedHost
-from mgpu.planning.speed import Speed, active_bytes, layer_split_bound
-from mgpu.planning.tensor_parallel import check_shape, pipeline_partition
+from mgpu.planning.speed import Speed
+from mgpu.planning.tensor_parallel import check_shape, pipeline_partition, replica_problems
 from mgpu.planning.vllm_memory import (
     BLOCK_TOKENS,
     DEFAULT_UTILISATION,
@@ -83,6 +83,16 @@ def planned_kv_tokens(candidate: Candidate, facts: ModelFacts) -> int:
     return min(tokens, default=0)
 
 
+def own_layers(facts: ModelFacts, device: PlannedDevice) -> tuple[Layer, ...]:
+    """Return the layers on a card."""
+    return facts.layers[device.first_layer : device.first_layer + device.layers]
+
+
+def one_of_each(devices: tuple[PlannedDevice, ...]) -> tuple[PlannedDevice, ...]:
+    """Return one device of those that hold the same layers and as much cache: sums over layers take their time."""
+    return tuple({(device.first_layer, device.layers, device.kv_bytes): device for device in devices}.values())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Placement:
     """A shape on certain cards, to be judged."""
@@ -105,20 +115,25 @@ class _Placement:
             pipeline_parallel=self.pipeline_parallel,
         )
         problems = [*legality.problems, *self._problems()]
+        problems += replica_problems(self.facts, self.tensor_parallel, self.wants.replicas)
         if len(self.gpus) != per_replica * self.wants.replicas:
-            problems.append(f"{len(self.gpus)} cards cannot be dealt evenly to {self.wants.replicas} replicas")
+            cards = "1 card" if len(self.gpus) == 1 else f"{len(self.gpus)} cards"
+            problems.append(f"{cards} cannot be dealt evenly to {self.wants.replicas} replicas")
         if problems:
             return self._candidate("illegal", problems, tuple(self._idle(gpu) for gpu in self.gpus), 0)
         share = self._share()
         wants = replace(self.wants, gpu_memory_utilization=share)
         stages = self._stages(share, per_replica)
-        ranks = [stage for stage in stages for _ in range(self.tensor_parallel)] * self.wants.replicas
-        devices = tuple(self._device(gpu, share, *stage) for gpu, stage in zip(self.gpus, ranks, strict=True))
+        weights = [shard_bytes(stage_bytes(self.facts, *stage), self.tensor_parallel) for stage in stages]
+        ranks = [each for each in zip(stages, weights, strict=True) for _ in range(self.tensor_parallel)]
+        ranks *= self.wants.replicas
+        devices = tuple(self._device(gpu, share, *rank) for gpu, rank in zip(self.gpus, ranks, strict=True))
         devices = self._with_equal_blocks(devices)
         reasons, short = self._judge(devices, share)
         notes = list(legality.notes)
         if self.wants.gpu_memory_utilization is None and share < DEFAULT_UTILISATION:
             notes.append(f"vLLM is given {share:g} of each card, because no more is free")
+        notes += self._notes()
         verdict = "does-not-fit" if short else "fits"
         return self._candidate(verdict, [*reasons, *notes], devices, short, wants)
 
@@ -130,7 +145,8 @@ class _Placement:
         problems = [*legality.problems, *self._problems()]
         workers = self.tensor_parallel * self.pipeline_parallel * self.wants.replicas
         wanted = request_bytes(self.facts.layers, self.tensor_parallel, self._kv_type, self.ctx_tokens)
-        per_worker = _cpu_kv_bytes(wanted * self.wants.parallel * workers, workers)
+        users = -(-self.wants.parallel // max(1, self.wants.replicas))
+        per_worker = _cpu_kv_bytes(wanted * users * workers, workers)
         host = PlannedHost(
             layers=len(self.facts.layers),
             weights_bytes=model_bytes(self.facts) * self.wants.replicas,
@@ -159,13 +175,23 @@ class _Placement:
         found += [f"gpu{gpu.index}'s memory is unknown" for gpu in self.gpus if not gpu.total_bytes]
         return found
 
+    def _notes(self) -> list[str]:
+        found = [
+            f"gpu{gpu.index} drives a display: {gib(self.wants.headroom_on(gpu))} of it stays free"
+            for gpu in self.gpus
+            if gpu.display and self.wants.gpu_memory_utilization is None
+        ]
+        if self.facts.experts and self.wants.replicas > 1:
+            found.append("the replicas share the experts of each layer, so that they wait for one another")
+        return found
+
     def _share(self) -> float:
         """The share of its memory that vLLM may take of every card: what is asked for, or as much as is free on the
         card with least (vLLM refuses to start otherwise), at most 0.90."""
         if self.wants.gpu_memory_utilization is not None:
             return self.wants.gpu_memory_utilization
         shares = [
-            ((gpu.free_bytes or 0) - self.wants.headroom_bytes) / visible_bytes(gpu.total_bytes or 1)
+            ((gpu.free_bytes or 0) - self.wants.headroom_on(gpu)) / visible_bytes(gpu.total_bytes or 1)
             for gpu in self.gpus
         ]
         return max(0.05, min(DEFAULT_UTILISATION, math.floor(min(shares) * 100) / 100))
@@ -180,10 +206,13 @@ class _Placement:
         groups = [cards[i : i + self.tensor_parallel] for i in range(0, per_replica, self.tensor_parallel)]
         capacities = [min(self._room(gpu, share) for gpu in group) * self.tensor_parallel for group in groups]
         kv_type, parallel = self._kv_type, self.wants.parallel
-        units = [
-            layer.weights_bytes + request_bytes((layer,), 1, kv_type, self.ctx_tokens) * parallel
-            for layer in self.facts.layers
-        ]
+        caches: dict[tuple[int, int, int | None], int] = {}
+        units = []
+        for layer in self.facts.layers:
+            shape = layer.kv_heads, layer.key_length + layer.value_length, layer.sliding_window
+            if shape not in caches:
+                caches[shape] = request_bytes((layer,), 1, kv_type, self.ctx_tokens) * parallel
+            units.append(layer.weights_bytes + caches[shape])
         counts = pipeline_partition(
             units, self.facts.embedding_bytes + self.facts.other_bytes, self.facts.head_bytes, capacities
         )
@@ -195,8 +224,8 @@ class _Placement:
         taken = int(visible_bytes(gpu.total_bytes or 0) * share)
         return max(0, taken - OVERHEAD_BYTES - self.wants.graph_bytes)
 
-    def _device(self, gpu: Gpu, share: float, first: int, layers: int) -> PlannedDevice:
-        weights = shard_bytes(stage_bytes(self.facts, first, layers), self.tensor_parallel)
+    def _device(self, gpu: Gpu, share: float, stage: tuple[int, int], weights: int) -> PlannedDevice:
+        first, layers = stage
         return PlannedDevice(
             gpu=gpu.index,
             uuid=gpu.uuid,
@@ -216,12 +245,13 @@ class _Placement:
 
     def _idle(self, gpu: Gpu) -> PlannedDevice:
         """A card of a shape that is not possible: nothing is on it."""
-        device = self._device(gpu, 0.0, 0, 0)
-        return replace(device, head=False, weights_bytes=0, kv_bytes=0, compute_bytes=0, runtime_bytes=0)
+        device = self._device(gpu, 0.0, (0, 0), 0)
+        return replace(device, head=False, kv_bytes=0, compute_bytes=0, runtime_bytes=0)
 
     def _with_equal_blocks(self, devices: tuple[PlannedDevice, ...]) -> tuple[PlannedDevice, ...]:
         """Every card gets as many blocks of KV cache as the one that has least room for them."""
-        per_token = [self._token_bytes(device) for device in devices]
+        sizes = {(each.first_layer, each.layers): self._token_bytes(each) for each in one_of_each(devices)}
+        per_token = [sizes[device.first_layer, device.layers] for device in devices]
         blocks = min(
             (device.kv_bytes // (size * BLOCK_TOKENS) for device, size in zip(devices, per_token, strict=True) if size),
             default=0,
@@ -235,13 +265,14 @@ class _Placement:
         """Why it does not fit and by how much; or what to know when it does."""
         short = 0
         reasons: list[str] = []
+        requests = {(each.first_layer, each.layers): self._one_request(each) for each in one_of_each(devices)}
         for gpu, device in zip(self.gpus, devices, strict=True):
             taken = int(visible_bytes(gpu.total_bytes or 0) * share)
             free = gpu.free_bytes or 0
             if taken > free:
                 short += taken - free
                 reasons.append(f"vLLM was to take {gib(taken)} of gpu{gpu.index}, where {gib(free)} are free")
-            needed = device.weights_bytes + self._one_request(device)
+            needed = device.weights_bytes + requests[device.first_layer, device.layers]
             room = self._room(gpu, share)
             if needed > room:
                 short += needed - room
@@ -250,24 +281,29 @@ class _Placement:
                     f"KV cache for one request, where {gib(room)} can be had"
                 )
         if not short:
-            users = self._users(devices)
+            # With sliding windows the stages need unlike numbers of blocks for a request, and all get the fewest.
+            for device in one_of_each(devices):
+                request = requests[device.first_layer, device.layers]
+                if device.kv_bytes < request:
+                    short += request - device.kv_bytes
+                    reasons.append(
+                        f"gpu{device.gpu}: {gib(request)} KV cache for one request, and {gib(device.kv_bytes)} with "
+                        "the blocks that every stage has room for"
+                    )
+        if not short:
+            held = [d.kv_bytes // size for d in devices if (size := requests[d.first_layer, d.layers])]
+            users = min(held, default=self.wants.parallel) * self.wants.replicas
             if users < self.wants.parallel:
                 reasons.append(
-                    f"{users} of {self.wants.parallel} users can have the whole context at once; others wait"
+                    f"room for {users} of {self.wants.parallel} users at {self.ctx_tokens} tokens; the others wait"
                 )
         return reasons, short
 
-    def _users(self, devices: tuple[PlannedDevice, ...]) -> int:
-        held = [device.kv_bytes // size for device in devices if (size := self._one_request(device))]
-        return min(held, default=self.wants.parallel)
-
     def _one_request(self, device: PlannedDevice) -> int:
-        own = self.facts.layers[device.first_layer : device.first_layer + device.layers]
-        return request_bytes(own, self.tensor_parallel, self._kv_type, self.ctx_tokens)
+        return request_bytes(own_layers(self.facts, device), self.tensor_parallel, self._kv_type, self.ctx_tokens)
 
     def _token_bytes(self, device: PlannedDevice) -> int:
-        own = self.facts.layers[device.first_layer : device.first_layer + device.layers]
-        return kv_token_bytes(own, self.tensor_parallel, self._kv_type)
+        return kv_token_bytes(own_layers(self.facts, device), self.tensor_parallel, self._kv_type)
 
     def _candidate(
         self,
@@ -298,27 +334,9 @@ class _Placement:
             ),
             short_bytes=short,
             max_ctx_tokens=None,
-            speed=self._bound(devices) if verdict != "illegal" else Speed(),
+            speed=Speed(),
             wants=wants or self.wants,
         )
-
-    def _bound(self, devices: tuple[PlannedDevice, ...]) -> Speed:
-        """The physical bound at an empty context: stages work in turn, the cards of a stage at once, so that of
-        these the slowest counts. Replicas serve different users and speed nobody up."""
-        reads = []
-        per_replica = self.tensor_parallel * self.pipeline_parallel
-        for start in range(0, min(per_replica, len(devices)), self.tensor_parallel):
-            device = devices[start]
-            layers = self.facts.layers[device.first_layer : device.first_layer + device.layers]
-            read = sum(active_bytes(layer, self.facts) for layer in layers)
-            read += self.facts.head_bytes if device.head else 0
-            rates = [gpu.bandwidth_gb_s for gpu in self.gpus[start : start + self.tensor_parallel]]
-            slowest = min((rate for rate in rates if rate), default=None) if all(rates) else None
-            reads.append((read // self.tensor_parallel, slowest))
-        bound = layer_split_bound(reads)
-        if bound.basis and self.tensor_parallel > 1:
-            bound = replace(bound, basis=f"on each of {self.tensor_parallel} cards {bound.basis}")
-        return bound
 
 
 def _cpu_kv_bytes(wanted_bytes: int, workers: int) -> int:

@@ -102,6 +102,23 @@ def test_users_and_cards_decide_what_is_preferred(
     assert why in found.why
 
 
+@pytest.mark.parametrize(
+    ("split_mode", "machine", "why"),
+    [
+        pytest.param(
+            "tensor", "4090+4080", "cuts each layer over unequal cards", id="a tensor split: nothing is dealt"
+        ),
+        pytest.param("layer", "4090+4080", "deals layers to unequal cards", id="a layer split"),
+        pytest.param("none", "2x4090", "one user on one card", id="one card only: vLLM could read both"),
+    ],
+)
+def test_the_split_that_was_asked_for_is_not_given_another_reason(split_mode: str, machine: str, why: str) -> None:
+    made = [offer(LLAMA), offer(VLLM)]
+    asked = Wants(split_mode=split_mode)
+    made = [replace(each, candidates=tuple(replace(way, wants=asked) for way in each.candidates)) for each in made]
+    assert why in preference(*NOBODY, simulate(machine).gpus, made).why
+
+
 def test_cards_of_one_name_and_two_sizes_are_unequal() -> None:
     one, other = simulate("2x4090").gpus
     gpus = [one, replace(other, total_bytes=48 << 30)]

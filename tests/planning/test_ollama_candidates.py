@@ -6,11 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mgpu.backends.backend import Serving
+from mgpu.backends.ollama import build_launch
 from mgpu.machine.simulate import simulate
 from mgpu.machine.snapshot import Gpu, Host, Machine
 from mgpu.models.facts import ModelFacts
@@ -227,7 +230,7 @@ def test_proportions_are_those_of_the_cards_that_are_used(gpus: tuple[Gpu, ...],
             id="less context, a smaller cache, a smaller file, the host",
         ),
         pytest.param(cards(48, 48), Wants(ctx_tokens=1 << 20), ["--ctx N"], id="a context that it would cut"),
-        pytest.param((), Wants(ctx_tokens=1 << 20), ["--ctx N"], id="on the CPU"),
+        pytest.param((), Wants(ctx_tokens=1 << 20), ["--ctx N", "--ctx N --kv-type q8_0"], id="on the CPU"),
         pytest.param(cards(2), Wants(), ["--offload allow"], id="nothing but the host"),
     ],
 )
@@ -317,6 +320,41 @@ def test_a_simulated_machine_is_planned_too() -> None:
     machine = simulate("2x4090")
     candidates = ollama_candidates(facts("llama-3.3-70b"), machine, machine.gpus, Wants(ctx_tokens=8192))
     assert [candidate.verdict for candidate in candidates] == ["fits"]
+
+
+SERVING = Serving(program=Path("/o"), model="m", name="m", host="127.0.0.1", port=8080, folder=Path("/m"))
+DISPLAY_NOTE = "gpu1 drives a display: 1.00 GiB stay free on each card, since Ollama has one margin for all"
+
+
+@pytest.mark.parametrize(
+    ("displays", "wants", "margins_mib", "notes"),
+    [
+        pytest.param((False, False), Wants(), [256, 256], [], id="no display: the usual margin"),
+        pytest.param((False, True), Wants(), [1024, 256], [DISPLAY_NOTE], id="one display: its margin on both cards"),
+        pytest.param((True, False), Wants(split_mode="none"), [1024], [], id="the display card alone: its margin"),
+        pytest.param((False, True), Wants(split_mode="none"), [256], [], id="another card alone: the usual one"),
+        pytest.param((True, True), Wants(headroom_bytes=512 * MIB), [512, 512], [], id="the user's own counts"),
+    ],
+)
+def test_ollama_is_told_the_largest_margin_of_its_cards(
+    displays: tuple[bool, bool], wants: Wants, margins_mib: list[int], notes: list[str]
+) -> None:
+    gpus = tuple(replace(gpu, display=on) for gpu, on in zip(cards(20, 10), displays, strict=True))
+    found = planned(facts("llama-3.1-8b"), gpus, wants)
+    assert [candidate.wants.headroom_bytes // MIB for candidate in found] == margins_mib
+    assert [reason for reason in found[0].reasons if "display" in reason] == notes
+    for candidate, margin in zip(found, margins_mib, strict=True):
+        env = build_launch(candidate, SERVING, environ={"HOME": "/root"}).env
+        assert (env["LLAMA_ARG_FIT_TARGET"], env["OLLAMA_GPU_OVERHEAD"]) == (str(margin), str(margin * MIB))
+
+
+def test_what_the_largest_margin_leaves_is_what_is_planned_on() -> None:
+    gpus = cards(4, 4)
+    shown = (replace(gpus[0], display=True), gpus[1])
+    plain, kept = (planned(facts("llama-3.1-8b"), some)[0] for some in (gpus, shown))
+    asked = planned(facts("llama-3.1-8b"), gpus, Wants(headroom_bytes=1024 * MIB))[0]
+    assert (kept.verdict, kept.max_ctx_tokens, layers(kept)) == (asked.verdict, asked.max_ctx_tokens, layers(asked))
+    assert (kept.max_ctx_tokens or 0) < (plain.max_ctx_tokens or 0)
 
 
 @settings(max_examples=30, deadline=None)

@@ -17,7 +17,8 @@ from mgpu.models.facts import ModelFacts
 from mgpu.models.shape import facts_from_shape
 from mgpu.planning.candidates import Candidate, layer_split, place_layers
 from mgpu.planning.plan import Plan, make_plan
-from mgpu.planning.speed import active_bytes
+from mgpu.planning.predicted import predicted
+from mgpu.planning.speed import Speed
 from mgpu.planning.wants import Wants
 from mgpu.units import GIB, MIB
 from tests.fakes.shapes import SHAPES
@@ -90,7 +91,11 @@ def test_what_does_not_fit_says_by_how_much_and_where() -> None:
     over = [256 * MIB - device.spare_bytes for device in plan.chosen.devices]
     assert plan.chosen.short_bytes == sum(over)
     assert plan.chosen.short_bytes / GIB == pytest.approx(26.6, abs=0.05)
-    assert plan.chosen.reasons == ("73.6 GiB needed on the cards, 47.0 GiB free; gpu0 is short by 13.6 GiB",)
+    (reason,) = plan.chosen.reasons
+    assert reason == (
+        "73.6 GiB needed on the cards, 47.0 GiB free: short on gpu0 by 13.6 GiB, gpu1 by 13.0 GiB "
+        "(0.25 GiB headroom on each included)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,7 @@ def test_every_ledger_adds_up(model: ModelFacts, wants: Wants, free_gib: list[fl
     short = sum(max(0, wants.headroom_bytes - device.spare_bytes) for device in used)
     short += max(0, -(on_host.spare_bytes or 0))
     assert candidate.short_bytes == short
-    fits = "fits-with-offload" if on_host.layers else "fits"
+    fits = "fits-with-offload" if on_host.layers or on_host.expert_layers else "fits"
     assert candidate.verdict == ("does-not-fit" if short else fits)
 
 
@@ -179,6 +184,18 @@ def test_more_context_never_takes_less_memory(
 
 def totals(candidate: Candidate) -> list[int]:
     return [*(device.total_bytes for device in candidate.devices), candidate.host.total_bytes]
+
+
+def test_a_card_that_drives_a_display_keeps_more_free() -> None:
+    gpus = tuple(replace(gpu, display=gpu.index == 0) for gpu in cards(3, 3))
+    left = [
+        [device.spare_bytes for device in planned("llama-3.1-8b", machine_of(gpus), wants).chosen.devices]
+        for wants in (Wants(ctx_tokens=4096, offload=True), Wants(ctx_tokens=4096, offload=True, headroom_bytes=0))
+    ]
+    assert left[0][0] >= GIB > left[0][1] >= 256 * MIB
+    assert left[1][0] < GIB
+    (short,) = planned("llama-3.1-8b", machine_of(gpus[:1]), Wants(ctx_tokens=4096)).candidates
+    assert short.short_bytes == GIB - short.devices[0].spare_bytes
 
 
 @given(model=MODELS, wants=WANTS, free_gib=FREE_GIB, larger=st.integers(0, 3), by_gib=st.floats(0, 40))
@@ -210,20 +227,21 @@ def test_swapping_equal_cards_changes_nothing(model: ModelFacts, wants: Wants, f
 def test_the_bound_is_never_above_bandwidth_over_bytes(model: ModelFacts, wants: Wants, rates: list[float]) -> None:
     gpus = cards(*[900] * len(rates), bandwidths_gb_s=rates)
     candidate = layer_split(model, replace(wants, offload=False), gpus, Host(), wants.ctx_tokens or 0)
-    bound = candidate.speed.bound_tok_s
-    if wants.cpu_moe_layers:
-        assert bound is None  # experts are read at the unknown speed of the host's memory
+    bound = predicted(candidate, model, gpus, Host()).speed.bound_tok_s
+    if candidate.host.expert_layers or wants.kv_on_host:
+        assert bound is None  # what is in the host's memory is read at an unknown speed
         return
-    read_bytes = sum(active_bytes(layer, model) for layer in model.layers) + model.head_bytes
+    used = model.experts_used / model.experts if model.experts else 0
+    read_bytes = sum(each.weights_bytes - each.expert_bytes * (1 - used) for each in model.layers) + model.head_bytes
     assert bound is not None
     assert min(rates) * 1e9 / read_bytes <= bound * (1 + 1e-9)
     assert bound <= max(rates) * 1e9 / read_bytes * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("bandwidth_gb_s", [None, 0.0])
-def test_no_bound_without_a_bandwidth(bandwidth_gb_s: float | None) -> None:
-    plan = planned("llama-3.1-8b", machine_of(cards(24, bandwidths_gb_s=[bandwidth_gb_s])))
-    assert plan.chosen.speed.bound_tok_s is None
+def test_no_speed_without_a_bandwidth_and_the_card_is_named(bandwidth_gb_s: float | None) -> None:
+    speed = planned("llama-3.1-8b", machine_of(cards(24, bandwidths_gb_s=[bandwidth_gb_s]))).chosen.speed
+    assert speed == Speed(unknown="the memory bandwidth of gpu0 (card) is unknown")
 
 
 @pytest.mark.parametrize(
@@ -281,6 +299,8 @@ def test_a_context_that_was_set_is_never_lowered() -> None:
         pytest.param("qwen3-32b", machine_of(cards(0.1, 16)), id="a full card beside it"),
         pytest.param("gemma-3-27b", "4060", id="windows of unequal cost and a tied head"),
         pytest.param("gpt-oss-120b", "2x4090", id="mixture"),
+        pytest.param("qwen3-30b-a3b", "4060", id="most experts of a mixture"),
+        pytest.param("deepseek-v3", machine_of(cards(9)), id="all experts of a mixture, and layers"),
         pytest.param("llama-3.1-405b", "4090+4080", id="most of it on the host"),
         pytest.param("llama-3.1-405b", "4060", id="all but a few layers"),
     ],
@@ -290,14 +310,57 @@ def test_offload_keeps_the_fewest_layers_on_the_host(model: str, machine: Machin
     plan = planned(model, machine, allowed)
     chosen, gpus = plan.chosen, plan.machine.gpus
     assert (plan.best, chosen.verdict) == (0, "fits-with-offload")
-    assert chosen.reasons[0] == f"{chosen.host.layers} of {len(facts(model).layers)} layers stay in host memory: slow"
+    layers = f"{chosen.host.layers} of {len(facts(model).layers)} layers"
+    routed = f"the experts of the first {chosen.host.expert_layers} layers"
+    kept = [*([layers] if chosen.host.layers else []), *([routed] if chosen.host.expert_layers else [])]
+    assert chosen.reasons[0] == f"{' and '.join(kept)} stay in host memory: slow"
     assert chosen.speed.bound_tok_s is None
     assert chosen.devices
+    experts = chosen.host.expert_layers
     for fewer in range(chosen.host.layers):
-        tried = place_layers(facts(model), allowed, gpus, Host(), 8192, host_units=fewer)
+        tried = place_layers(facts(model), allowed, gpus, Host(), 8192, host_units=fewer, expert_layers=experts)
+        assert tried.verdict == "does-not-fit"
+    for fewer in range(0 if chosen.host.layers else experts):
+        tried = place_layers(facts(model), allowed, gpus, Host(), 8192, host_units=0, expert_layers=fewer)
         assert tried.verdict == "does-not-fit"
     forbidden = planned(model, machine, replace(allowed, offload=False))
     assert (forbidden.best, forbidden.chosen.verdict, forbidden.chosen.host.layers) == (None, "does-not-fit", 0)
+
+
+def test_experts_go_to_the_host_before_layers() -> None:
+    chosen = planned("qwen3-30b-a3b", machine_of(cards(12), ram_gib=64), Wants(ctx_tokens=8192, offload=True)).chosen
+    assert (chosen.verdict, chosen.host.layers) == ("fits-with-offload", 0)
+    assert 0 < chosen.host.expert_layers < 48
+    experts = sum(layer.expert_bytes for layer in facts("qwen3-30b-a3b").layers[: chosen.host.expert_layers])
+    assert chosen.host.weights_bytes == facts("qwen3-30b-a3b").embedding_bytes + experts
+    too_little = planned("qwen3-30b-a3b", machine_of(cards(12), ram_gib=4), Wants(ctx_tokens=8192, offload=True)).chosen
+    assert (too_little.verdict, "in host memory" in too_little.reasons[-1]) == ("does-not-fit", True)
+
+
+def test_experts_that_the_user_keeps_on_the_host_are_never_called_a_fit() -> None:
+    chosen = planned("qwen3-30b-a3b", "4090", Wants(ctx_tokens=8192, cpu_moe_layers=10)).chosen
+    assert (chosen.verdict, chosen.host.expert_layers, chosen.runs) == ("fits-with-offload", 10, True)
+    dense = planned("llama-3.1-8b", "4090", Wants(ctx_tokens=8192, cpu_moe_layers=10)).chosen
+    assert (dense.verdict, dense.host.expert_layers) == ("fits", 0)
+
+
+@pytest.mark.parametrize("wants", [Wants(), Wants(split_mode="tensor")], ids=["layers", "tensors"])
+def test_every_line_of_a_ledger_says_what_it_rests_on(wants: Wants) -> None:
+    chosen = planned("llama-3.1-8b", "2x4090", wants).chosen
+    assert {device.basis for device in chosen.devices} == {
+        "weights: table, KV: formula, compute: formula, runtime: table"
+    }
+    assert chosen.host.basis == "weights: table, KV: formula, compute: formula"
+
+
+def test_a_tensor_split_gives_each_card_its_part_of_every_layer() -> None:
+    chosen = planned("llama-3.3-70b", "2x4090", Wants(ctx_tokens=8192, split_mode="tensor")).chosen
+    assert (chosen.verdict, chosen.split_mode) == ("fits", "tensor")
+    assert [(device.layers, device.head) for device in chosen.devices] == [(80, True)] * 2
+    one, other = chosen.devices
+    assert one.kv_bytes == other.kv_bytes
+    whole = sum(layer.weights_bytes for layer in facts("llama-3.3-70b").layers) + facts("llama-3.3-70b").head_bytes
+    assert 0 <= one.weights_bytes + other.weights_bytes - whole < 8 * MIB  # norms are held twice
 
 
 def test_offload_is_not_used_where_all_fits() -> None:
@@ -311,7 +374,7 @@ def test_a_card_that_computes_the_hosts_layers_needs_the_memory_for_it_with_the_
     assert (alone.devices[0].layers, alone.devices[0].head) == (0, True)
     # As a Vulkan device was seen to do: 135 MiB with `-ngl 1`, 2 and 3 alike.
     assert alone.devices[0].compute_bytes == with_a_layer.devices[0].compute_bytes
-    assert alone.devices[0].compute_bytes / MIB == pytest.approx(141, abs=1)
+    assert 135 <= alone.devices[0].compute_bytes / MIB < 160
 
 
 @pytest.mark.parametrize(
@@ -381,8 +444,9 @@ def test_a_full_card_holds_nothing_and_spoils_nothing(free_gib: tuple[float, ...
 
 def test_a_model_that_fits_one_card_is_offered_on_it() -> None:
     plan = planned("llama-3.1-8b", "4080+4090")
-    both, single = plan.candidates
+    both, cut, single = plan.candidates
     assert (plan.best, len(both.devices)) == (0, 2)
+    assert (cut.split_mode, cut.verdict, len(cut.devices)) == ("tensor", "fits", 2)
     assert [device.name for device in single.devices] == ["NVIDIA GeForce RTX 4090"]
 
 
@@ -416,11 +480,24 @@ def test_a_layer_split_that_was_asked_for_has_no_rivals() -> None:
             "qwen3-32b",
             cards(12.0, 10.0),
             Wants(ctx_tokens=8192),
-            ["--ctx 6400", "--kv-type q8_0", "--quant Q3_K_M", "--offload allow"],
+            ["--ctx 6400", "--kv-type q8_0", "--quant Q3_K_M", "1 more card", "--offload allow"],
             id="mildest first",
         ),
-        pytest.param("qwen3-32b", cards(12.0, 3.0), Wants(), ["--quant Q2_K", "--offload allow"], id="far too small"),
-        pytest.param("qwen3-32b", cards(4.0), Wants(), ["--offload allow"], id="one card, nothing but offload"),
+        pytest.param(
+            "qwen3-32b",
+            cards(12.0, 3.0),
+            Wants(),
+            ["1 more card", "--offload allow", "--quant Q2_K"],
+            id="far too small: what lowers the context tacitly comes last",
+        ),
+        pytest.param("qwen3-32b", cards(4.0), Wants(), ["6 more card", "--offload allow"], id="one small card"),
+        pytest.param(
+            "qwen3-32b",
+            cards(24.0, 24.0),
+            Wants(headroom_bytes=20 * GIB),
+            ["without --headroom", "--offload allow", "4 more card"],
+            id="a headroom that was asked for",
+        ),
         pytest.param("qwen3-32b", cards(24.0), Wants(), [], id="nothing to mend"),
     ],
 )
@@ -436,7 +513,18 @@ def test_fixes_are_planned_again_and_fit(model: str, gpus: tuple[Gpu, ...], want
 
 def test_offload_is_no_way_out_where_the_host_is_too_small() -> None:
     plan = planned("qwen3-32b", machine_of(cards(4.0), ram_gib=8))
-    assert plan.fixes == ()
+    assert [fix.change for fix in plan.fixes] == ["6 more card"]
+
+
+def test_cards_that_lie_idle_are_a_way_out_before_more_are_bought() -> None:
+    machine = machine_of(cards(12.0, 12.0, 12.0))
+    for source, change in (("probed", "--gpus gpu0,gpu1"), ("simulated", "--gpus gpu0,gpu1")):
+        plan = make_plan(facts("qwen3-32b"), replace(machine, source=source), machine.gpus[:1], Wants(ctx_tokens=1024))
+        assert [fix.change for fix in plan.fixes] == [change, "--offload allow"]
+        assert len(plan.fixes[0].candidate.devices) == 2
+    probed = replace(machine_of(cards(12.0)), source="probed")
+    plan = make_plan(facts("qwen3-32b"), probed, probed.gpus, Wants(ctx_tokens=1024))
+    assert [fix.change for fix in plan.fixes] == ["--offload allow"]
 
 
 def test_plans_keep_their_order_of_cards() -> None:

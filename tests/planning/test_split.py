@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgpu.planning.split import balanced_split, split_by_proportions
+from mgpu.planning.split import balanced_split, split_behind_first, split_by_proportions
 from mgpu.units import GIB, MIB
 
 SIXTEEN_CARDS = (24 * GIB,) * 8 + (16 * GIB,) * 8
@@ -153,3 +153,21 @@ def test_every_unit_is_dealt_whatever_the_proportions(units: int, proportions: l
 )
 def test_proportions(units: int, proportions: tuple[float, ...], counts: tuple[int, ...]) -> None:
     assert split_by_proportions(units, proportions) == counts
+
+
+@pytest.mark.parametrize(
+    ("rooms", "first", "other", "counts"),
+    [
+        pytest.param([10, 10], 2, 2, (3, 1), id="equal cards share"),
+        pytest.param([7, 30, 30], 7, 2, (0, 2, 2), id="a card too small to be the first one stays idle"),
+        pytest.param([11, 18, 2], 9, 2, (1, 3, 0), id="the first one takes a layer, that no other is first"),
+        pytest.param([11, 5], 2, 6, (3, 1), id="the head alone needs no buffer of the layers"),
+        pytest.param([2, 2], 1, 1, (3, 1), id="what fits nowhere overflows evenly"),
+    ],
+)
+def test_the_first_card_computes_in_more_than_the_others(
+    rooms: list[int], first: int, other: int, counts: tuple[int, ...]
+) -> None:
+    """Four units of 2, 2, 2 and 4 bytes: three layers and the head."""
+    found = split_behind_first([2, 2, 2, 4], rooms, first_bytes=first, other_bytes=other, head_bytes=1)
+    assert found == counts

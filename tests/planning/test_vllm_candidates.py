@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mgpu.backends.backend import Serving
+from mgpu.backends.vllm import build_launch
 from mgpu.machine.simulate import simulate
-from mgpu.machine.snapshot import Gpu, Host
+from mgpu.machine.snapshot import Gpu, Host, PcieLink
 from mgpu.models.facts import ModelFacts
 from mgpu.models.hf import facts_from_config
 from mgpu.planning.candidates import Candidate
+from mgpu.planning.speed import Speed
 from mgpu.planning.vllm_candidates import vllm_candidates, vllm_fixes
 from mgpu.planning.vllm_memory import OVERHEAD_BYTES, VllmWants, request_bytes, visible_bytes
 from mgpu.planning.vllm_placement import planned_kv_tokens, vllm_candidate
+from mgpu.planning.vllm_room import least_share, users_at_once
+from mgpu.planning.wants import Goal
 from mgpu.units import GIB
-from tests.models.test_hf import GPT_OSS_20B, LLAMA_8B, QWEN_30B_A3B
+from tests.models.test_hf import GEMMA_12B, GPT_OSS_20B, LLAMA_8B, QWEN_30B_A3B
 from tests.planning.test_tensor_parallel import AWQ, LLAMA_70B
 
+SERVING = Serving(
+    program=Path("vllm"), model="org/model", name="model", host="127.0.0.1", port=8080, folder=Path("/run/model")
+)
 HOST = Host(ram_bytes=64 * GIB, ram_available_bytes=60 * GIB)
 
 
@@ -29,6 +38,7 @@ def facts_of(config: dict[str, object], gib: float) -> ModelFacts:
 
 
 EIGHT = facts_of(LLAMA_8B, 15)
+EIGHT_SMALL = facts_of(LLAMA_8B | AWQ, 5.3)
 SEVENTY = facts_of(LLAMA_70B | AWQ, 37)
 THIRTY = facts_of(QWEN_30B_A3B | AWQ, 16)
 
@@ -56,8 +66,8 @@ def shapes(candidates: Sequence[Candidate]) -> list[tuple[str, int, int, int]]:
         pytest.param(
             THIRTY,
             "4x3090",
-            [("fits", 2, 2, 4), ("fits", 2, 1, 2), ("fits", 1, 1, 1), ("illegal", 4, 1, 4)],
-            id="six groups of scales on four",
+            [("fits", 1, 1, 1), ("fits", 2, 1, 2), ("fits", 2, 2, 4), ("illegal", 4, 1, 4)],
+            id="six groups of scales on four; of experts nobody knows that more cards are faster",
         ),
         pytest.param(
             EIGHT,
@@ -79,7 +89,7 @@ def test_the_ways_that_are_found(facts: ModelFacts, machine: str, expected: list
         pytest.param(SEVENTY, VllmWants(), [(2, 1), (1, 3)], id="one user: two at once are faster"),
         pytest.param(SEVENTY, VllmWants(all_cards=True), [(1, 3), (2, 1)], id="who counts the cards wants them"),
         pytest.param(SEVENTY, VllmWants(parallel=8), [(1, 3), (2, 1)], id="many users need the memory of all"),
-        pytest.param(EIGHT, VllmWants(), [(2, 1), (1, 3), (1, 1)], id="as fast on all: those"),
+        pytest.param(EIGHT, VllmWants(), [(2, 1), (1, 1), (1, 3)], id="a pipeline, which nobody measured, last"),
         pytest.param(
             facts_of(LLAMA_70B | AWQ, 39), VllmWants(), [(1, 3), (2, 1)], id="not where its context had to be lowered"
         ),
@@ -94,6 +104,124 @@ def test_the_fastest_comes_first_for_one_user(
     unknown = [replace(gpu, bandwidth_gb_s=None) for gpu in simulate("3x3090").gpus]
     (first, *_) = vllm_candidates(facts, wants, unknown, HOST)
     assert len(first.devices) == 3, "of what is not known to be faster all cards"
+
+
+TWELVE = facts_of(GEMMA_12B | AWQ, 8)
+MANY = VllmWants(parallel=8)
+
+
+def ranked(candidates: Sequence[Candidate]) -> list[tuple[int, int, int]]:
+    """What fits, as (tensor parallel, pipeline parallel, replicas)."""
+    fitting = [each for each in candidates if each.verdict == "fits"]
+    return [(each.tensor_parallel, each.pipeline_parallel, each.replicas) for each in fitting]
+
+
+@pytest.mark.parametrize(
+    ("facts", "machine", "wants", "expected"),
+    [
+        # Published: 1,007 tokens/s as one engine on four 3090, 3,425 as four.
+        pytest.param(TWELVE, "4x3090", MANY, [(1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 1, 1)], id="as many as cards"),
+        pytest.param(
+            TWELVE,
+            "4x3090",
+            replace(MANY, goal=Goal.latency),
+            [(4, 1, 1), (2, 1, 2), (1, 1, 4), (1, 1, 1)],
+            id="each user's wait: the other way round",
+        ),
+        pytest.param(TWELVE, "4x3090", VllmWants(), [(4, 1, 1), (1, 1, 1)], id="one user flips it"),
+        pytest.param(SEVENTY, "4x3090", MANY, [(4, 1, 1), (2, 1, 2)], id="those that hold fewer users come later"),
+        pytest.param(
+            SEVENTY,
+            "4x3090",
+            replace(MANY, ctx_tokens=2048),
+            [(2, 1, 2), (4, 1, 1)],
+            id="two, where all users have room",
+        ),
+        pytest.param(EIGHT, "3x4090", MANY, [(1, 1, 3), (2, 1, 1), (1, 1, 1), (1, 3, 1)], id="three on three"),
+        pytest.param(
+            EIGHT,
+            "5x4090",
+            replace(MANY, parallel=2),
+            [(4, 1, 1), (2, 1, 2), (1, 1, 5), (1, 1, 1), (1, 5, 1)],
+            id="two users leave three of five replicas idle",
+        ),
+        pytest.param(
+            EIGHT,
+            "5x4090",
+            replace(MANY, parallel=2, all_cards=True),
+            [(1, 1, 5), (1, 5, 1), (4, 1, 1), (1, 1, 1)],
+            id="none idle when the cards are counted",
+        ),
+        pytest.param(THIRTY, "2x4090", MANY, [(2, 1, 1), (1, 1, 1)], id="experts are never replicated"),
+        pytest.param(EIGHT, "4090+4080+4080", MANY, [(2, 1, 1), (1, 1, 1), (1, 3, 1)], id="none that has room"),
+        pytest.param(EIGHT, "2x4090", replace(MANY, split_mode="none"), [(1, 1, 1)], id="one card when asked"),
+    ],
+)
+def test_replicas_serve_many_and_tensor_parallelism_one(
+    facts: ModelFacts, machine: str, wants: VllmWants, expected: list[tuple[int, int, int]]
+) -> None:
+    assert ranked(planned(facts, machine, wants)) == expected
+
+
+def test_replicas_hold_the_model_each_and_their_users_together() -> None:
+    first, *_ = planned(TWELVE, "4x3090", MANY)
+    assert first.replicas == len(first.devices) == 4
+    assert len({device.uuid or device.gpu for device in first.devices}) == 4
+    assert all((device.first_layer, device.layers, device.head) == (0, 48, True) for device in first.devices)
+    alone = planned(TWELVE, "3090", VllmWants(parallel=64, ctx_tokens=8192))[0]
+    four = next(
+        each for each in planned(TWELVE, "4x3090", VllmWants(parallel=64, ctx_tokens=8192)) if each.replicas == 4
+    )
+    assert users_at_once(four, TWELVE) == 4 * users_at_once(alone, TWELVE) < 64
+    assert (
+        f"room for {users_at_once(four, TWELVE)} of 64 users at {four.ctx_tokens} tokens; the others wait"
+        in four.reasons
+    )
+
+
+def test_replicas_of_experts_are_cut_over_all_cards() -> None:
+    (asked,) = planned(THIRTY, "4x3090", VllmWants(replicas=4, parallel=4))
+    assert asked.verdict == "illegal"
+    (why,) = asked.reasons
+    assert why.startswith("vLLM cuts the experts over all 4 cards of the replicas: an expert's width ÷ 4 cards is 192")
+    (two,) = planned(THIRTY, "2x3090", VllmWants(replicas=2, parallel=4))
+    assert two.verdict == "fits"
+    assert "they wait for one another" in two.reasons[-1]
+
+
+def test_a_slow_link_puts_a_pipeline_before_tensor_parallelism_for_many() -> None:
+    slow = PcieLink(gen_max=3, width=1)
+    gpus = [replace(gpu, pcie=slow) if gpu.index == 1 else gpu for gpu in simulate("2x4090").gpus]
+    many = vllm_candidates(SEVENTY, replace(MANY, ctx_tokens=1024), gpus, HOST)
+    assert ranked(many) == [(1, 2, 1), (2, 1, 1)]
+    one = vllm_candidates(SEVENTY, VllmWants(), gpus, HOST)
+    assert ranked(one) == [(2, 1, 1), (1, 2, 1)]
+    assert (
+        one[0].reasons[0].startswith("gpu1 is on a slow link (PCIe 3.0 x1, 1.0 GB/s), and a token moves 2.6 MB over it")
+    )
+    assert not any("slow link" in reason for reason in one[1].reasons), "one vector a token is nothing"
+
+
+def test_a_card_with_a_display_keeps_more_free() -> None:
+    plain = card(12, 11.5)
+    (shown,) = vllm_candidates(EIGHT_SMALL, VllmWants(), [replace(plain, display=True)], HOST)
+    (hidden,) = vllm_candidates(EIGHT_SMALL, VllmWants(), [plain], HOST)
+    assert (share(shown), share(hidden)) == (0.89, 0.9)
+    assert shown.devices[0].spare_bytes >= GIB
+    assert "gpu0 drives a display: 1.00 GiB of it stays free" in shown.reasons
+    (told,) = vllm_candidates(EIGHT_SMALL, VllmWants(headroom_bytes=512 << 20), [replace(plain, display=True)], HOST)
+    assert share(told) == 0.9, "what the user said counts"
+
+
+def test_the_least_share_holds_all_users_and_no_less_does() -> None:
+    (alone,) = vllm_candidates(EIGHT, VllmWants(parallel=2, ctx_tokens=8192), [card(48, 47)], HOST)
+    least = least_share(EIGHT, alone)
+    assert least < (share(alone) or 0)
+    for taken, users in ((least, 2), (round(least - 0.02, 2), 1)):
+        (again,) = vllm_candidates(
+            EIGHT, VllmWants(parallel=2, ctx_tokens=8192, gpu_memory_utilization=taken), [card(48, 47)], HOST
+        )
+        assert (again.verdict, users_at_once(again, EIGHT)) == ("fits", users)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +242,20 @@ def test_the_fastest_comes_first_for_one_user(
         ),
         pytest.param(VllmWants(tensor_parallel=3, replicas=2), "4x3090", ["--tensor-parallel 2"], id="of each replica"),
         pytest.param(VllmWants(tensor_parallel=3), "none", ["--tensor-parallel 2"], id="on the CPU"),
-        pytest.param(VllmWants(replicas=2), "3x3090", [], id="cards that cannot be dealt evenly"),
+        pytest.param(VllmWants(replicas=2), "3x3090", ["without --replicas"], id="cards that cannot be dealt evenly"),
+        pytest.param(VllmWants(replicas=3), "4x3090", ["--replicas 2", "without --replicas"], id="fewer replicas"),
     ],
 )
 def test_an_illegal_shape_has_a_legal_one_as_its_way_out(wants: VllmWants, machine: str, changes: list[str]) -> None:
     gpus = simulate(machine).gpus
     assert vllm_candidates(SEVENTY, wants, gpus, HOST)[0].verdict == "illegal"
-    fixes = vllm_fixes(SEVENTY, (), wants, gpus, HOST)
+    fixes = vllm_fixes(SEVENTY, (), wants, gpus, replace(simulate(machine), host=HOST))
     assert [fix.change for fix in fixes] == changes
     for fix in fixes:
         assert fix.candidate.verdict == "fits"
+        if "--replicas" in fix.change:
+            assert fix.candidate.replicas == (int(fix.change.split()[1]) if fix.change.startswith("--") else 1)
+            continue
         assert str(fix.candidate.tensor_parallel) in fix.change
         assert fix.candidate.replicas == wants.replicas
 
@@ -148,6 +280,7 @@ def test_a_shape_that_is_asked_for_is_the_first(wants: VllmWants, machine: str, 
         pytest.param(VllmWants(tensor_parallel=3), "3x3090", "32 attention heads ÷ 3 cards", id="heads"),
         pytest.param(VllmWants(tensor_parallel=4), "2x3090", "takes 4 cards, and there are 2", id="too few cards"),
         pytest.param(VllmWants(replicas=2), "3x3090", "3 cards cannot be dealt evenly to 2 replicas", id="replicas"),
+        pytest.param(VllmWants(replicas=2), "3090", "1 card cannot be dealt evenly to 2", id="replicas on one card"),
         pytest.param(VllmWants(kv_type_k="q8_0", kv_type_v="q8_0"), "3090", "no KV cache of type q8_0", id="KV type"),
         pytest.param(VllmWants(ctx_tokens=200_000), "3090", "more than the 131072 vLLM allows", id="context"),
     ],
@@ -205,8 +338,23 @@ def test_a_context_nobody_asked_for_is_lowered_and_said() -> None:
 def test_users_who_must_wait_are_counted() -> None:
     (candidate,) = vllm_candidates(EIGHT, VllmWants(parallel=16, ctx_tokens=8192), [card(24, 23.5)], HOST)
     assert candidate.verdict == "fits", "vLLM queues what does not fit at once"
-    assert "5 of 16 users can have the whole context at once; others wait" in candidate.reasons
+    assert f"room for 5 of 16 users at {candidate.ctx_tokens} tokens; the others wait" in candidate.reasons
     assert planned_kv_tokens(candidate, EIGHT) // 8192 == 5
+
+
+@pytest.mark.parametrize("facts", [EIGHT, THIRTY, facts_of(GPT_OSS_20B, 13.7)], ids=["8B", "30B", "windows"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_longest_context_fits_and_no_longer_one_does(facts: ModelFacts, size: int) -> None:
+    gpus = [card(20, 19, index) for index in range(size)]
+    wants = VllmWants(tensor_parallel=size, ctx_tokens=2048)
+    longest = vllm_candidates(facts, wants, gpus, HOST)[0].max_ctx_tokens
+    assert longest
+    verdicts = [
+        vllm_candidate(facts, wants, gpus, HOST, tokens, tensor_parallel=size).verdict
+        for tokens in (longest, longest + 16)
+    ]
+    assert verdicts[0] == "fits"
+    assert verdicts[1] != "fits"
 
 
 def test_fp8_doubles_the_context() -> None:
@@ -232,6 +380,9 @@ def test_stages_hold_the_whole_model_once_and_the_larger_card_more() -> None:
     assert first.layers + second.layers + third.layers == 80
     assert third.layers < min(first.layers, second.layers)
     assert [device.head for device in candidate.devices] == [False, False, True]
+    launched = build_launch(candidate, SERVING)
+    counts = [int(count) for count in launched.env["VLLM_PP_LAYER_PARTITION"].split(",")]
+    assert counts == [device.layers for device in candidate.devices]
     total = sum(device.weights_bytes for device in candidate.devices)
     assert total == pytest.approx(SEVENTY.file_bytes, rel=1e-6)
 
@@ -252,7 +403,9 @@ def test_the_bound(machine: str, wants: VllmWants, bound: float) -> None:
 
 def test_an_unknown_bandwidth_bounds_nothing() -> None:
     gpus = [replace(card(24, 23.5, i), bandwidth_gb_s=None if i else 1000.0) for i in range(2)]
-    assert vllm_candidates(EIGHT, VllmWants(), gpus, HOST)[0].speed.bound_tok_s is None
+    found = {len(each.devices): each.speed for each in vllm_candidates(EIGHT, VllmWants(), gpus, HOST)}
+    assert found[1].bound_tok_s
+    assert found[2] == Speed(unknown="the memory bandwidth of gpu1 (card) is unknown")
 
 
 def test_an_unknown_memory_is_no_ground_to_plan_on() -> None:
@@ -260,14 +413,42 @@ def test_an_unknown_memory_is_no_ground_to_plan_on() -> None:
     assert candidate.reasons == ("gpu0's memory is unknown",)
 
 
-def test_the_cpu_build_takes_whole_gibibytes_for_each_worker() -> None:
-    (candidate,) = vllm_candidates(EIGHT, VllmWants(tensor_parallel=2, ctx_tokens=8192, parallel=3), (), HOST)
+def test_equal_cards_that_differ_in_memory_are_still_read_at_once_where_nothing_else_fits() -> None:
+    gpus = [card(total, free, index) for index, (total, free) in enumerate([(17, 15), (16, 6), (16, 14.5)])]
+    best = vllm_candidates(EIGHT, VllmWants(), gpus, HOST)[0]
+    assert (best.verdict, best.tensor_parallel, [device.gpu for device in best.devices]) == ("fits", 2, [0, 2])
+
+
+@pytest.mark.parametrize(
+    ("parallel", "replicas", "each_gib"),
+    [
+        pytest.param(3, 1, 2, id="three users of one replica: 3 x 8192 tokens of 64 KiB are 1.5 GiB on each"),
+        pytest.param(6, 2, 2, id="six of two replicas are three of each"),
+        pytest.param(5, 2, 2, id="one replica serves three of five"),
+        pytest.param(2, 2, 1, id="one user for each"),
+    ],
+)
+def test_the_cpu_build_takes_whole_gibibytes_for_each_worker(parallel: int, replicas: int, each_gib: int) -> None:
+    wants = VllmWants(tensor_parallel=2, ctx_tokens=8192, parallel=parallel, replicas=replicas)
+    (candidate,) = vllm_candidates(EIGHT, wants, (), HOST)
     assert (candidate.verdict, candidate.devices) == ("fits", ())
-    assert candidate.host.kv_bytes == 2 * 2 * GIB  # 3 x 8192 tokens of 64 KiB are 1.5 GiB on each
-    assert planned_kv_tokens(candidate, EIGHT) == 2 * GIB // 65536
+    assert candidate.host.kv_bytes == replicas * 2 * each_gib * GIB
+    assert planned_kv_tokens(candidate, EIGHT) == each_gib * GIB // 65536
+
+
+def test_the_cpu_build_counts_the_memory_that_is_available() -> None:
     (large,) = vllm_candidates(SEVENTY, VllmWants(), (), replace(HOST, ram_available_bytes=30 * GIB))
     assert large.verdict == "does-not-fit"
     assert "available" in large.reasons[0]
+
+
+def test_stages_with_sliding_windows_get_the_blocks_that_all_have_room_for() -> None:
+    gpus = [card(16, 15.5, 0), card(24, 11.0, 1)]
+    found = vllm_candidates(facts_of(GPT_OSS_20B, 12.8), VllmWants(ctx_tokens=100_000, pipeline_parallel=2), gpus, HOST)
+    (pipeline,) = [each for each in found if each.pipeline_parallel == 2]
+    assert pipeline.verdict == "does-not-fit"
+    assert "KV cache for one request, and" in pipeline.reasons[0]
+    assert pipeline.short_bytes > 0
 
 
 @settings(deadline=None)
