@@ -10,7 +10,8 @@
     └── Interrupted     130   Ctrl-C
 
 `code` is a stable word for scripts, `message` says what happened and what it means, `hint` is the next
-command to type. The exit codes are documented in the README; anything else that escapes is a bug (70).
+command to type, and `log_reference` the place in a log that tells more, if there is one. The exit codes are
+documented in the README; anything else that escapes is a bug (70).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class MgpuError(Exception):
         self.message = message
         self.code = code or self.default_code
         self.hint = hint
+        self.log_reference: str | None = None
 
 
 class UsageError(MgpuError):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # A question mgpu asks for itself: short, and answerable by any model, with or without a chat template.
 CANARY_PROMPT = "Hello, my name is"
+SECOND_PROMPT = "The capital of France is"
 CANARY_TOKENS = 8
 _POLL_TIMEOUT_S = 5.0
 # The first token of a large model on slow memory with a long queue before it.
@@ -27,17 +28,29 @@ _LONGEST_MESSAGE = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canary:
-    """An engine's first answer: its text, how long it took, and the engine's own rate (None when not said)."""
+    """An engine's answer to a question of mgpu's: its text, how long it took, and the engine's own rate (None when not
+    said). `cut_off` says that the engine had more to say than it was asked for."""
 
     text: str
     seconds: float
     generation_tok_s: float | None
+    cut_off: bool = False
+
+    @property
+    def repeated(self) -> str | None:
+        """The one character or word that it is again and again, as broken peer access makes it; "" where all of its
+        tokens are without text, which is more than an answer that ended at once; None for any other."""
+        if not self.text:
+            return "" if self.cut_off else None
+        words = self.text.split()
+        if len(self.text) > 3 and len(set(self.text)) == 1:
+            return self.text[0]
+        return words[0] if len(words) > 3 and len(set(words)) == 1 else None
 
     @property
     def one_token_repeated(self) -> bool:
-        """Whether the answer is one character or one word again and again, as broken peer access makes it."""
-        words = self.text.split()
-        return (len(self.text) > 3 and len(set(self.text)) == 1) or (len(words) > 3 and len(set(words)) == 1)
+        """Whether a text is one character or one word again and again."""
+        return bool(self.repeated)
 
 
 class Refused(EngineFailed):
@@ -56,13 +69,15 @@ class Thought(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The end of a streamed answer: what the engine counted."""
+    """The end of a streamed answer: what the engine counted. `timed_by_engine` is False where the rates are by the
+    clock of whoever reads the answer."""
 
     prompt_tokens: int | None
     generated_tokens: int | None
     prompt_tok_s: float | None
     generation_tok_s: float | None
     finish_reason: str | None
+    timed_by_engine: bool = True
 
 
 class Link(Protocol):
@@ -75,7 +90,7 @@ class Link(Protocol):
     def is_up(self) -> bool:
         """Whether the engine says that it takes requests (which is no proof that it can compute)."""
 
-    def canary(self, *, patience_s: float | None = None) -> Canary:
+    def canary(self, prompt: str = CANARY_PROMPT, *, patience_s: float | None = None) -> Canary:
         """Ask for a few tokens and return the answer; wait `patience_s` for it at most. Raises EngineFailed."""
 
     def sample(self) -> Sample | None:
@@ -83,6 +98,23 @@ class Link(Protocol):
 
     def ask(self, text: str, *, max_tokens: int | None = None) -> Iterator[str | Answer]:
         """Stream one chat answer: its text piece by piece, and at the end an Answer. Raises EngineFailed."""
+
+
+def connecting(url: str) -> dict[str, Any]:
+    """Return how an httpx client connects to the engine at `url`: past proxies, and anew for each request.
+
+    A connection that is kept may be closed by the engine, which does so after some seconds, in the moment of the next
+    request: that looks like an engine that has died over it. And the system's certificates are read for https alone:
+    they are some megabytes, of which every reading leaves a part behind, too much where an engine is started again for
+    months.
+    """
+    import ssl
+
+    import httpx
+
+    encrypted = url.startswith("https:")
+    certificates = httpx.create_ssl_context(trust_env=False) if encrypted else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    return {"trust_env": False, "verify": certificates, "limits": httpx.Limits(max_keepalive_connections=0)}
 
 
 class EngineClient:
@@ -98,7 +130,7 @@ class EngineClient:
         headers = httpx.Headers(
             {"Authorization": f"Bearer {api_key.split(',')[0]}"} if api_key else {}, encoding="utf-8"
         )
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=_POLL_TIMEOUT_S, trust_env=False)
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=_POLL_TIMEOUT_S, **connecting(url))
         self._backend = backend
         self._model = model
 
@@ -117,20 +149,26 @@ class EngineClient:
         """Whether the engine says that its model is loaded (which is no proof that it can compute)."""
         return self._get(self._backend.ready_path) is not None
 
-    def canary(self, *, patience_s: float | None = None) -> Canary:
+    def canary(self, prompt: str = CANARY_PROMPT, *, patience_s: float | None = None) -> Canary:
         """Ask for a few tokens and return the answer; wait `patience_s` for it at most.
 
         Raises EngineFailed (code "wrong-answer" for anything but a completion, "engine-died" when the connection
         breaks, "no-answer" when none comes).
         """
-        body = {"model": self._model, "prompt": CANARY_PROMPT, "max_tokens": CANARY_TOKENS, "temperature": 0}
+        body = {"model": self._model, "prompt": prompt, "max_tokens": CANARY_TOKENS, "temperature": 0}
         begun = time.monotonic()
         reply = self._post("/v1/completions", body, patience_s or _ANSWER_TIMEOUT_S)
         seconds = time.monotonic() - begun
-        text = _first(reply.get("choices")).get("text")
+        choice = _first(reply.get("choices"))
+        text = choice.get("text")
         if not isinstance(text, str):
             raise EngineFailed("the engine answered with something that is not a completion", code="wrong-answer")
-        return Canary(text=text, seconds=seconds, generation_tok_s=_number(_timings(reply).get("predicted_per_second")))
+        return Canary(
+            text=text,
+            seconds=seconds,
+            generation_tok_s=_number(_timings(reply).get("predicted_per_second")),
+            cut_off=choice.get("finish_reason") == "length",
+        )
 
     def sample(self) -> Sample | None:
         """Return a reading of the engine's counters now, None when it does not answer."""
@@ -238,6 +276,7 @@ def _answer(timings: dict[str, Any], usage: dict[str, Any], finish_reason: Any, 
         prompt_tok_s=prompt_rate,
         generation_tok_s=generation_rate,
         finish_reason=finish_reason,
+        timed_by_engine=bool(timings),
     )
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from mgpu.backends.failure import shorten
 from mgpu.backends.ollama_placement import LoadedModel
 from mgpu.errors import EngineFailed, UsageError
-from mgpu.running.ollama_client import OllamaClient
 from mgpu.running.ports import client_host
 
 if TYPE_CHECKING:
@@ -68,6 +67,8 @@ def attach(host: str | None = None) -> Attached | Foreign | None:
         said = "" if "html" in kind else f": {body[:200].decode(errors='replace')}"
         described = shorten(f"HTTP {reply.status_code}, {kind}{said}")
         return Foreign(url=url, why=f"something else answers there: {described}")
+    from mgpu.running.ollama_client import OllamaClient
+
     try:
         with OllamaClient(url, keep_alive=None) as client:
             return Attached(url=url, version=version, loaded=client.loaded())

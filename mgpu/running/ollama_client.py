@@ -16,7 +16,7 @@ from mgpu.backends.ollama_placement import LoadedModel
 from mgpu.backends.samples import Sample
 from mgpu.errors import EngineFailed, MgpuError
 from mgpu.models.transfer import OnProgress, Progress, steadily
-from mgpu.running.client import CANARY_PROMPT, CANARY_TOKENS, Answer, Canary, Thought, got, whole
+from mgpu.running.client import CANARY_PROMPT, CANARY_TOKENS, Answer, Canary, Thought, connecting, got, whole
 
 if TYPE_CHECKING:
     import httpx
@@ -62,9 +62,7 @@ class OllamaClient:
         self.url = url.rstrip("/")
         self._keep_alive = keep_alive
         self._lines = lines
-        # One list of certificates for all connections, since reading it takes longer than all else here.
-        certificates = httpx.create_ssl_context(trust_env=False)
-        settings: dict[str, Any] = {"follow_redirects": False, "trust_env": False, "verify": certificates}
+        settings: dict[str, Any] = {"follow_redirects": False, **connecting(url)}
         self._settings = settings
         # For answers of which the official client's releases know different fields.
         self._http = httpx.Client(base_url=self.url, timeout=_POLL_TIMEOUT_S, **settings)
@@ -149,7 +147,7 @@ class OllamaClient:
         with _errors(self._explain(model)):
             self._loading.generate(model, "", options=dict(options or {}), keep_alive=self._keep_alive)
 
-    def canary(self, model: str, *, patience_s: float | None = None) -> Canary:
+    def canary(self, model: str, prompt: str = CANARY_PROMPT, *, patience_s: float | None = None) -> Canary:
         """Ask for a few tokens and return the answer, waiting `patience_s` for it at most. Raises as `load` does: the
         model is loaded if need be."""
         import ollama
@@ -159,7 +157,7 @@ class OllamaClient:
         timeout = _timeout(patience_s or _ANSWER_TIMEOUT_S)
         client = ollama.Client(self.url, timeout=timeout, **self._settings)
         with _errors(self._explain(model)), contextlib.closing(_connections(client)):
-            reply = client.generate(model, CANARY_PROMPT, options=options, keep_alive=self._keep_alive)
+            reply = client.generate(model, prompt, options=options, keep_alive=self._keep_alive)
             return Canary(
                 text=reply.response or getattr(reply, "thinking", None) or "",
                 seconds=time.monotonic() - begun,

@@ -18,7 +18,7 @@ from mgpu.models.ollama_manifest import full_name
 from mgpu.models.source import OllamaTag
 from mgpu.models.transfer import OnProgress
 from mgpu.planning.candidates import Candidate
-from mgpu.running.client import Answer, Canary
+from mgpu.running.client import CANARY_PROMPT, Answer, Canary
 from mgpu.running.ollama_client import FOR_EVER, OllamaClient
 from mgpu.running.ollama_import import create_from_gguf
 
@@ -104,9 +104,9 @@ class OllamaLink:
         """Return what the model holds of each planned card, by its place in the plan; nothing where it is unknown."""
         return memory(self._lines(), candidate) if self._lines else {}
 
-    def canary(self, *, patience_s: float | None = None) -> Canary:
+    def canary(self, prompt: str = CANARY_PROMPT, *, patience_s: float | None = None) -> Canary:
         """Ask for a few tokens and return the answer. Raises EngineFailed."""
-        return self._client.canary(self.model, patience_s=patience_s)
+        return self._client.canary(self.model, prompt, patience_s=patience_s)
 
     def sample(self) -> Sample | None:
         """Return a reading of the counters of the model's llama-server. Where they cannot be read, and the server is

@@ -6,12 +6,15 @@ import contextlib
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mgpu.errors import Missing, UsageError
 
 FIRST_PORT = 8080
 _LAST_TRIED = FIRST_PORT + 100
+_claims: dict[int, socket.socket] = {}
+# The port on which this process's engine has served, with its claim.
+_kept: dict[int, socket.socket] = {}
 
 
 def check_host(host: str) -> str:
@@ -52,7 +55,12 @@ def hold_port(host: str, wanted: int | None) -> Iterator[int]:
         with socket.socket(socket.AF_UNIX) as claim:
             problem = _claimed(claim, port) or _bind(host, port)
             if isinstance(problem, int):
-                yield problem
+                if port:
+                    _claims[port] = claim
+                try:
+                    yield problem
+                finally:
+                    _claims.pop(port, None)
                 return
         if problem.errno != errno.EADDRINUSE:
             raise _unusable(host, port, problem)
@@ -63,6 +71,17 @@ def hold_port(host: str, wanted: int | None) -> Iterator[int]:
         code="port-in-use",
         hint="choose another --port, or leave it out and mgpu takes a free one",
     )
+
+
+def keep_port(port: int) -> None:
+    """Have a port that is held stay claimed until this process has ended, not only as long as its engine lives: it is
+    to be started again where clients know it. The one before is given up."""
+    if port in _kept or port not in _claims:
+        return
+    for claim in _kept.values():
+        claim.close()
+    _kept.clear()
+    _kept[port] = _claims[port].dup()
 
 
 def is_this_machine(host: str) -> bool:
@@ -89,9 +108,21 @@ def client_host(host: str) -> str:
     return f"[{address}]" if address.version == 6 else str(address)
 
 
+def shown_url(url: str | None, command: Sequence[str]) -> str | None:
+    """Return the URL of what mgpu serves by `command`, with a * in the place of the host where that is reached by all
+    addresses of this machine: for people, and for no client."""
+    words = [part for word in command for part in word.split("=", 1)]
+    host = words[words.index("--host") + 1] if "--host" in words[:-1] else ""
+    if url is None or host not in ("0.0.0.0", "::"):  # noqa: S104  asked for by the user
+        return url
+    return f"http://*:{url.rpartition(':')[2]}"
+
+
 def _claimed(claim: socket.socket, port: int) -> OSError | None:
     """Why another mgpu has claimed the port, None once `claim` has it. Names that begin with a zero byte belong to a
     network, as ports do, and go with their owner."""
+    if port in _kept:
+        return None
     try:
         claim.bind(f"\0mgpu-port-{port}" if port else "")
     except OSError as error:

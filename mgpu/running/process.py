@@ -14,6 +14,9 @@ from types import TracebackType
 from typing import Self
 
 from mgpu.errors import EngineFailed, Missing
+from mgpu.programs import start_group
+from mgpu.running.kernel_kills import KernelKills, kernel_kills
+from mgpu.running.shortage import shortage
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_S = 0.02
@@ -34,21 +37,26 @@ STOP_STAGES = stop_stages(3.0)
 
 
 class EngineProcess:
-    """A started engine. As a context manager it is stopped on the way out, whatever happened inside."""
+    """A started engine. As a context manager it is stopped on the way out, whatever happened inside.
 
-    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    `kills_before` is what the kernel had killed before it was started.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], log_path: Path, *, kills_before: KernelKills | None = None
+    ) -> None:
         self._process = process
         self._swept = False
         self.log_path = log_path
-        self.started_at = time.time()
+        self.kills_before = kills_before
 
     @classmethod
     def start(cls, argv: Sequence[str], *, env: Mapping[str, str], log_path: Path) -> Self:
         """Start `argv` with exactly `env`, its output going to `log_path` (mode 0600).
 
         The kernel kills the engine when the calling thread ends, however that happens: call it from the main
-        thread. Raises EngineFailed (code "engine-broken") when the program cannot be executed, Missing (code
-        "state-folder") when the log cannot be written.
+        thread. Raises EngineFailed (code "engine-broken") when the program cannot be executed, Missing when the log
+        cannot be written (code "state-folder") or the system has no process for it ("no-resources").
         """
         libc = ctypes.CDLL(None, use_errno=True)
         parent = os.getpid()
@@ -62,9 +70,10 @@ class EngineProcess:
             log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         except OSError as error:
             raise Missing(f"the log {log_path} cannot be written: {error.strerror}", code="state-folder") from None
+        kills_before = kernel_kills()
         try:
-            process = subprocess.Popen(
-                list(argv),
+            process = start_group(
+                argv,
                 env=dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -73,10 +82,12 @@ class EngineProcess:
                 preexec_fn=die_with_parent,
             )
         except OSError as error:
+            if short := shortage(error, f"{argv[0]} could not be started"):
+                raise short from None
             raise EngineFailed(f"{argv[0]} could not be started: {error.strerror}", code="engine-broken") from None
         finally:
             os.close(log)
-        return cls(process, log_path)
+        return cls(process, log_path, kills_before=kills_before)
 
     @property
     def pid(self) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 DEFAULT_STALL_S = 120.0
 # Only CPU time moved: compiling kernels looks like this, and so does spinning on a dead card.
 BUSY_STALL_FACTOR = 5
+# Less is no model that is being mapped, but a server that keeps a thread for each question it leaves unanswered.
+_MAPPED_BYTES = 4 << 20
 # CPU time that idle threads with timers use up; less than this is no work.
 _IDLE_CPU_SHARE = 0.05
 
@@ -45,9 +47,12 @@ def observe(watch: Watch, signs: Signs, now: float) -> Watch:
     """Return the watch after looking again."""
     seen = watch.signs
     moved = (signs.log_bytes, signs.read_bytes) != (seen.log_bytes, seen.read_bytes)
-    moved |= signs.resident_bytes > seen.resident_bytes
+    moved |= signs.resident_bytes >= seen.resident_bytes + _MAPPED_BYTES
     if moved:
+        # Pages that the kernel takes away and that come back are nothing new.
+        signs = replace(signs, resident_bytes=max(signs.resident_bytes, seen.resident_bytes))
         return Watch(signs=signs, moved_at=now, worked_at=now)
+    signs = replace(signs, resident_bytes=seen.resident_bytes)
     if signs.cpu_s - seen.cpu_s > _IDLE_CPU_SHARE * max(now - watch.worked_at, 0.0) + 0.01:
         return replace(watch, signs=signs, worked_at=now)
     return watch

@@ -5,12 +5,13 @@ left of the engine's process group and removes what the engine left in its tempo
 kernel's own way (PR_SET_PDEATHSIG) ends the engine's first process alone, and vLLM's workers then live on with the
 cards' memory in their hands.
 
-It is started as `python -I -S reaper.py` and imports nothing but small modules of the standard library: it has
-5 MiB of its own, once an engine.
+It is started (guard.py) as `python -I -S reaper.py` and imports nothing but small modules of the standard library: it
+has 5 MiB of its own, once an engine.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -20,11 +21,8 @@ import time
 
 TYPE_CHECKING = False  # without importing typing, which would cost a megabyte
 if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator
 
-DEFAULT_GRACE_S = 10.0
 # What the engine made less than this before a sudden end cannot be told to be its own any more, and stays.
 _LOOK_EVERY_S = 0.5
 _MOST_LOOKS = 20
@@ -35,111 +33,34 @@ _ORPHANS_S = 1.0
 _KILL_LIMIT_S = 10.0
 # Python's resource tracker unlinks what the killed left in /dev/shm once their ends of its pipe have closed.
 _TRACKER_LIMIT_S = 3.0
+# All of that: the orphans', twice the kill's, and the tracker's. What was a grace period before comes on top.
+LONGEST_S = _ORPHANS_S + 2 * _KILL_LIMIT_S + _TRACKER_LIMIT_S
+_RECORD = "instance.json"
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108  only ever read, and emptied of what is known to be the engine's
 
 
-class Watch:
-    """A running reaper. mgpu's end of the pipe is in here: closing it, or dying with it, sets the reaper to work."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    @property
-    def pid(self) -> int:
-        """The reaper's process id."""
-        return self._process.pid
-
-    def close(self, *, at_once: bool = False) -> None:
-        """End whatever of the engine still runs, `at_once` or after its grace, and remove what it left; blocks until
-        that is done.
-
-        After the engine was stopped this takes a moment; else at most the grace period and 23 s. May be called again.
-        """
-        if self._process.stdin is not None and not self._process.stdin.closed:
-            try:
-                if at_once:
-                    self._process.stdin.write(b"!")
-                self._process.stdin.close()
-            except OSError:
-                pass  # the reaper is gone
-        self._process.wait()
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def watch(engine_pid: int, folder: Path | None = None, *, grace_s: float = DEFAULT_GRACE_S) -> Watch:
-    """Start a reaper for the engine that leads the process group `engine_pid` and has `folder` as its TMPDIR.
-
-    Call it at once after the engine's start, before the engine was waited for: what is in /dev/shm by then is taken
-    for somebody else's. It blocks until the reaper is awake, some hundredths of a second. When mgpu is gone, the
-    engine gets SIGTERM, `grace_s` seconds, and SIGKILL. `folder` is removed then, if it is a folder of this user.
-    Raises EngineFailed (code "reaper-failed") if no reaper starts.
-    """
-    import subprocess
-
-    from mgpu.errors import EngineFailed
-
-    engine = _find(engine_pid)
-    started = engine.started if engine else 0
-    program = [sys.executable, "-I", "-S", os.path.abspath(__file__)]  # noqa: PTH100  pathlib is not imported here
-    process = subprocess.Popen(
-        [*program, str(engine_pid), str(started), str(grace_s), str(folder or "")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-    )
-    assert process.stdout is not None
-    with process.stdout:
-        awake = process.stdout.read(1)
-    guard = Watch(process)
-    if not awake:
-        guard.close()
-        raise EngineFailed("the program that ends engines when mgpu is gone did not start", code="reaper-failed")
-    return guard
-
-
-def private_folder(path: Path) -> Path:
-    """Return `path` as a new and empty folder that this user alone can open, fit to be an engine's TMPDIR.
-
-    What an earlier engine left there is removed. Raises Missing (code "temporary-folder") when it cannot be made, or
-    is somebody else's.
-    """
-    from mgpu.errors import Missing
-
-    _remove_folder(str(path))
-    try:
-        path.mkdir(mode=0o700, parents=True)
-    except OSError as error:
-        raise Missing(
-            f"{path} cannot be made for the engine's temporary files: {error.strerror}", code="temporary-folder"
-        ) from None
-    return path
-
-
 def main(argv: list[str]) -> int:
-    """The reaper itself: ENGINE_PID START_TIME GRACE_S FOLDER, with the pipe as standard input."""
+    """The reaper itself: ENGINE_PID START_TIME GRACE_S FOLDER NOTES MARK, with the pipe as standard input."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    group = _Group(int(argv[0]), int(argv[1]))
-    grace_s, folder = float(argv[2]), argv[3]
-    segments = _Segments(group)
+    grace_s, folder, notes, mark = float(argv[2]), argv[3], _Notes(argv[4]), argv[5]
+    group = _Group(int(argv[0]), int(argv[1]), mark)
+    inode = _inode(folder)
+    segments = _Segments(group, notes)
     os.write(1, b"!")
     os.close(1)
     while (heard := _heard(_LOOK_EVERY_S)) != b"":
         grace_s = 0.0 if heard else grace_s
         segments.look()
         group.look()
+    notes.tell_time()
     segments.look(last=True)
     group.end(grace_s)
     segments.remove()
-    if folder:
-        _remove_folder(folder)
+    if inode is not None and _inode(folder) == inode:  # else it is a later engine's
+        remove_folder(folder)
+    if not group.members():
+        notes.remove()
     return 0
 
 
@@ -161,37 +82,39 @@ class _Process:
 
 
 class _Group:
-    """The engine's process group. A group's number cannot go to another one while somebody is in it, so it is
-    the engine's until it has been seen empty, or led by a process that started at another time."""
+    """The engine's process group, and what else carries its mark. A group's number cannot go to another one while
+    somebody is in it, so it is the engine's until it has been seen empty, or led by a process that started at another
+    time."""
 
-    def __init__(self, leader_pid: int, leader_started: int) -> None:
+    def __init__(self, leader_pid: int, leader_started: int, mark: str = "") -> None:
         self._pid = leader_pid
         self._started = leader_started
         self._over = not leader_started
+        self._mark = f"MGPU_INSTANCE={mark}".encode() if mark else b""
 
     def look(self) -> None:
         """Take notice of the group's end: checked once the leader is gone."""
-        leader = _find(self._pid)
-        if leader is None or leader.zombie or leader.started != self._started:
+        if not self._over and not self._led():
             self.members()
 
     def members(self) -> list[_Process]:
-        """Who is in the group now, zombies not counted."""
-        if self._over:
-            return []
+        """Who is in the group or carries the mark now, zombies not counted."""
+        processes = [process for process in _processes() if not process.zombie and process.started >= self._started]
         leader = _find(self._pid)
-        if leader is not None and leader.started != self._started:
-            found = []  # the number has gone to somebody else
-        else:
-            found = [process for process in _processes() if self._pid in (process.group, process.pid)]
-            found = [process for process in found if not process.zombie and process.started >= self._started]
+        found = []
+        if not self._over and (leader is None or leader.started == self._started):
+            found = [process for process in processes if self._pid in (process.group, process.pid)]
         self._over = not found
-        return found
+        grouped = {process.pid for process in found}
+        return found + [process for process in processes if process.pid not in grouped and self._carries(process.pid)]
+
+    def _carries(self, pid: int) -> bool:
+        return self._mark in _read(f"/proc/{pid}/environ").split(b"\0") if self._mark and _is_own(pid) else False
 
     def end(self, grace_s: float) -> None:
         """End everybody in the group: the leader politely, the others with it or by force."""
         leader = _find(self._pid)
-        if leader is not None and leader.started == self._started and not leader.zombie and not self._over:
+        if leader is not None and self._led() and not self._over:
             _send(leader, signal.SIGTERM)
             _wait(lambda: not self._led(), grace_s)
             _wait(lambda: not self.members(), min(grace_s, _ORPHANS_S))
@@ -218,16 +141,18 @@ class _Segments:
     """Shared memory that belongs to the engine: files in /dev/shm that were not there when it started, belong to
     this user, and were seen in the memory of a process of its group. Never known by their names."""
 
-    def __init__(self, group: _Group) -> None:
+    def __init__(self, group: _Group, notes: _Notes | None = None) -> None:
         self._group = group
-        self._before = set(_shared_files())
+        self._notes = notes or _Notes("")
+        self._before = set(shared_files())
+        self._notes.write(f"before {device} {inode}" for device, inode in self._before)
         self._engines: dict[tuple[int, int], str] = {}
         self._looks: dict[tuple[int, int], int] = {}
 
     def look(self, *, last: bool = False) -> None:
         """Find out whose the new files are. One that is nobody's for some seconds is left alone until the `last` look,
         so that what others share costs nothing."""
-        files = _shared_files()
+        files = shared_files()
         new = {key: path for key, path in files.items() if key not in self._before and key not in self._engines}
         if not last:
             new = {key: path for key, path in new.items() if self._looks.get(key, 0) < _MOST_LOOKS}
@@ -235,21 +160,52 @@ class _Segments:
             return
         self._looks = {key: self._looks.get(key, 0) + (key in new) for key in files}
         for process in self._group.members():
-            for key in _mapped(process.pid):
-                if key in new:
+            for key in mapped(process.pid):
+                if key in new and key not in self._engines:
                     self._engines[key] = new[key]
+                    self._notes.write([f"segment {key[0]} {key[1]} {_changed_ns(new[key])} {new[key]}"])
 
     def remove(self) -> None:
         """Remove the engine's files that nobody has in memory any more."""
-        files = _shared_files()
+        files = shared_files()
         left = {key: files[key] for key in self._engines if key in files}
         if not left:
             return
         for process in _processes():
-            for key in _mapped(process.pid):
+            for key in mapped(process.pid):
                 left.pop(key, None)
         for path in left.values():
             _quietly(os.unlink, path)
+
+
+class _Notes:
+    """The file in which the reaper writes down what it has seen, held while it lives. Without a path there is none."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file = _held(path) if path else None
+        self.write(["boot " + _read("/proc/sys/kernel/random/boot_id").decode().strip()])
+
+    def write(self, lines: Iterable[str]) -> None:
+        """Add whole lines; on a full disk as much of them as there is room for."""
+        text = "".join(f"{line}\n" for line in lines if "\n" not in line)
+        try:
+            if self._file is not None:
+                os.write(self._file, os.fsencode(text))
+        except OSError:
+            pass
+
+    def tell_time(self) -> None:
+        """Have the record beside the file say by its own time when mgpu was last there: nobody else can tell later when
+        one was killed that had nothing to write down for long."""
+        if self._file is not None:
+            folder = os.path.dirname(self._path)  # noqa: PTH120  pathlib is not imported here
+            _quietly(os.utime, f"{folder}/{_RECORD}")
+
+    def remove(self) -> None:
+        """Remove the file: nothing is left to tell of."""
+        if self._file is not None and _inode(self._path) == _inode(self._file):
+            _quietly(os.unlink, self._path)
 
 
 def _heard(timeout_s: float) -> bytes | None:
@@ -284,7 +240,7 @@ def _send(process: _Process, number: signal.Signals) -> None:
 
 
 def _processes() -> Iterator[_Process]:
-    for name in os.listdir("/proc"):  # noqa: PTH208  nor here
+    for name in os.listdir("/proc"):  # noqa: PTH208  pathlib is not imported here
         if name.isdecimal() and (process := _find(int(name))):
             yield process
 
@@ -297,7 +253,13 @@ def _find(pid: int) -> _Process | None:
     return _Process(pid, int(fields[2]), int(fields[19]), fields[0] in (b"Z", b"X"))
 
 
-def _mapped(pid: int) -> set[tuple[int, int]]:
+def started_ticks(pid: int) -> int:
+    """When the process with this number started, in clock ticks since boot; 0 when it is gone."""
+    found = _find(pid)
+    return found.started if found else 0
+
+
+def mapped(pid: int) -> set[tuple[int, int]]:
     """The files of /dev/shm in a process's memory, by device and inode: semaphores are mapped under another name."""
     found = set()
     for line in _read(f"/proc/{pid}/maps").splitlines():
@@ -308,7 +270,7 @@ def _mapped(pid: int) -> set[tuple[int, int]]:
     return found
 
 
-def _shared_files() -> dict[tuple[int, int], str]:
+def shared_files() -> dict[tuple[int, int], str]:
     """This user's files in /dev/shm, by device and inode."""
     found = {}
     try:
@@ -322,7 +284,8 @@ def _shared_files() -> dict[tuple[int, int], str]:
     return found
 
 
-def _remove_folder(folder: str) -> None:
+def remove_folder(folder: str) -> None:
+    """Remove a folder of this user with all that is in it; what is a link or somebody else's stays. Never raises."""
     try:
         status = os.lstat(folder)
     except OSError:
@@ -338,8 +301,42 @@ def _remove_folder(folder: str) -> None:
     _quietly(os.rmdir, folder)
 
 
+def _held(path: str) -> int | None:
+    """A new and empty file that is held by a lock; None where that cannot be: what is to be done is done without."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(file, 0)
+    except OSError:
+        return None
+    return file
+
+
+def _inode(path: str | int) -> tuple[int, int] | None:
+    """Which file or folder is there now, by device and inode."""
+    try:
+        status = os.lstat(path) if isinstance(path, str) else os.fstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _changed_ns(path: str) -> int:
+    try:
+        return os.lstat(path).st_ctime_ns
+    except OSError:  # gone already
+        return 0
+
+
+def _is_own(pid: int) -> bool:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid == os.geteuid()  # noqa: PTH116  nor here
+    except OSError:
+        return False
+
+
 def _quietly(remove: Callable[[str], None], path: str) -> None:
-    try:  # noqa: SIM105  contextlib would cost another megabyte
+    try:  # noqa: SIM105  nor this
         remove(path)
     except OSError:
         pass

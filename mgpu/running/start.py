@@ -12,6 +12,7 @@ from mgpu.backends.backend import Backend
 from mgpu.backends.failure import Failure
 from mgpu.errors import EngineFailed
 from mgpu.running.client import Link
+from mgpu.running.kernel_kills import explained, kernel_kills
 from mgpu.running.process import EngineProcess
 from mgpu.running.readiness import DEFAULT_STALL_S, Signs, begin, observe, stalled
 
@@ -84,8 +85,15 @@ def wait_for(
         raise problems[0]
 
 
-def wait_for_a_strangers(task: Callable[[], None], client: Link, *, stall_s: float = DEFAULT_STALL_S) -> None:
+def wait_for_a_strangers(
+    task: Callable[[], None],
+    client: Link,
+    on_waiting: Callable[[], None],
+    *,
+    stall_s: float = DEFAULT_STALL_S,
+) -> None:
     """Do `task`, a request to an engine that somebody else runs: all that is known of it is whether it answers.
+    `on_waiting` is called every few seconds.
 
     Raises what the task raises, and EngineFailed (code "stalled") when the engine has not answered for `stall_s`.
     """
@@ -93,6 +101,7 @@ def wait_for_a_strangers(task: Callable[[], None], client: Link, *, stall_s: flo
     answered_at = time.monotonic()
     while thread.is_alive():
         thread.join(_ASK_AGAIN_S)
+        on_waiting()
         if client.is_up():
             answered_at = time.monotonic()
         elif time.monotonic() - answered_at > stall_s:
@@ -150,7 +159,9 @@ def _wait(
 def death(engine: EngineProcess, backend: Backend) -> EngineDied:
     """Return why an engine that has ended did so."""
     status = engine.poll()
-    return EngineDied(backend.diagnose(engine.log_lines(), status), status, engine)
+    found = backend.diagnose(engine.log_lines(), status)
+    failure = explained(found, status, engine.kills_before, kernel_kills())
+    return EngineDied(failure, status, engine)
 
 
 class _Tail:

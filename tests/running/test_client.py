@@ -230,7 +230,12 @@ def test_streams_of_all_kinds_are_read(what: str) -> None:
         *pieces, last = client.ask("?")
     assert "".join(map(str, pieces)) == text
     assert last == Answer(
-        prompt_tokens=None, generated_tokens=None, prompt_tok_s=None, generation_tok_s=None, finish_reason=finish_reason
+        prompt_tokens=None,
+        generated_tokens=None,
+        prompt_tok_s=None,
+        generation_tok_s=None,
+        finish_reason=finish_reason,
+        timed_by_engine=False,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from mgpu.errors import Missing, UsageError
 from mgpu.running import ports
-from mgpu.running.ports import check_host, choose_port, client_host, hold_port, is_this_machine
+from mgpu.running.ports import check_host, choose_port, client_host, hold_port, is_this_machine, shown_url
+from tests.fakes.devices import free_port
 
 NOT_OURS = "203.0.113.7"  # kept for documentation (RFC 5737)
 
@@ -62,10 +63,10 @@ def test_connections_that_linger_after_a_servers_end_do_not_count() -> None:
     assert choose_port("127.0.0.1", port) == port
 
 
-@pytest.mark.parametrize("wanted", [None, 8080])
-def test_an_address_that_is_not_ours_is_not_called_busy(wanted: int | None) -> None:
+@pytest.mark.parametrize("choose", [pytest.param(lambda: None, id="any port"), pytest.param(free_port, id="one")])
+def test_an_address_that_is_not_ours_is_not_called_busy(choose: Callable[[], int | None]) -> None:
     with pytest.raises(Missing, match=f"on {NOT_OURS} cannot be used") as missing:
-        choose_port(NOT_OURS, wanted)
+        choose_port(NOT_OURS, choose())
     assert missing.value.code == "port-unusable"
 
 
@@ -118,3 +119,36 @@ def test_a_port_that_is_held_goes_to_nobody_else() -> None:
 )
 def test_which_addresses_are_this_machines(host: str, here: bool) -> None:
     assert is_this_machine(host) == here
+
+
+def test_a_port_that_was_served_on_stays_claimed_between_two_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "_kept", {})
+    port = choose_port("127.0.0.1", None)
+    claimed = f"\0mgpu-port-{port}"
+    with hold_port("127.0.0.1", port):
+        ports.keep_port(port)
+    with socket.socket(socket.AF_UNIX) as other, pytest.raises(OSError, match="in use"):
+        other.bind(claimed)
+    assert choose_port("127.0.0.1", port) == port, "by whoever kept it it is used again"
+    monkeypatch.setattr(ports, "FIRST_PORT", port + 1)
+    with hold_port("127.0.0.1", None) as next_port:
+        ports.keep_port(next_port)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(claimed)
+    for claim in ports._kept.values():
+        claim.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        pytest.param("mgpu run m", "http://127.0.0.1:8081", id="this machine alone"),
+        pytest.param("mgpu run m --host 0.0.0.0 --insecure", "http://*:8081", id="all networks"),
+        pytest.param("mgpu run m --host=::", "http://*:8081", id="all networks, in one word"),
+        pytest.param("mgpu run m --host 10.0.0.7", "http://127.0.0.1:8081", id="one address"),
+        pytest.param("mgpu run m --host", "http://127.0.0.1:8081", id="no address"),
+    ],
+)
+def test_who_is_open_to_all_networks_is_shown_so(words: str, shown: str) -> None:
+    assert shown_url("http://127.0.0.1:8081", words.split()) == shown
+    assert shown_url(None, words.split()) is None

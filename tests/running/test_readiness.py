@@ -33,7 +33,7 @@ def given_up(
     "history",
     [
         pytest.param(lambda now: Signs(read_bytes=int(now) * 20_000_000), id="a large model from a slow disk"),
-        pytest.param(lambda now: Signs(resident_bytes=int(now) * 4096), id="pages mapped one by one"),
+        pytest.param(lambda now: Signs(resident_bytes=int(now) * 65_536), id="a few pages mapped now and then"),
         pytest.param(lambda now: Signs(log_bytes=int(now / 100) * 80), id="a log line every 100 seconds"),
         pytest.param(lambda now: Signs(log_bytes=int(now / 500), cpu_s=now), id="kernels compiled, 500 seconds each"),
         pytest.param(
@@ -77,10 +77,22 @@ def test_an_engine_that_makes_progress_may_take_an_hour(history: History) -> Non
             id="timers of idle threads are no work",
         ),
         pytest.param(
+            lambda now: Signs(resident_bytes=GIB + int(now / 5) * 100_000),
+            LIMIT_S + 1,
+            "no sign of work for 120 s",
+            id="a thread for each question that is left unanswered is no progress",
+        ),
+        pytest.param(
             lambda now: Signs(cpu_s=now),
             5 * LIMIT_S,
             "busy, but nothing read or logged for 600 s",
             id="spinning on a dead card",
+        ),
+        pytest.param(
+            lambda now: Signs(cpu_s=now, resident_bytes=GIB - int(now) % 2 * 4096),
+            5 * LIMIT_S,
+            "busy, but nothing read or logged for 600 s",
+            id="spinning while the kernel takes pages away and gives them back",
         ),
         pytest.param(
             lambda now: Signs(cpu_s=min(now, 300.0)),

@@ -30,8 +30,8 @@ from mgpu.planning.candidates import Candidate
 from mgpu.planning.vllm_candidates import vllm_candidates
 from mgpu.planning.vllm_memory import VllmWants
 from mgpu.planning.vllm_placement import planned_kv_tokens
+from mgpu.running.guard import Watch, private_folder, watch
 from mgpu.running.process import EngineProcess
-from mgpu.running.reaper import Watch, private_folder, watch
 from mgpu.units import GIB
 from tests.cli.contract import checked_stream
 from tests.cli.program import Mgpu, until

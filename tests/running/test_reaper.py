@@ -16,8 +16,8 @@ import pytest
 
 from mgpu.errors import EngineFailed, Missing
 from mgpu.running import reaper
+from mgpu.running.guard import private_folder, watch
 from mgpu.running.process import EngineProcess
-from mgpu.running.reaper import watch
 from tests.fakes.engines import LIMIT_S, until
 
 ROOT = Path(__file__).parents[2]
@@ -40,14 +40,15 @@ segment = shared_memory.SharedMemory(create=True, size=4096)
 semaphore = multiprocessing.get_context("spawn").Semaphore()
 worker = subprocess.Popen([sys.executable, "-ISc", {DEAF!r}], stdout=subprocess.PIPE)
 worker.stdout.readline()
-print("worker", worker.pid, "segment", segment.name, semaphore._semlock.name, flush=True)
+names = [f"mgpu-test-{os.getpid()}", segment.name.strip("/"), "sem." + semaphore._semlock.name.strip("/")]
+print("worker", worker.pid, *names, flush=True)
 time.sleep(600)
 """
 # mgpu, as far as the reaper is concerned.
 LAUNCHER = """
 import os, pathlib, sys, time
 from mgpu.running.process import EngineProcess
-from mgpu.running.reaper import watch
+from mgpu.running.guard import watch
 folder = pathlib.Path(sys.argv[1])
 (folder / "tmp").mkdir()
 env = {**os.environ, "TMPDIR": str(folder / "tmp")}
@@ -73,8 +74,10 @@ def sleeps_of(pid: int) -> int:
     return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
-def shared_files() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir()}
+def shared_files(folder: Path) -> list[Path]:
+    """What of the engine's shared memory has a name: Python unlinks that of a semaphore at once."""
+    names = (folder / "engine.log").read_text().split()[2:]
+    return [path for name in names if (path := SHARED_MEMORY / name).exists()]
 
 
 @contextlib.contextmanager
@@ -113,21 +116,18 @@ def launcher(folder: Path, end: str = "") -> Iterator[tuple[subprocess.Popen[str
     ],
 )
 def test_nothing_outlives_mgpu(end: str, how: str, tmp_path: Path) -> None:
-    before = shared_files()
     with launcher(tmp_path, end) as (process, engine, worker, reaper_pid):
-        new = shared_files() - before
-        assert len(new) >= 3, "the engine has made no shared memory"
+        assert len(shared_files(tmp_path)) >= 2, "the engine has made no shared memory"
         assert process.stdin
         process.kill() if how == "kill" else process.stdin.close()
         until(lambda: not alive(engine) and not alive(worker))
         until(lambda: not alive(reaper_pid))
         assert not (tmp_path / "tmp").exists()
-        assert not shared_files() & new
+        assert not shared_files(tmp_path)
         assert (tmp_path / "engine.log").exists(), "only TMPDIR is the engine's"
 
 
 def test_after_a_normal_stop_the_reaper_tidies_up_and_ends(tmp_path: Path) -> None:
-    before = shared_files()
     folder = tmp_path / "tmp"
     folder.mkdir()
     env = dict(os.environ) | {"TMPDIR": str(folder)}
@@ -135,7 +135,7 @@ def test_after_a_normal_stop_the_reaper_tidies_up_and_ends(tmp_path: Path) -> No
     with watch(engine.pid, folder) as guard:
         (tmp_path / "go").touch()
         until(lambda: bool(engine.log_lines()))
-        new = shared_files() - before
+        assert shared_files(tmp_path)
         time.sleep(2 * reaper._LOOK_EVERY_S)
         engine.stop()
         begun = time.monotonic()
@@ -143,7 +143,7 @@ def test_after_a_normal_stop_the_reaper_tidies_up_and_ends(tmp_path: Path) -> No
         assert time.monotonic() - begun < 5, "it waited for an engine that had ended"
         assert not alive(guard.pid)
         assert not folder.exists()
-        assert not shared_files() & new
+        assert not shared_files(tmp_path)
         guard.close()
 
 
@@ -177,8 +177,8 @@ def test_an_engine_that_is_gone_already_leaves_nothing_to_do(tmp_path: Path) -> 
         assert not alive(guard.pid)
 
 
-def run_reaper(pid: int, started: int) -> None:
-    command = [sys.executable, "-IS", reaper.__file__, str(pid), str(started), "0.1", ""]
+def run_reaper(pid: int, started: int, mark: str = "") -> None:
+    command = [sys.executable, "-IS", reaper.__file__, str(pid), str(started), "0.1", "", "", mark]
     subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=LIMIT_S, check=True)
 
 
@@ -197,6 +197,38 @@ def test_a_process_that_got_the_engines_number_later_is_left_alone() -> None:
         assert stranger.poll() is None
         run_reaper(stranger.pid, found.started)
         assert stranger.wait(LIMIT_S) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("mark", "ends"),
+    [
+        pytest.param("a1.b2", True, id="of this start"),
+        pytest.param("a1.c3", False, id="of a later start of the instance"),
+        pytest.param("", False, id="of nobody"),
+    ],
+)
+def test_what_has_left_the_group_is_known_by_its_mark(mark: str, ends: bool) -> None:
+    env = {"MGPU_INSTANCE": mark} if mark else {}
+    with (
+        subprocess.Popen(["/bin/sleep", "600"], process_group=0) as engine,
+        subprocess.Popen(["/bin/sleep", "600"], env=env, start_new_session=True) as other,
+    ):
+        run_reaper(engine.pid, reaper.started_ticks(engine.pid), "a1.b2")
+        assert engine.wait(LIMIT_S) == -signal.SIGTERM
+        if ends:
+            assert other.wait(LIMIT_S) == -signal.SIGKILL
+        assert other.poll() == (-signal.SIGKILL if ends else None)
+        other.kill()
+
+
+def test_the_temporary_folder_of_a_later_engine_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    with subprocess.Popen(["/bin/true"], process_group=0) as engine, watch(engine.pid, folder):
+        folder.rename(tmp_path / "before")
+        folder.mkdir()
+        (folder / "socket").touch()
+    assert (folder / "socket").exists()
 
 
 def test_signals_do_not_keep_the_reaper_from_its_work(tmp_path: Path) -> None:
@@ -262,7 +294,7 @@ def test_what_others_share_costs_nothing_in_the_long_run(monkeypatch: pytest.Mon
         looks.append(pid)
         return set()
 
-    monkeypatch.setattr(reaper, "_mapped", mapped)
+    monkeypatch.setattr(reaper, "mapped", mapped)
     with subprocess.Popen(["/bin/sleep", "600"], process_group=0) as engine:
         found = reaper._find(engine.pid)
         assert found
@@ -292,7 +324,7 @@ def test_a_link_in_place_of_the_folder_is_not_followed(tmp_path: Path) -> None:
 def test_a_private_folder_is_new_empty_and_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "instance" / "tmp"
     for _ in range(2):
-        assert reaper.private_folder(path) == path
+        assert private_folder(path) == path
         assert path.stat().st_mode & 0o777 == 0o700
         assert not list(path.iterdir())
         (path / "left").touch()
@@ -303,7 +335,7 @@ def test_a_private_folder_is_never_in_the_place_of_something_else(kind: str, tmp
     path = tmp_path / "tmp"
     path.touch() if kind == "file" else path.symlink_to(tmp_path)
     with pytest.raises(Missing) as caught:
-        reaper.private_folder(path)
+        private_folder(path)
     assert caught.value.code == "temporary-folder"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from mgpu.backends.llama_cpp import BACKEND
 from mgpu.backends.llama_cpp_log import PHASES
 from mgpu.errors import EngineFailed
 from mgpu.running.process import EngineProcess
-from mgpu.running.start import EngineDied, Loading, death, wait_until_ready
+from mgpu.running.start import EngineDied, Loading, death, wait_for_a_strangers, wait_until_ready
 from tests.fakes.devices import free_port
 from tests.fakes.engines import LIMIT_S, connect, fake_engine
 
@@ -94,3 +95,13 @@ def test_the_phase_that_hangs_is_named(tmp_path: Path) -> None:
         wait_until_ready(process, client, BACKEND, seen.append, stall_s=0.5)
     assert failed.value.code == "stalled"
     assert seen[-1].phase == "devices"
+
+
+def test_while_a_strangers_engine_works_whoever_waits_hears_of_it(tmp_path: Path) -> None:
+    heard = threading.Event()
+
+    def task() -> None:
+        assert heard.wait(LIMIT_S)
+
+    with fake_engine(tmp_path) as (_, client):
+        wait_for_a_strangers(task, client, heard.set)

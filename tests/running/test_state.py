@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
+import os
 import re
 import signal
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +19,7 @@ from hypothesis import strategies as st
 
 from mgpu.errors import Missing, UsageError
 from mgpu.running.process import EngineProcess
-from mgpu.running.state import check_name, instance_folder, name_from, rotate, state_folder
+from mgpu.running.state import check_name, held_folder, instance_folder, is_at, name_from, rotate, state_folder
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -97,6 +102,62 @@ def test_folders_and_lock_are_the_users_alone(own_home: Path) -> None:
         assert mode(folder / "lock") == 0o600
 
 
+@pytest.mark.parametrize("given", [0o777, 0o755, 0o770, 0o1777, 0o500])
+@pytest.mark.parametrize("name", ["mgpu", "mgpu/llama"])
+def test_a_folder_that_others_can_open_is_closed_to_them(own_home: Path, name: str, given: int) -> None:
+    folder = own_home / "state" / name
+    folder.mkdir(parents=True)
+    folder.chmod(given)
+    with instance_folder("llama", chosen=True):
+        assert mode(folder) == 0o700
+        assert not folder.stat().st_mode & stat.S_ISVTX
+
+
+def link(path: Path, outside: Path) -> None:
+    path.symlink_to(outside)
+
+
+def dangling(path: Path, outside: Path) -> None:
+    path.symlink_to(outside / "nowhere")
+
+
+def a_file(path: Path, _: Path) -> None:
+    path.touch()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        *itertools.product(["mgpu", "mgpu/llama", "mgpu/llama/lock"], [link, dangling]),
+        *itertools.product(["mgpu", "mgpu/llama"], [a_file]),  # which a lock is
+    ],
+)
+def test_nothing_leads_out_of_the_state_folder(
+    own_home: Path, tmp_path: Path, name: str, spoil: Callable[[Path, Path], None]
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o755)
+    path = own_home / "state" / name
+    path.parent.mkdir(parents=True)
+    spoil(path, outside)
+    with pytest.raises(Missing) as missing, instance_folder("llama", chosen=True):
+        pass
+    assert missing.value.code == "state-folder"
+    assert (list(outside.iterdir()), mode(outside)) == ([], 0o755)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+@pytest.mark.parametrize("name", ["mgpu", "mgpu/llama"])
+def test_a_folder_of_another_user_is_left_alone(own_home: Path, name: str) -> None:
+    folder = own_home / "state" / name
+    folder.mkdir(parents=True, mode=0o777)
+    os.chown(folder, 65534, 65534)
+    before = folder.stat()
+    with pytest.raises(Missing, match="another user's"), instance_folder("llama", chosen=True):
+        pass
+    assert (list(folder.iterdir()), folder.stat().st_mode) == ([], before.st_mode)
+
+
 def holder() -> subprocess.Popen[str]:
     """Another process that holds the name "llama"."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=-1, stdout=-1, text=True, cwd=ROOT)
@@ -166,11 +227,32 @@ def test_the_log_before_is_kept_and_the_one_before_that_is_not(tmp_path: Path) -
         log.write_text(text)
         rotate(log)
         assert (log.exists(), kept.read_text()) == (False, text)
+    log.touch()
+    rotate(log)
+    assert kept.read_text() == "second", "an empty log tells less"
 
 
 def test_a_log_that_cannot_be_kept_is_said_so(tmp_path: Path) -> None:
-    (tmp_path / "engine.log").touch()
+    (tmp_path / "engine.log").write_text("words")
     (tmp_path / "engine.log.1").mkdir()
     with pytest.raises(Missing) as missing:
         rotate(tmp_path / "engine.log")
     assert missing.value.code == "state-folder"
+
+
+@pytest.mark.parametrize("removed", ["lock", "folder"])
+def test_a_lock_that_is_removed_while_it_is_taken_is_taken_anew(removed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = state_folder() / "llama"
+    flock, times = fcntl.flock, iter([True, False])
+
+    def late(file: int, how: int) -> None:
+        if next(times):  # whoever clears the instance is faster
+            (folder / "lock").unlink()
+            if removed == "folder":
+                folder.rmdir()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with held_folder("llama", chosen=True) as held:
+        assert is_at(held.lock, folder / "lock")
+    assert not list(times)
