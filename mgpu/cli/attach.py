@@ -14,7 +14,7 @@ from mgpu.running.ollama_attach import HOST_VARIABLE, Attached, Foreign
 from mgpu.running.ports import is_loopback, is_this_machine
 
 if TYPE_CHECKING:
-    from mgpu.cli.prepare import Prepared
+    from mgpu.cli.prepared import Prepared
     from mgpu.cli.screens import RunScreen
     from mgpu.cli.serving import Endpoint
 

@@ -205,16 +205,22 @@ def _llama_cpp() -> Entry:
             said = version(engine)
             return {"version": said, "devices": [to_json(device) for device in query.devices()]}
 
-    return _entry("llama.cpp", find_llama_server, INSTALL_LLAMA_CPP, look)
+    return _entry("llama.cpp", find_llama_server, lambda: INSTALL_LLAMA_CPP, look)
 
 
 def _vllm() -> Entry:
-    from mgpu.backends.vllm_program import INSTALL_VLLM, find_vllm, installed_version, is_cpu_build
+    from mgpu.backends.vllm_program import find_vllm, installed_version, is_cpu_build
+    from mgpu.cli.cards import can_use
+    from mgpu.cli.engines import how_to_install
+    from mgpu.machine.probe import probe
+
+    def install() -> str:
+        return how_to_install("vllm", [gpu for gpu in probe().gpus if can_use("vllm", gpu)])
 
     def look(engine: Engine) -> Entry:
         return {"version": installed_version(engine.path), "cpu_build": is_cpu_build(engine.path)}
 
-    return _entry("vllm", find_vllm, INSTALL_VLLM, look)
+    return _entry("vllm", find_vllm, install, look)
 
 
 def _ollama() -> Entry:
@@ -235,7 +241,7 @@ def _ollama() -> Entry:
         # It asks the server, too, and would wait for one that never answers.
         return {} if problem else {"version": version(engine)}
 
-    entry = _entry("ollama", find_ollama, INSTALL_OLLAMA, look)
+    entry = _entry("ollama", find_ollama, lambda: INSTALL_OLLAMA, look)
     entry["running"] = _running(server) if isinstance(server, Attached) else None
     entry["problem"] = "; ".join(text for text in (entry["problem"], problem) if text) or None
     return entry
@@ -251,7 +257,7 @@ def _running(server: Attached) -> Entry:
 
 
 def _entry(
-    backend: str, find: Callable[[], Engine | None], how_to_install: str, look: Callable[[Engine], Entry]
+    backend: str, find: Callable[[], Engine | None], install: Callable[[], str], look: Callable[[Engine], Entry]
 ) -> Entry:
     """What there is to say of an engine. What is wrong with one does not hide the others; a wrong configuration does,
     for it says which programs are meant."""
@@ -262,7 +268,7 @@ def _entry(
     try:
         engine = find()
         if engine is None:
-            return entry | {"note": how_to_install}
+            return entry | {"note": install()}
         entry |= {"installed": True, "path": str(engine.path), "found_in": engine.found_in}
         entry |= {"note": f"found in {engine.found_in}"}
         entry |= look(engine)

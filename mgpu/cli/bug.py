@@ -11,6 +11,7 @@ from pathlib import Path
 from mgpu import __version__
 from mgpu.errors import MgpuError
 
+_MOST_REPORTS = 10
 _SECRET_OPTIONS = ("--api-key", "--hf-token", "-hft")
 
 
@@ -35,11 +36,18 @@ def report_bug(bug: BaseException, arguments: list[str]) -> MgpuError:
 def _write(report: str) -> Path:
     from mgpu.running.state import state_folder
 
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    path = state_folder() / f"bug-{stamp}-{os.getpid()}.log"
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    folder = state_folder()
+    path = folder / _name()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o600), "w", errors="backslashreplace") as file:
         file.write(report)
+    for old in sorted(folder.glob("bug-*.log"))[:-_MOST_REPORTS]:
+        old.unlink(missing_ok=True)
     return path
+
+
+def _name() -> str:
+    return f"bug-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.getpid()}.log"
 
 
 def _hidden(arguments: list[str], index: int) -> str:

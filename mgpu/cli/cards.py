@@ -42,8 +42,7 @@ def choose_cards(
     cards that it cannot use together.
     """
     option, remarks = "--gpus", []
-    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if selection is None and mask is not None and machine.source != "simulated" and any(map(_takes_cuda, machine.gpus)):
+    if selection is None and (mask := _mask(machine)) is not None:
         option, selection = "CUDA_VISIBLE_DEVICES", _unmasked(mask)
         remarks.append(f"{option}={mask}: planned on {'no card' if selection == 'none' else f'{selection} only'}")
     counted = selection is not None and selection.strip().isdecimal()
@@ -73,6 +72,12 @@ def choose_cards(
         remarks.append(f"{unused}; --gpus {numbers} plans on it")
         chosen = taken
     return (_in_its_words(machine, chosen) if backend == Backend.vllm else chosen), remarks
+
+
+def in_users_order(machine: Machine, selection: str | None) -> bool:
+    """Whether the user listed cards one by one with `--gpus` or CUDA's mask, so that their order is meant."""
+    listed = selection if selection is not None else _mask(machine)
+    return "," in (listed or "")
 
 
 def _usable_together(backend: str, gpus: Sequence[Gpu]) -> list[tuple[Gpu, ...]]:
@@ -127,6 +132,13 @@ def _unseen(backend: str, gpus: Sequence[Gpu]) -> Missing:
 def named(gpus: Sequence[Gpu]) -> str:
     """Return cards as messages name them."""
     return ", ".join(f"gpu{gpu.index} ({gpu.name})" for gpu in gpus)
+
+
+def _mask(machine: Machine) -> str | None:
+    """CUDA_VISIBLE_DEVICES where it says something of the machine's cards."""
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    heeded = machine.source != "simulated" and any(map(_takes_cuda, machine.gpus))
+    return mask if heeded else None
 
 
 def _takes_cuda(gpu: Gpu) -> bool:

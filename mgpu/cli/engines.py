@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mgpu.backends import load_backend
 from mgpu.backends.engine import PROGRAMS, Engine, find
-from mgpu.cli.cards import can_use, choose_cards, named
+from mgpu.cli.cards import can_use, choose_cards, in_users_order, named
 from mgpu.cli.options import BACKENDS, Backend, PlannerOptions
 from mgpu.errors import MgpuError, Missing, UsageError
-from mgpu.machine.snapshot import Gpu, Machine
+from mgpu.machine.snapshot import Gpu, Host, Machine
 from mgpu.models.facts import ModelFacts
 from mgpu.models.forms import Model, Weights, missing_form
 from mgpu.planning.choice import TITLES, Offer
@@ -20,6 +20,7 @@ from mgpu.planning.wants import Wants
 
 if TYPE_CHECKING:
     from mgpu.planning.candidates import Candidate
+    from mgpu.planning.measurements import Measurement, Setting
     from mgpu.running.ollama_attach import Attached, Foreign
 
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class Way:
     """One engine with all that its plan is made of: the forms of the model that it takes (the preferred one first),
     its cards, the wishes as it understands them, its own arguments, and what to tell the user when it is chosen.
-    `engine` is None where it is not installed; `running` is what already answers at Ollama's address."""
+    `engine` is None where it is not installed; `running` is what already answers at Ollama's address. `measurements`
+    are those of this machine, of any engine; none for another one."""
 
     backend: str
     engine: Engine | None
@@ -38,6 +40,7 @@ class Way:
     arguments: tuple[str, ...] = ()
     running: Attached | Foreign | None = None
     remarks: tuple[str, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
 
     @property
     def available(self) -> bool:
@@ -46,9 +49,10 @@ class Way:
 
         return self.engine is not None or isinstance(self.running, Attached)
 
-    def offer(self, machine: Machine, model: Model) -> tuple[Offer, Weights]:
-        """Return what the engine can make of the model, in the first form that fits, or else in the first one."""
-        tried = [(weights, self._candidates(weights.facts, machine)) for weights in self.weights]
+    def offer(self, machine: Machine, model: Model, *, fixes: bool = True) -> tuple[Offer, Weights]:
+        """Return what the engine can make of the model, in the first form that fits, or else in the first one; with
+        the ways out where it does not run, unless `fixes` are of no use."""
+        tried = [(weights, self._candidates(weights, machine)) for weights in self.weights]
         weights, candidates = next(
             ((weights, found) for weights, found in tried if any(each.verdict == "fits" for each in found)), tried[0]
         )
@@ -59,18 +63,49 @@ class Way:
             install=None if self.available else self.install,
             on_disk=weights.path is not None,
         )
-        if not any(each.runs for each in candidates):
+        if fixes and not any(each.runs for each in candidates):
             offer = self._with_fixes(offer, machine, model, weights)
         return offer, weights
 
-    def _candidates(self, facts: ModelFacts, machine: Machine) -> tuple[Candidate, ...]:
+    def setting(self, candidate: Candidate, weights: Weights, host: Host) -> Setting | None:
+        """Return what the speed of `candidate` depends on; None where that cannot be recognised again: the model is
+        not here yet, or the engine is not ours."""
+        from mgpu.backends.build import build_of, speed_variables
+        from mgpu.planning.measurements import setting_of
+        from mgpu.running.ollama_attach import Attached
+
+        if self.engine is None or weights.path is None or isinstance(self.running, Attached):
+            return None
+        environment, _ = load_backend(self.backend).environment()
+        return setting_of(
+            candidate,
+            model=f"{weights.path.name}, {weights.facts.file_bytes} bytes",
+            quantisation=weights.facts.quantisation,
+            gpus=self.gpus,
+            host=host,
+            build=build_of(self.engine),
+            arguments=(*self.arguments, *speed_variables(environment)),
+        )
+
+    def _candidates(self, weights: Weights, machine: Machine) -> tuple[Candidate, ...]:
+        """The ways to run the model, with their speed after what was measured."""
+        found = self._planned(weights.facts, machine)
+        if not self.measurements:
+            return found
+        from mgpu.planning.measured_speed import with_measured
+
+        return tuple(
+            with_measured(each, self.setting(each, weights, machine.host), self.measurements) for each in found
+        )
+
+    def _planned(self, facts: ModelFacts, machine: Machine) -> tuple[Candidate, ...]:
         match self.backend:
             case Backend.vllm:
                 from mgpu.planning.vllm_candidates import vllm_candidates
                 from mgpu.planning.vllm_memory import VllmWants
 
                 assert isinstance(self.wants, VllmWants)
-                return vllm_candidates(facts, self.wants, self.gpus, machine.host)
+                return vllm_candidates(facts, self.wants, self.gpus, machine.host, machine.links)
             case Backend.ollama:
                 from mgpu.planning.ollama_candidates import ollama_candidates
 
@@ -88,7 +123,7 @@ class Way:
             from mgpu.planning.vllm_memory import VllmWants
 
             assert isinstance(self.wants, VllmWants)
-            return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine.host))
+            return replace(offer, fixes=vllm_fixes(offer.facts, others, self.wants, self.gpus, machine))
         if self.backend == Backend.ollama:
             from mgpu.planning.ollama_candidates import ollama_fixes
 
@@ -98,8 +133,14 @@ class Way:
         return replace(offer, fixes=llama_cpp_fixes(offer.facts, others, machine, self.gpus, self.wants))
 
 
-def eligible(model: Model, options: PlannerOptions, engine_arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return the engines that take the model in one of its forms and know all options that were given.
+def eligible(
+    model: Model,
+    options: PlannerOptions,
+    engine_arguments: Sequence[str],
+    refused: Callable[[str, MgpuError], None] = lambda _backend, _problem: None,
+) -> tuple[str, ...]:
+    """Return the engines that take the model in one of its forms and know all options that were given; of the others
+    `refused` is told why.
 
     Arguments after `--` are one engine's: without --backend they tell themselves whose they are, or only one of the
     engines is installed. Raises UsageError or Missing for an engine that was asked for and cannot, when none is left,
@@ -109,10 +150,10 @@ def eligible(model: Model, options: PlannerOptions, engine_arguments: Sequence[s
     left: list[str] = []
     problems: list[MgpuError] = []
     for backend in asked:
-        if not model.forms(backend):
-            problems.append(missing_form(model, backend))
-        elif refusal := options.refused_by(backend):
-            problems.append(refusal)
+        problem = options.refused_by(backend) if model.forms(backend) else missing_form(model, backend)
+        if problem:
+            problems.append(problem)
+            refused(backend, problem)
         else:
             left.append(str(backend))
     if not left:
@@ -157,7 +198,8 @@ def read_arguments(backend: str, words: Sequence[str], options: PlannerOptions) 
         case _:
             from mgpu.backends import llama_cpp
 
-            _refuse_flags_of_vllm(words)
+            if words:  # which is seldom, and to know vLLM's flags costs an import
+                _refuse_flags_of_vllm(words)
             read, wants = llama_cpp.read_engine_arguments(words, options.wants())
             return Arguments(handed_on=tuple(words), wants=wants, rpc=read.rpc, unplanned=read.unplanned)
 
@@ -195,6 +237,7 @@ def find_way(
         remarks += [f"this vLLM is built for CPUs and uses no card: {named(usable)}"] if usable else []
     else:
         gpus, remarks = choose_cards(backend, machine, options.gpus, usable)
+        wants = replace(wants, keep_order=in_users_order(machine, options.gpus))
     cards = [gpu for gpu in machine.gpus if gpu.vendor in ("nvidia", "amd", "intel")]
     if backend == Backend.vllm and cards and not (gpus or options.gpus or for_cpus):
         raise Missing(  # not a plan for the processor, which nobody with cards has asked for
@@ -211,15 +254,19 @@ def find_way(
         remarks.append(f"not passed to the engine, since it would change the plan: {', '.join(stray)}")
     if wants.tensor_split and len(wants.tensor_split) != len(gpus):
         raise UsageError(
-            f"--tensor-split has {len(wants.tensor_split)} proportions for {len(gpus)} cards",
+            f"--tensor-split has {_counted(len(wants.tensor_split), 'proportion')} for {_counted(len(gpus), 'card')}",
             hint="give one for each card that --gpus chooses",
         )
+    if backend == Backend.llama_cpp and engine and not simulated and len(gpus) > 1:
+        from mgpu.backends.llama_cpp import knows_tensor_split
+
+        wants = replace(wants, knows_tensor_split=wants.split_mode in ("layer", "none") or knows_tensor_split(engine))
     if profile := model.profile:
         wants = replace(wants, ctx_tokens=wants.ctx_tokens or profile.ctx, parallel=options.users or profile.parallel)
     return Way(
         backend=backend,
         engine=engine,
-        install=_install(backend, gpus),
+        install=how_to_install(backend, gpus),
         weights=model.forms(backend),
         gpus=gpus,
         wants=wants,
@@ -227,6 +274,10 @@ def find_way(
         running=_running(options) if backend == Backend.ollama and not simulated else None,
         remarks=tuple(remarks),
     )
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _running(options: PlannerOptions) -> Attached | Foreign | None:
@@ -241,7 +292,8 @@ def _running(options: PlannerOptions) -> Attached | Foreign | None:
         return None
 
 
-def _install(backend: str, gpus: Sequence[Gpu]) -> str:
+def how_to_install(backend: str, gpus: Sequence[Gpu]) -> str:
+    """Return the command, or the sentence, that brings an engine which is to run on `gpus`."""
     install = PROGRAMS[backend].install
     if backend != Backend.vllm:
         return install

@@ -12,7 +12,7 @@ from mgpu.errors import UsageError
 
 if TYPE_CHECKING:
     from mgpu.cli.options import PlannerOptions
-    from mgpu.cli.prepare import Prepared
+    from mgpu.cli.prepared import Prepared
     from mgpu.planning.candidates import PlannedDevice
 
 

@@ -22,7 +22,8 @@ _REDRAW_EVERY_S = 0.1
 def live(out: Output, *, error: bool) -> Iterator[Draw]:
     """Redraw a part of stdout, or of stderr; yields what to call with a function from width to lines.
 
-    Where there is no terminal nothing is drawn. What was drawn is cleared at the end.
+    Where there is no terminal nothing is drawn. What was drawn is cleared at the end. Drawing on a terminal that has
+    been closed raises OSError, as all writing does: one that is not mgpu's own sends no SIGHUP.
     """
     if not out.redraws(error=error):
         yield lambda _: None

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import signal
 import sys
-import time
 from typing import Annotated, Any
 
 import typer
 
 from mgpu import __version__
-from mgpu.cli import backends, doctor, machine, models, plan, profiles, run
+from mgpu.cli import backends, doctor, export, logs, machine, models, plan, profiles, ps, reap, run, stop
 from mgpu.cli.output import Output
 from mgpu.cli.result import Result, failure
 from mgpu.errors import Interrupted, MgpuError, Missing, UsageError
+from mgpu.interrupts import interrupts
 from mgpu.machine.patience import is_awaited
 
 # A pipe's reader has left, or the terminal was closed.
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_ENGINE_ARGUMENT_COMMANDS = ("run", "plan")
-_COMMANDS = ("run", "plan", "doctor", "pull", "ls", "gpus", "backends", "profiles")
+_ENGINE_ARGUMENT_COMMANDS = ("run", "plan", "export")
+_COMMANDS = (
+    *("run", "plan", "export", "ps", "logs", "stop", "reap", "top"),
+    *("doctor", "pull", "ls", "gpus", "backends", "profiles"),
+)
 # What stands after the name of a family of commands.
 _FAMILIES = {"profiles": ("list", "show", "check", "new", "schema"), "backends": ("install",)}
-# Shorter than it takes to think twice, longer than it takes to begin to stop.
-_TOGETHER_S = 0.5
 
 app = typer.Typer(
     name="mgpu",
@@ -39,6 +39,12 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
+app.command("export")(export.export)
+app.command("ps")(ps.ps)
+app.command("logs")(logs.logs)
+app.command("stop")(stop.stop)
+app.command("reap")(reap.reap)
+app.command("top")(ps.top)
 app.command("doctor")(doctor.doctor)
 app.command("pull")(models.pull)
 app.command("ls")(models.ls)
@@ -72,7 +78,7 @@ def run_command(arguments: list[str]) -> int:
         return leave.exit_code
     except MgpuError as error:
         if isinstance(error, UsageError) and not error.hint:
-            error.hint = f"mgpu {name.replace('.', ' ')} --help"
+            error.hint = f"mgpu {'' if name == 'mgpu' else name.replace('.', ' ') + ' '}--help"
         result = failure(name, error, simulated=any(word.partition("=")[0] == "--machine" for word in own))
     except (KeyboardInterrupt, typer.Abort):
         result = failure(name, Interrupted("interrupted"))
@@ -122,7 +128,8 @@ def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) 
     command = typer.main.get_command(app)
     if "_MGPU_COMPLETE" in os.environ:
         command()  # a shell asks what can be completed
-    run.output = models.output = backends.output = doctor.output = out
+    run.output = models.output = backends.output = doctor.output = logs.output = out
+    export.output = ps.output = stop.output = reap.output = out
     try:
         # Not `command.main()`: it would turn interrupts and broken pipes into exits of its own.
         with command.make_context("mgpu", arguments, obj=engine_arguments) as context:
@@ -134,47 +141,36 @@ def _call(arguments: list[str], engine_arguments: tuple[str, ...], out: Output) 
         message = getattr(error, "format_message", None)
         if message is None or not hasattr(error, "ctx"):
             raise
-        raise _usage(str(message()).replace("Value error, ", ""), getattr(error, "ctx", None)) from None
+        from mgpu.cli.usage import usage_words
+
+        raise _usage(usage_words(error, str(message())), getattr(error, "ctx", None)) from None
     return result if isinstance(result, Result) else None
 
 
 def _usage(message: str, context: Any) -> UsageError:
-    path = getattr(context, "command_path", "mgpu")
-    return UsageError(message, hint=f"{path} --help")
+    # An option without its value has no context: the command's name is known all the same.
+    return UsageError(message, hint=f"{context.command_path} --help" if context else None)
 
 
 def run_main() -> None:
     """Entry point of the `mgpu` program."""
     # A service manager's SIGTERM and a closed terminal end mgpu the way Ctrl-C does: the engine is stopped.
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-    interrupt = _Interrupt()
     for number, handler in usual.items():
         if signal.getsignal(number) == handler:
-            signal.signal(number, interrupt)
+            signal.signal(number, interrupts)
+    interrupts.recover_lost()
     try:
         exit_code = run_command(sys.argv[1:])
     except KeyboardInterrupt:
         exit_code = Interrupted.exit_code
-    interrupt.deaf_until = math.inf
-    for number in usual:
+    interrupts.end()
+    for number in (*usual, signal.SIGALRM):
         signal.signal(number, signal.SIG_IGN)  # all is done: a signal now could only spoil the exit code
     _let_go_of_the_streams()
     if is_awaited():
         os._exit(exit_code)
     sys.exit(exit_code)
-
-
-class _Interrupt:
-    """Raises KeyboardInterrupt for a signal, but once for those that come together: a second one, milliseconds later,
-    could only break off the tidying up after the first."""
-
-    def __init__(self) -> None:
-        self.deaf_until = -math.inf
-
-    def __call__(self, *_: object) -> None:
-        if time.monotonic() > self.deaf_until:
-            self.deaf_until = time.monotonic() + _TOGETHER_S
-            raise KeyboardInterrupt
 
 
 def _let_go_of_the_streams() -> None:

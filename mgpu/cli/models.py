@@ -12,11 +12,11 @@ import typer
 
 from mgpu.cli.options import Backend, JsonOption
 from mgpu.cli.output import Output
-from mgpu.cli.pulls import Pull, pull_of
 from mgpu.cli.result import Result
 from mgpu.errors import Interrupted, MgpuError
 
 if TYPE_CHECKING:
+    from mgpu.cli.pulls import Pull
     from mgpu.models.local import LocalModel
     from mgpu.models.transfer import Progress
     from mgpu.profile import Profile
@@ -37,6 +37,7 @@ def pull(
     json: JsonOption = False,
 ) -> Result:
     """Fetch MODELs to this machine, to be run later: resumed where it broke off, checked, kept in the shared cache."""
+    from mgpu.cli.pulls import pull_of
     from mgpu.models.fetch import require_space_for
 
     pulls = [pull_of(argument, quant, backend) for argument in dict.fromkeys(models)]

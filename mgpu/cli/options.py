@@ -23,14 +23,12 @@ _PANEL = "Planning"
 _DEFAULT_UBATCH = 512
 # Whom throughput is for, where nobody says how many.
 _MANY_USERS = 8
-# llama.cpp's own tensor split is experimental, and not planned yet.
 # What only some engines know, with what to do instead.
 _FOR_VLLM = {
     "--tensor-parallel": "--gpus N splits the layers over N cards",
     "--pipeline-parallel": "--gpus N splits the layers over N cards",
     "--replicas": "leave it out",
     "--kv-type fp8": "--kv-type q8_0 takes nearly the same memory",
-    "--split-mode tensor": "leave --split-mode out for a layer split",
 }
 _NOT_FOR_VLLM = {
     "--kv-type q8_0": "--kv-type fp8 takes nearly the same memory",
@@ -41,7 +39,10 @@ _NOT_FOR_VLLM = {
     "--flash-attn": "-- --attention-backend NAME chooses how it computes attention",
     "--offload allow": "-- --cpu-offload-gb N is the nearest to it",
 }
-_NOT_FOR_OLLAMA = ("--ubatch",)
+_NOT_FOR_OLLAMA = {
+    "--ubatch": "leave --ubatch out: Ollama decides that by itself",
+    "--split-mode tensor": "leave --split-mode out for a layer split; or --backend llama.cpp",
+}
 
 
 class Backend(StrEnum):
@@ -153,6 +154,7 @@ class PlannerOptions:
             pipeline_parallel=self.pipeline_parallel,
             replicas=self.replicas,
             all_cards=self.gpus is not None,
+            goal=self.goal,
         )
 
     def refused_by(self, backend: str) -> UsageError | None:
@@ -163,14 +165,15 @@ class PlannerOptions:
         if backend != Backend.vllm and (only := given.intersection(_FOR_VLLM)):
             option = min(only)
             return UsageError(
-                f"{option} is vLLM's: {title} has no such thing", hint=f"{_FOR_VLLM[option]}; or --backend vllm"
+                f"{option} is vLLM's: {title} has no such {'cache' if 'kv' in option else 'split'}",
+                hint=f"{_FOR_VLLM[option]}; or --backend vllm",
             )
         if backend == Backend.vllm and (others := given.intersection(_NOT_FOR_VLLM)):
             option = min(others)
             return UsageError(f"vLLM knows no {option}", hint=_NOT_FOR_VLLM[option])
         if backend == Backend.ollama and (others := given.intersection(_NOT_FOR_OLLAMA)):
             option = min(others)
-            return UsageError(f"Ollama knows no {option}", hint=f"leave {option} out: Ollama decides that by itself")
+            return UsageError(f"Ollama knows no {option}", hint=_NOT_FOR_OLLAMA[option])
         if self.flash_attn == FlashAttention.off and self.kv_type in (KvType.q8_0, KvType.q4_0):
             return UsageError(
                 f"{title} cannot quantise the KV cache ({self.kv_type}) without flash attention",

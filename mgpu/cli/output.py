@@ -11,6 +11,8 @@ import io
 import json
 import os
 import sys
+import textwrap
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mgpu.cli.result import Result, envelope
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 _PIPE_COLUMNS = 100
 # What is written where a terminal's encoding lacks a character.
 _PLAIN = "mgpu-plain"
+_LABEL = 9  # columns of "warning" and what else stands before a message
 _PLAIN_WORDS = {
     "·": "-",
     "×": "x",
@@ -77,13 +80,18 @@ class Output:
         if error not in self._consoles:
             from rich.console import Console
 
-            class PipeConsole(Console):
+            class OwnConsole(Console):
+                @cached_property
+                def is_terminal(self) -> bool:
+                    # Found out once: Rich draws nothing on what is none, and one that is closed must raise.
+                    return super().is_terminal
+
                 def on_broken_pipe(self) -> None:
                     raise BrokenPipeError(errno.EPIPE, "nobody reads")
 
             stream = sys.stderr if error else sys.stdout
             width = None if stream.isatty() or os.environ.get("COLUMNS") else _PIPE_COLUMNS
-            self._consoles[error] = PipeConsole(file=stream, highlight=False, width=width, emoji=False, markup=False)
+            self._consoles[error] = OwnConsole(file=stream, highlight=False, width=width, emoji=False, markup=False)
         return self._consoles[error]
 
     def redraws(self, *, error: bool = False) -> bool:
@@ -103,7 +111,7 @@ class Output:
         console = self.console()
         for part in result.screen(console.width):
             self.lines(part)
-        for error in result.errors:
+        for error in () if result.told else result.errors:
             self.error(error)
 
     def json_line(self, data: dict[str, Any], *, indent: int | None = None) -> None:
@@ -117,7 +125,14 @@ class Output:
         """Print one part of a screen; tables fit the terminal, lines of text are left to it."""
         from rich.table import Table
 
-        self.console(error=error).print(part, soft_wrap=not isinstance(part, Table))
+        console = self.console(error=error)
+        if isinstance(part, Table) and not console.is_terminal:  # who reads a pipe wants no blanks at the ends
+            with console.capture() as captured:
+                console.print(part)
+            written = "\n".join(line.rstrip() for line in captured.get().splitlines())
+            self.write_text(f"{written}\n", error=error)
+            return
+        console.print(part, soft_wrap=not isinstance(part, Table))
 
     def note(self, text: str) -> None:
         """Print one line of progress to stderr; nothing under --json."""
@@ -152,4 +167,10 @@ class Output:
     def _labelled(self, label: str, text: str, style: str) -> None:
         from rich.text import Text
 
-        self.console(error=True).print(Text.assemble((f"{label:<8} ", style), text), soft_wrap=True)
+        console = self.console(error=True)
+        # On a terminal below one another; where a program reads, and for commands to copy, as one line.
+        wraps = console.is_terminal and label != "next"
+        width = max(console.width - _LABEL, 20)
+        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) if wraps else [text]
+        for place, line in enumerate(lines or [""]):
+            console.print(Text.assemble((f"{'' if place else label:<{_LABEL - 1}} ", style), line), soft_wrap=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mgpu.backends.engine import Engine
     from mgpu.machine.snapshot import Machine
     from mgpu.running.ollama_attach import Attached
+    from mgpu.running.registry import Entry
 
 # Where Ollama listens unless it is told otherwise.
 _OLLAMA = ("127.0.0.1", 11434)
@@ -38,6 +39,8 @@ def overview_result() -> Result:
             warnings.append(error.message)
             return None
 
+    entries, running = _instances(machine)
+    problem = machine.driver.problem if machine.driver else None
     llama_cpp, vllm, ollama = map(found, (LLAMA_SERVER, VLLM_PROGRAM, OLLAMA_PROGRAM))
     server = _ollama_server()
     engines = _engines(llama_cpp, vllm, ollama, server)
@@ -45,12 +48,15 @@ def overview_result() -> Result:
 
     def screen(_: int) -> Iterator[str]:
         yield standing
+        if problem:
+            yield f"driver: {problem}"
         yield ""
         yield '  mgpu run smollm2-135m --ask "Hello"     start a small model, ask it, stop'
         yield "  mgpu plan llama-70b --machine 2x4090    what fits on two cards you may buy"
         yield "  mgpu gpus                               the cards of this machine"
         yield "  mgpu backends                           the engines, and how to get one"
         yield "  mgpu profiles list                      the models mgpu knows by name"
+        yield f"  mgpu ps                                 {running}"
         yield ""
         yield "  mgpu --help"
 
@@ -63,10 +69,26 @@ def overview_result() -> Result:
             "vllm": str(vllm.path) if vllm else None,
             "ollama": str(ollama.path) if ollama else None,
             "ollama_url": server.url if server else None,
+            "driver_problem": problem,
+            "instances": [
+                {"name": entry.name, "state": entry.instance.state if entry.instance else None} for entry in entries
+            ],
         },
         screen=screen,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _instances(machine: Machine) -> tuple[tuple[Entry, ...], str]:
+    """This user's instances as they are now, and the same in a few words."""
+    from mgpu.cli.views.instances import running_words
+    from mgpu.running.census import as_found, heeded_instances
+
+    try:
+        entries = tuple(as_found(entry, machine, {}) for entry in heeded_instances())
+    except Missing:  # without a home there is no state
+        entries = ()
+    return entries, running_words(entries)
 
 
 def _cards(machine: Machine) -> str:

@@ -3,109 +3,87 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgpu.backends.backend import Serving
 from mgpu.backends.engine import LLAMA_CPP, PROGRAMS, DeviceQuery, Engine, find, find_llama_server
 from mgpu.cli.engines import Way, eligible, find_way, read_arguments
 from mgpu.cli.options import BACKENDS, Backend, PlannerOptions
+from mgpu.cli.prepared import Prepared
 from mgpu.errors import EngineFailed, MgpuError, Missing, UsageError
-from mgpu.machine.probe import probe, with_engine_devices
+from mgpu.machine.probe import probe, with_assumed_devices, with_engine_devices
 from mgpu.machine.simulate import simulate
-from mgpu.machine.snapshot import Machine
-from mgpu.models.forms import Model, Weights, find_model
+from mgpu.machine.snapshot import Gpu, Host, Machine
+from mgpu.models.forms import Model, find_model
 from mgpu.models.source import ModelFolder, ModelSource, parse_model
 from mgpu.planning.choice import TITLES, Offer, Preference, choose, preference
-from mgpu.planning.plan import Plan
+from mgpu.planning.plan import LeftOut
 from mgpu.planning.wants import Goal
 
 if TYPE_CHECKING:
-    from mgpu.running.ollama_attach import Attached, Foreign
+    from mgpu.planning.measurements import Measurement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A plan and all it was made of: the `ways` by engine and the `weights` each would load.
-
-    `argument` is MODEL as typed. `engines` are the installed ones (none where the machine is simulated).
-    """
+class Asked:
+    """A model and the engines that could run it on this machine, each in its `ways`: what a plan is made of."""
 
     argument: str
+    source: ModelSource
     model: Model
-    plan: Plan
+    machine: Machine
+    options: PlannerOptions
+    backends: tuple[str, ...]
     ways: Mapping[str, Way]
-    weights_by_engine: Mapping[str, Weights]
+    engine_arguments: tuple[str, ...]
     simulated: bool
     warnings: tuple[str, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.model.name
+    def on(self, gpus: Sequence[Gpu], host: Host) -> Asked | None:
+        """Return it for exactly these cards (none: the CPU), whose free memory is what others leave, and for a host of
+        which others leave as much; None where no engine can use them together."""
+        ways = {}
+        for backend, way in self.ways.items():
+            own = {gpu.index: gpu for gpu in way.gpus}
+            if bool(own) == bool(gpus) and all(gpu.index in own for gpu in gpus):
+                left = tuple(replace(own[gpu.index], free_bytes=gpu.free_bytes) for gpu in gpus)
+                ways[backend] = replace(way, gpus=left)
+        return replace(self, machine=replace(self.machine, host=host), ways=ways) if ways else None
 
-    @property
-    def backend(self) -> str:
-        """The engine that was chosen."""
-        return self.plan.chosen.backend
-
-    @property
-    def engine(self) -> Engine | None:
-        """The chosen engine's program; None when it is not installed, or the machine is simulated."""
-        return None if self.simulated else self.ways[self.backend].engine
-
-    @property
-    def running(self) -> Attached | Foreign | None:
-        """What already answers at Ollama's address, where Ollama was chosen."""
-        return self.ways[self.backend].running
-
-    @property
-    def weights(self) -> Weights:
-        """The form of the model that the chosen engine loads."""
-        return self.weights_by_engine[self.backend]
-
-    def serving(self, backend: str, *, name: str, host: str, port: int, folder: Path, api_key: str | None) -> Serving:
-        """Return what the engine called `backend` is to serve, and where."""
-        engine = None if self.simulated else self.ways[backend].engine
-        return Serving(
-            program=engine.path if engine else Path(_PROGRAMS[backend]),
-            model=self.weights_by_engine[backend].label,
-            name=name,
-            host=host,
-            port=port,
-            folder=folder,
-            arguments=self.ways[backend].arguments,
-            api_key=api_key,
+    def planned(self, *, fixes: bool = True) -> Prepared:
+        """Return the plan on the cards of each way; with ways out where it does not fit, unless they are of no use."""
+        offers, weights = {}, {}
+        for backend, way in self.ways.items():
+            offer, weights[backend] = way.offer(self.machine, self.model, fixes=fixes)
+            offers[backend] = offer.elsewhere() if self.simulated else offer
+        preferred = _preferred(self.ways, tuple(offers.values()), self.options)
+        plan = choose(tuple(offers.values()), preferred, self.machine)
+        if len(offers) == 1:
+            told = self.options.backend == Backend.auto and not self.engine_arguments and plan.best is not None
+            why = _only_choice(plan.chosen.backend, self.model, self.options, self.backends) if told else None
+            plan = replace(plan, why=why)
+        plan = replace(plan, left_out=self.left_out)
+        chosen = plan.chosen.backend
+        warnings = [*self.warnings]
+        if not self.simulated and not self.ways[chosen].available:
+            warnings.append(f"{TITLES[chosen]} is not installed (planned as if it were): {self.ways[chosen].install}")
+        if unconfirmed := weights[chosen].unconfirmed:
+            warnings.append(f"planned from what was read of {self.source} before: {unconfirmed}")
+        if remark := weights[chosen].remark:
+            warnings.append(remark)
+        return Prepared(
+            argument=self.argument,
+            model=self.model,
+            plan=plan,
+            preferred=preferred,
+            ways=self.ways,
+            weights_by_engine=weights,
+            simulated=self.simulated,
+            warnings=(*warnings, *self.ways[chosen].remarks),
         )
-
-    def left_to_itself(self) -> Prepared:
-        """Return the plan for an Ollama that is used as it is: it takes one card where that is enough."""
-        own = min(self.plan.candidates, key=lambda each: (each.backend != self.backend, len(each.devices)))
-        if own is self.plan.chosen or own.verdict != "fits":
-            return self
-        return replace(self, plan=replace(self.plan, candidates=(own,), best=0))
-
-    def fetched(self, path: Path) -> Prepared:
-        """Return the same plan for the chosen engine, made from the model that is now at `path`."""
-        from mgpu.models.gguf_facts import facts_from_gguf
-        from mgpu.models.hf import facts_from_folder
-
-        facts = facts_from_folder(path) if path.is_dir() else facts_from_gguf(path)
-        weights = replace(self.weights, facts=replace(facts, name=self.name), path=path)
-        way = replace(self.ways[self.backend], weights=(weights,))
-        offer, _ = way.offer(self.plan.machine, self.model)
-        plan = choose([offer], Preference(order=(self.backend,), why=""), self.plan.machine)
-        return replace(
-            self,
-            plan=replace(plan, why=self.plan.why),
-            ways={self.backend: way},
-            weights_by_engine={self.backend: weights},
-        )
-
-
-_PROGRAMS = {"llama.cpp": "llama-server", "vllm": "vllm", "ollama": "ollama"}
 
 
 def prepare(
@@ -115,58 +93,89 @@ def prepare(
     machine: str | None = None,
     engine_arguments: Sequence[str] = (),
     must_run: bool = False,
+    without: Callable[[Machine], Machine] | None = None,
 ) -> Prepared:
     """Return the plan for `model` on this machine, or on the simulated one that `machine` describes.
 
-    With `must_run` an engine that cannot start is an error. Raises MgpuError: UsageError for what was typed, Missing
-    for what is not there.
+    With `must_run` an engine that cannot start is an error. `without` takes from the machine what is not to be counted
+    on. Raises MgpuError: UsageError for what was typed, Missing for what is not there.
     """
-    source = parse_model(model)
+    (asked,) = ask_about(
+        (model,), options, machine=machine, engine_arguments=engine_arguments, must_run=must_run, without=without
+    )
+    return asked.planned()
+
+
+def ask_about(
+    models: Sequence[str],
+    options: PlannerOptions,
+    *,
+    machine: str | None = None,
+    engine_arguments: Sequence[str] = (),
+    must_run: bool = False,
+    without: Callable[[Machine], Machine] | None = None,
+) -> tuple[Asked, ...]:
+    """Return what the plans for `models` are made of; the machine and its engines are asked once. Raises as `prepare`
+    does."""
+    sources = [parse_model(model) for model in models]
     options.wants()  # what was typed wrong is said first
-    with _asked_for_devices(source, options, engine_arguments, simulated=machine is not None) as query:
+    simulated = machine is not None
+    with _asked_for_devices(sources, options, engine_arguments, simulated=simulated) as query:
         found = probe() if machine is None else simulate(machine)
-        prepared = find_model(source, options.quant, safetensors=options.backend == Backend.vllm)
-        backends = eligible(prepared, options, engine_arguments)
-        engines = _installed(backends, simulated=machine is not None)
-        found, warnings = _with_devices(found, query, engines, backends, must_run=must_run)
+        known = {source: find_model(source, options.quant, backend=options.backend.value) for source in sources}
+        left_out: dict[ModelSource, list[LeftOut]] = {source: [] for source in sources}
+        eligibles = {
+            source: eligible(known[source], options, engine_arguments, _noting(left_out[source])) for source in left_out
+        }
+        engines = _installed(tuple(dict.fromkeys(itertools.chain(*eligibles.values()))), simulated=simulated)
+        found, warnings = _with_devices(found, query, engines, tuple(engines), must_run=must_run)
+    found = without(found) if without else found
     if found.driver and found.driver.problem:
         warnings.append(found.driver.problem)
-    if prepared.profile and _shadows_shipped(prepared.profile.name):
-        warnings.append(f"your own profile {prepared.profile.name} is used instead of the one that ships with mgpu")
-    ways = _ways(backends, prepared, found, options, engine_arguments, engines)
-    offers, weights = {}, {}
-    for backend, way in ways.items():
-        offers[backend], weights[backend] = way.offer(found, prepared)
-    plan = choose(tuple(offers.values()), _preferred(ways, tuple(offers.values()), options), found)
-    if len(offers) == 1:
-        told = options.backend == Backend.auto and not engine_arguments and plan.best is not None
-        plan = replace(plan, why=_only_choice(plan.chosen.backend, prepared, options, backends) if told else None)
-    chosen = plan.chosen.backend
-    if machine is None and not ways[chosen].available:
-        warnings.append(f"{TITLES[chosen]} is not installed (planned as if it were): {ways[chosen].install}")
-    if unconfirmed := weights[chosen].unconfirmed:
-        warnings.append(f"planned from what was read of {source} before: {unconfirmed}")
-    if remark := weights[chosen].remark:
-        warnings.append(remark)
-    return Prepared(
-        argument=model,
-        model=prepared,
-        plan=plan,
-        ways=ways,
-        weights_by_engine=weights,
-        simulated=machine is not None,
-        warnings=(*warnings, *ways[chosen].remarks),
+    measurements = () if simulated else _measurements(tuple(known.values()))
+    ways = {
+        source: _ways(
+            eligibles[source],
+            known[source],
+            found,
+            options,
+            engine_arguments,
+            engines,
+            measurements,
+            _noting(left_out[source]),
+        )
+        for source in dict.fromkeys(sources)
+    }
+    return tuple(
+        Asked(
+            argument=argument,
+            source=source,
+            model=known[source],
+            machine=found,
+            options=options,
+            backends=eligibles[source],
+            ways=ways[source],
+            engine_arguments=tuple(engine_arguments),
+            simulated=simulated,
+            warnings=(*warnings, *_shadowing(known[source])),
+            left_out=tuple(left_out[source]),
+        )
+        for argument, source in zip(models, sources, strict=True)
     )
 
 
 @contextlib.contextmanager
 def _asked_for_devices(
-    source: ModelSource, options: PlannerOptions, engine_arguments: Sequence[str], *, simulated: bool
+    sources: Sequence[ModelSource], options: PlannerOptions, engine_arguments: Sequence[str], *, simulated: bool
 ) -> Iterator[DeviceQuery | None]:
     """A query for llama.cpp's devices, which takes as long as all the rest: asked first and heard last. None where
     nobody needs its answer."""
     engine = None
-    if not simulated and options.backend != Backend.vllm and not isinstance(source, ModelFolder):
+    if (
+        not simulated
+        and options.backend != Backend.vllm
+        and not all(isinstance(source, ModelFolder) for source in sources)
+    ):
         engine = find_llama_server()
     if engine is None:
         yield None
@@ -199,7 +208,7 @@ def _with_devices(
 ) -> tuple[Machine, list[str]]:
     """The machine with llama.cpp's names of its cards, or the likely ones where it cannot be asked."""
     if query is None:
-        return _assumed_names(machine), []
+        return with_assumed_devices(machine), []
     try:
         return with_engine_devices(machine, query.devices(), backend=LLAMA_CPP), []
     except EngineFailed as error:
@@ -208,7 +217,7 @@ def _with_devices(
             raise
         if others and LLAMA_CPP in engines:
             engines[LLAMA_CPP] = None
-        return _assumed_names(machine), [f"planned as if llama.cpp saw every card: {error.message}"]
+        return with_assumed_devices(machine), [f"planned as if llama.cpp saw every card: {error.message}"]
 
 
 def _ways(
@@ -218,8 +227,11 @@ def _ways(
     options: PlannerOptions,
     engine_arguments: Sequence[str],
     engines: Mapping[str, Engine | None],
+    measurements: tuple[Measurement, ...],
+    refused: Callable[[str, MgpuError], None],
 ) -> dict[str, Way]:
-    """What each engine's plan is made of. Raises what keeps the first one from running where no other can."""
+    """What each engine's plan is made of; of the others `refused` is told why. Raises what keeps the first one from
+    running where no other can."""
     ways: dict[str, Way] = {}
     problems: list[MgpuError] = []
     for backend in backends:
@@ -227,8 +239,9 @@ def _ways(
             way = find_way(backend, model, machine, options, engine_arguments, engines[backend])
         except (Missing, UsageError) as problem:  # another engine may have nothing against it
             problems.append(problem)
+            refused(backend, problem)
             continue
-        ways[backend] = way
+        ways[backend] = replace(way, measurements=measurements)
     # Nobody installs vLLM for a CPU that others run the model on, or uses its build for CPUs beside cards.
     vllm = ways.get(Backend.vllm)
     if vllm and len(ways) > 1 and not vllm.gpus:
@@ -240,11 +253,29 @@ def _ways(
     return ways
 
 
+def _noting(left_out: list[LeftOut]) -> Callable[[str, MgpuError], None]:
+    """What writes down an engine that is left out, and why."""
+
+    def note(backend: str, problem: MgpuError) -> None:
+        left_out.append(LeftOut(backend=str(backend), reason=problem.message.splitlines()[0]))
+
+    return note
+
+
+def _measurements(models: Sequence[Model]) -> tuple[Measurement, ...]:
+    """What was measured here of these models, of those that are here."""
+    from mgpu.running.measured import remembered
+
+    paths = {weights.path for model in models for backend in BACKENDS for weights in model.forms(backend)}
+    names = tuple(path.name for path in paths if path)
+    return remembered(names) if names else ()
+
+
 def _preferred(ways: Mapping[str, Way], offers: Sequence[Offer], options: PlannerOptions) -> Preference:
     gpus = max((way.gpus for way in ways.values()), key=len)
     parallel = max(way.wants.parallel for way in ways.values())
     goal = options.goal or (Goal.latency if parallel == 1 else Goal.throughput)
-    return preference(goal, parallel, gpus, offers)
+    return preference(goal, parallel, gpus, offers, all_cards=options.gpus is not None)
 
 
 def _only_choice(backend: str, model: Model, options: PlannerOptions, eligible_backends: Sequence[str]) -> str:
@@ -253,25 +284,18 @@ def _only_choice(backend: str, model: Model, options: PlannerOptions, eligible_b
     if sum(bool(model.forms(each)) for each in BACKENDS) == 1:
         return f"{title} alone loads {options.quant}" if model.profile else f"{title} is the engine for {model.kind}"
     if len(eligible_backends) == 1:
-        return f"{title} alone knows all the options that were given"
+        told = f"{title} alone knows all the options that were given"
+        formless = [TITLES[each] for each in BACKENDS if not model.forms(each)]
+        return f"{told}; no form of it is for {formless[0]}" if formless else told
     return f"{title} alone can use these cards"
 
 
-def _shadows_shipped(name: str) -> bool:
+def _shadowing(model: Model) -> Iterator[str]:
+    """Say that a profile of the user's own is used instead of a shipped one."""
+    if model.profile is None:
+        return
     from mgpu.profile import shipped_profile_folder, user_profile_folder
 
-    return all((folder / f"{name}.yaml").is_file() for folder in (user_profile_folder(), shipped_profile_folder()))
-
-
-def _assumed_names(machine: Machine) -> Machine:
-    """Device names where no engine can be asked: CUDA for NVIDIA, ROCm for AMD, Vulkan for the others, in order."""
-    kinds = {"nvidia": "CUDA", "amd": "ROCm"}
-    counts: dict[str, int] = {}
-    gpus = []
-    for gpu in machine.gpus:
-        if not gpu.engine_devices and not gpu.problem:
-            kind = kinds.get(gpu.vendor, "Vulkan")
-            gpu = replace(gpu, engine_devices=(f"{kind}{counts.setdefault(kind, 0)}",))
-            counts[kind] += 1
-        gpus.append(gpu)
-    return replace(machine, gpus=tuple(gpus))
+    name = model.profile.name
+    if all((folder / f"{name}.yaml").is_file() for folder in (user_profile_folder(), shipped_profile_folder())):
+        yield f"your own profile {name} is used instead of the one that ships with mgpu"

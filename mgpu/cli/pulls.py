@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, kw_only=True)
-class Pull:
+class Pull(ABC):
     """One MODEL to be fetched, and what became of it. `here` says that nothing had to be done."""
 
     argument: str
@@ -43,13 +44,13 @@ class Pull:
         """How large it is, None while that is not known."""
         return self.survey.total_bytes if self.survey else self.size_bytes
 
+    @abstractmethod
     def look(self) -> None:
         """Find out what is to be done. Raises MgpuError for what cannot be fetched."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fetch(self, on_progress: OnProgress) -> None:
         """Fetch it, and look into what came. Raises MgpuError."""
-        raise NotImplementedError
 
 
 @dataclass(slots=True, kw_only=True)

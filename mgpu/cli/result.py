@@ -19,7 +19,7 @@ class Result:
     """One command's outcome.
 
     `data` is what `--json` prints under that key; `screen`, given the terminal's width in columns, yields what a
-    person sees. `errors` explain an exit code other than 0.
+    person sees. `errors` explain an exit code other than 0; `told` says that the screen does so by itself.
     """
 
     command: str
@@ -29,6 +29,7 @@ class Result:
     simulated: bool = False
     warnings: tuple[str, ...] = ()
     errors: tuple[MgpuError, ...] = ()
+    told: bool = False
 
 
 def envelope(result: Result) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgpu.cli.live import Draw, live
@@ -22,27 +24,38 @@ if TYPE_CHECKING:
     from mgpu.backends.backend import DeviceMemory
     from mgpu.backends.engine import Engine
     from mgpu.backends.samples import Rates, Sample
-    from mgpu.cli.prepare import Prepared
+    from mgpu.cli.prepared import Prepared
     from mgpu.models.fetch import Progress
     from mgpu.planning.candidates import Candidate
     from mgpu.running.client import Answer, Canary
+    from mgpu.running.instance import Instance
     from mgpu.running.ollama_attach import Attached
     from mgpu.running.process import EngineProcess
     from mgpu.running.start import Loading
 
 # Often enough for a terminal to look alive, seldom enough to cost nothing.
 _SAMPLE_EVERY_S = 1.0
+# Often enough to notice an engine that hangs.
+_UNSEEN_SAMPLE_EVERY_S = 5.0
 _HISTORY = 12
+# A sample that comes a little early is not another interval late.
+_NEARLY = 0.9
 
 
 class RunScreen:
     """The narrator of one `mgpu run`. Steps go to stderr; the ready line, status and answers to stdout.
 
-    When a question is asked the answer alone goes to stdout, so that it can be piped on.
+    When a question is asked the answer alone goes to stdout, so that it can be piped on. A `detached` one writes a log:
+    its lines have times, and no status. Without `streams` there are no JSON events.
     """
 
-    def __init__(self, out: Output, *, asked: bool, interval_s: float) -> None:
+    def __init__(
+        self, out: Output, *, asked: bool, interval_s: float, detached: bool = False, streams: bool = True
+    ) -> None:
         self._out = out
+        self._detached = detached
+        self._streams = streams
+        self._shown_at = -math.inf
         self._asked = asked
         self._interval_s = interval_s
         self._memory: Mapping[int, DeviceMemory] = {}
@@ -50,12 +63,18 @@ class RunScreen:
         self._planned = ""
         self._ready_at = time.monotonic()
         self._answering = False
+        self._drains = False
+
+    @property
+    def as_json(self) -> bool:
+        """Whether a program reads."""
+        return self._out.as_json
 
     @property
     def sample_every_s(self) -> float:
         """Seconds between two readings of the engine's counters."""
-        terminal = self._out.redraws()
-        return min(_SAMPLE_EVERY_S, self._interval_s) if terminal else self._interval_s
+        longest = _SAMPLE_EVERY_S if self._out.redraws() else _UNSEEN_SAMPLE_EVERY_S
+        return min(longest, self._interval_s)
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Say what the user should know before anything starts."""
@@ -161,18 +180,20 @@ class RunScreen:
         took_s: float,
         *,
         model: str | None = None,
+        reach: str | None = None,
     ) -> None:
-        """Print the ready line: scripts wait for it. `model` is what clients must ask for, where it is not `name`."""
+        """Print the ready line: scripts wait for it. `model` is what clients must ask for, where it is not `name`, and
+        `reach` who else than this machine can."""
         self._ready_at = time.monotonic()
         cards = sum(1 for device in candidate.devices if not device.idle)
         used = "CPU" if not cards else f"{cards} GPU" + ("s" if cards > 1 else "")
         pid = process.pid if process else None
         # Where an engine that somebody else runs has put the model is not known.
         how = f"{used}, pid {pid}" if pid else "not started by mgpu"
-        line = f"ready: {name} on {url}/v1  ({candidate.backend}, {how}, {seconds(took_s)})"
+        line = f"ready: {name} on {url}/v1  ({candidate.backend}, {how}, {seconds(took_s)}{_more(reach)})"
         self._event("ready", name=name, url=f"{url}/v1", model=model or name, pid=pid, seconds=round(took_s, 3))
         if not self._out.as_json:
-            self._out.lines(line, error=self._asked)
+            self._out.lines(self._when() + line, error=self._asked)
             if model and model != name:
                 self._step("model", f"clients ask for {model}")
 
@@ -206,7 +227,7 @@ class RunScreen:
         )
         if not self._out.as_json:
             self._out.write_text("\n")
-            self._step("answer", view.answer_line(answer))
+            self._step("answer", view.answer_line(answer, self._candidate))
 
     @contextlib.contextmanager
     def following(self) -> Iterator[Callable[[Sample | None, Rates | None], None]]:
@@ -216,6 +237,8 @@ class RunScreen:
         with self._live(error=False) as draw:
 
             def show(sample: Sample | None, rates: Rates | None) -> None:
+                if self._detached or not (terminal or self._is_due()):
+                    return
                 history.append((rates.generation_tok_s if rates else None) or 0.0)
                 up_s = time.monotonic() - self._ready_at
                 assert self._candidate
@@ -228,26 +251,113 @@ class RunScreen:
 
             yield show
 
+    def became(self, before: Instance, after: Instance) -> None:
+        """Say what recovery does: a change that is tried, one that was refused, a restart and what it is for."""
+        for place, change in enumerate(after.changes):
+            known = before.changes[place] if place < len(before.changes) else None
+            if known is None:
+                self._event("changed", setting=change.setting, value=change.value, cause=change.cause)
+                was = f" instead of {change.before}" if change.before else ""
+                self._step("change", f"{change.words}{was}, because of {change.cause}")
+            elif change.refused and not known.refused:
+                self._event("change-refused", setting=change.setting, value=change.value, reason=change.refused)
+                self._step("change", f"{change.words} is no way out: {change.refused.splitlines()[0]}")
+        again = after.recent_restarts > before.recent_restarts or after.trouble != before.trouble
+        if after.trouble and again:
+            why = after.trouble.message
+            after_s = after.remaining_s or 0.0
+            self._event("restarting", restarts=after.recent_restarts, after_s=after_s, cause=after.trouble.code)
+            when = f"in {seconds(after_s)}" if after_s else "now"
+            self._step("restart", f"{when}, after: {why}")
+
+    def left_running(self, instance: Instance, took_s: float, reach: str | None = None) -> None:
+        """Print the ready line of an instance that goes on by itself, and what to type next."""
+        cards = len(instance.gpus)
+        used = "CPU" if not cards else f"{cards} GPU" + ("s" if cards > 1 else "")
+        how = f"{used}, pid {instance.engine.pid}" if instance.engine else "not started by mgpu"
+        if not self._out.as_json:
+            about = f"{instance.backend}, {how}, {seconds(took_s)}{_more(reach)}"
+            self._out.lines(f"ready: {instance.name} on {instance.url}/v1  ({about})")
+        if not self._out.as_json:  # there they are in the result
+            self.warn(instance.warnings)
+        if instance.served_as not in (None, instance.name):
+            self._step("model", f"clients ask for {instance.served_as}")
+        self._step("logs", f"mgpu logs {instance.name} -f")
+        self._step("stop", f"mgpu stop {instance.name}")
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[Callable[[Instance], None]]:
+        """Show how another process starts an instance; yields what to call with its record."""
+        last: list[Instance] = []
+        begun = time.monotonic()
+        with self._live(error=True) as draw:
+
+            def show(instance: Instance) -> None:
+                before = last[-1] if last else instance
+                last[:] = [instance]
+                self.became(before, instance)
+                if instance.engine and (before is instance or instance.engine != before.engine):
+                    log = view.home_path(Path(instance.log_path or ""))
+                    self._step("start", f"{Path(instance.argv[0]).name}, pid {instance.engine.pid}, log {log}")
+                elif instance.phase != before.phase and not self._out.redraws(error=True):
+                    self._phase(before.phase, instance.phase)
+                draw(lambda width: view.phase_line(instance, time.monotonic() - begun, width))
+
+            yield show
+
+    def _phase(self, before: str | None, now: str | None) -> None:
+        """A line for each tenth of a fetch; other phases are soon over."""
+        name, _, percent = (now or "").partition(", ")
+        if name == "downloading" and percent[:-3] != (before or "").partition(", ")[2][:-3]:
+            self._step("fetch", percent)
+
+    def _is_due(self) -> bool:
+        """Whether it is time for another line of the status."""
+        now = time.monotonic()
+        if now - self._shown_at < self._interval_s * _NEARLY:
+            return False
+        self._shown_at = now
+        return True
+
     def stopping(self, name: str) -> None:
         """Say that the engine is being asked to end."""
         self._event("stopping", name=name)
+        self._drains = False
         if not self._out.as_json:
-            self._out.write_text(f"{'stop':<8} {name} … ", error=True)
+            self._out.write_text(f"{self._when()}{'stop':<8} {name} … ", error=True)
 
-    def stopped(self, name: str, took_s: float) -> None:
-        """Say that it has ended and what it gave back."""
+    def draining(self, answers: int, left_s: float) -> None:
+        """Say, once, that it is not asked to end before its answers have."""
+        if not self._drains and not self._out.as_json:
+            many = f"{answers} answers are" if answers > 1 else "1 answer is"
+            at_once = "" if self._detached else ", Ctrl-C ends it now"
+            self._out.write_text(f"{many} being given, {seconds(left_s)} left{at_once} … ", error=True)
+        self._drains = True
+
+    def stopped(self, name: str, took_s: float, cut_off: int = 0, *, early: bool = False) -> None:
+        """Say that it has ended and what it gave back; `cut_off` are the answers that had not ended, and `early` says
+        that it was not ready yet."""
         held = sum(memory.total_bytes for memory in self._memory.values())
         self._event("stopped", name=name, seconds=round(took_s, 3), freed_bytes=held)
         freed = f", {gib(held)} given back" if held else ""
-        self._out.note(f"stopped in {seconds(took_s)}{freed}")
+        lost = f", {cut_off} answer{'s were' if cut_off > 1 else ' was'} cut off" if cut_off else ""
+        self._out.note(f"stopped {'before it was ready, ' if early else ''}in {seconds(took_s)}{lost}{freed}")
 
     def _step(self, label: str, text: str) -> None:
-        self._out.note(f"{label:<8} {text}")
+        self._out.note(f"{self._when()}{label:<8} {text}")
+
+    def _when(self) -> str:
+        """What each line of a log begins with; a terminal's reader knows what time it is."""
+        return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}Z " if self._detached else ""
 
     def _event(self, event: str, **data: Any) -> None:
-        if self._out.as_json:
+        if self._out.as_json and self._streams:
             at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
             self._out.json_line(envelope(Result(command="run", data={"event": event, "at": at, **data})))
 
     def _live(self, *, error: bool) -> AbstractContextManager[Draw]:
         return live(self._out, error=error)
+
+
+def _more(words: str | None) -> str:
+    return f", {words}" if words else ""

@@ -131,17 +131,28 @@ CANDIDATE = exactly(
     devices=listed(DEVICE),
     host=exactly(
         layers=COUNT,
+        expert_layers=COUNT,
         weights_bytes=COUNT,
         kv_bytes=COUNT,
         compute_bytes=COUNT,
         total_bytes=COUNT,
+        basis=TEXT,
         free_bytes=maybe(COUNT),
         spare_bytes=maybe(COUNT),
     ),
     short_bytes=COUNT,
     max_ctx_tokens=maybe(COUNT),
     speed=exactly(
-        decode_tok_s=RANGE, aggregate_tok_s=RANGE, prefill_tok_s=RANGE, bound_tok_s=maybe(NUMBER), basis=maybe(TEXT)
+        decode_tok_s=RANGE,
+        decode_start_tok_s=RANGE,
+        aggregate_tok_s=RANGE,
+        aggregate_users=maybe(COUNT),
+        prefill_tok_s=RANGE,
+        bound_tok_s=maybe(NUMBER),
+        basis=maybe(TEXT),
+        sums=listed(TEXT),
+        thin=listed(TEXT),
+        unknown=maybe(TEXT),
     ),
     argv=listed(TEXT),
     env={"type": "object", "additionalProperties": TEXT},
@@ -184,6 +195,7 @@ PLAN = exactly(
     why=maybe(TEXT),
     candidates={**listed(CANDIDATE), "minItems": 1},
     fixes=listed(exactly(change=TEXT, candidate=CANDIDATE)),
+    left_out=listed(exactly(backend=BACKEND, reason=TEXT)),
     not_modelled=listed(TEXT),
     exact=maybe(EXACT),
 )
@@ -218,8 +230,95 @@ PROFILES = exactly(
     ),
     user_folder=TEXT,
 )
+STATE = {"enum": ["starting", "ready", "degraded", "restarting", "stopping", "stopped", "failed"]}
 OVERVIEW = exactly(
-    version=TEXT, gpus=COUNT, llama_cpp=maybe(TEXT), vllm=maybe(TEXT), ollama=maybe(TEXT), ollama_url=maybe(TEXT)
+    version=TEXT,
+    gpus=COUNT,
+    llama_cpp=maybe(TEXT),
+    vllm=maybe(TEXT),
+    ollama=maybe(TEXT),
+    ollama_url=maybe(TEXT),
+    driver_problem=maybe(TEXT),
+    instances=listed(exactly(name=TEXT, state=maybe(STATE))),
+)
+SHARES = listed(exactly(uuid=maybe(TEXT), index=COUNT, planned_bytes=maybe(COUNT), actual_bytes=maybe(COUNT)))
+EXIT = maybe(
+    exactly(
+        code=maybe(COUNT),
+        signal=maybe(COUNT),
+        cause=TEXT,
+        at=TIME,
+        last_lines=listed(TEXT),
+        message=maybe(TEXT),
+        hint=maybe(TEXT),
+    )
+)
+INSTANCE = exactly(
+    name=TEXT,
+    state=maybe(STATE),
+    backend=maybe(TEXT),
+    model=maybe(TEXT),
+    url=maybe(TEXT),
+    pid=maybe(COUNT),
+    started_at=maybe(TIME),
+    ready_at=maybe(TIME),
+    gpus=SHARES,
+    rate=maybe(
+        exactly(
+            generation_tok_s=maybe(NUMBER),
+            prompt_tok_s=maybe(NUMBER),
+            running=maybe(COUNT),
+            waiting=maybe(COUNT),
+            kv_used=maybe(NUMBER),
+        )
+    ),
+    restarts=COUNT,
+    exit=EXIT,
+    first_exit=EXIT,
+    log_path=maybe(TEXT),
+    argv=listed(TEXT),
+    phase=maybe(TEXT),
+    remaining_s=maybe(NUMBER),
+    changes=listed(
+        exactly(cause=TEXT, setting=TEXT, value=maybe(TEXT), before=maybe(TEXT), at=maybe(TIME), refused=maybe(TEXT))
+    ),
+    slots=maybe(COUNT),
+    supervisor_pid=maybe(COUNT),
+    problem=maybe(TEXT),
+)
+PS = exactly(
+    instances=listed(INSTANCE),
+    orphaned=listed(exactly(name=TEXT, pids=listed(COUNT))),
+    foreign=listed(exactly(pid=maybe(COUNT), name=TEXT, url=maybe(TEXT), gpus=SHARES)),
+    cards=listed(
+        exactly(
+            index=COUNT,
+            uuid=maybe(TEXT),
+            name=maybe(TEXT),
+            total_bytes=maybe(COUNT),
+            free_bytes=maybe(COUNT),
+            used_by=listed(PROCESS),
+        )
+    ),
+)
+STOP = exactly(
+    instances=listed(
+        exactly(name=TEXT, result={"enum": ["stopped", "over", "stopping", "left"]}, seconds=maybe(NUMBER))
+    ),
+    freed=listed(exactly(index=COUNT, bytes=COUNT)),
+    freed_ram_bytes=maybe(COUNT),
+)
+REAP = exactly(
+    reaped=listed(
+        exactly(
+            name=TEXT,
+            processes=listed(exactly(pid=COUNT, name=TEXT, gpus=SHARES)),
+            folders=listed(TEXT),
+            segments=listed(exactly(path=TEXT, bytes=COUNT)),
+            unproven=listed(exactly(pid=COUNT, name=TEXT)),
+            remaining=listed(exactly(pid=COUNT, why=TEXT)),
+        )
+    )
 )
 NOTHING: Json = {"type": "null"}
 DOCTOR_ENVELOPE: Json = json.loads((Path(mgpu.__file__).parent / "doctor" / "doctor.schema.json").read_text())

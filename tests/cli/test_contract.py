@@ -75,7 +75,7 @@ def test_a_command_that_works_prints_one_object(mgpu: Mgpu, tiny: Path, words: s
         pytest.param("plan --json", "plan", NOTHING, 2, "usage", id="plan of nothing"),
         pytest.param("plan nosuch --json", "plan", NOTHING, 2, "profile-unknown", id="plan of an unknown profile"),
         pytest.param("plan {here}/no.gguf --json", "plan", NOTHING, 3, "model-missing", id="plan of a missing file"),
-        pytest.param("plan {large} --json", "plan", PLAN, 1, None, id="plan of what does not fit"),
+        pytest.param("plan {large} --json", "plan", PLAN, 1, "does-not-fit", id="plan of what does not fit"),
         pytest.param("run {large} --json", "run", NOTHING, 1, "does-not-fit", id="run of what does not fit"),
         pytest.param("run {large} --dry-run --json", "run", NOTHING, 1, "does-not-fit", id="dry run of what does not"),
         pytest.param("run {tiny} --port 0 --json", "run", NOTHING, 2, "usage", id="run at no port"),

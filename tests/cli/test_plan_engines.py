@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mgpu.planning.speed import Range, interval
 from tests.fakes import ollama_server, vllm_server
 from tests.fakes.hub_server import FakeHub, running
 from tests.fakes.tiny_llama import CONFIG, shapes
@@ -90,29 +91,13 @@ def shape(candidate: Json) -> str:
 @pytest.mark.parametrize(
     ("words", "engines", "expected", "why", "first"),
     [
-        pytest.param("--machine 2x4090", ALL, "vllm", "vLLM reads 2 equal cards at once", "vllm 2x1 fits", id="2x4090"),
-        pytest.param(
-            "--machine 2x4090",
-            ("llama.cpp",),
-            "llama.cpp",
-            f"vLLM reads 2 equal cards at once; {VLLM_MISSING}",
-            "llama.cpp fits",
-            id="2x4090 without vLLM",
-        ),
-        pytest.param(
-            "--machine 2x4090",
-            ("ollama",),
-            "ollama",
-            "vLLM is not installed: mgpu backends install vllm; llama.cpp is not installed",
-            "ollama fits",
-            id="2x4090 with Ollama only",
-        ),
-        pytest.param("--machine 2x4090", (), "vllm", "equal cards", "vllm 2x1 fits", id="2x4090 without any engine"),
+        pytest.param("--machine 2x4090", ALL, "vllm", "with vLLM", "vllm 2x1 fits", id="2x4090"),
+        pytest.param("--machine 2x4090", (), "vllm", "with vLLM", "vllm 2x1 fits", id="2x4090 without any engine"),
         pytest.param(
             "--machine 2x4090 --ctx 16k",
             ALL,
             "llama.cpp",
-            "vLLM would read these cards at once, but does not fit on them",
+            "with llama.cpp's tensor split",
             "llama.cpp fits",
             id="2x4090 with a long context",
         ),
@@ -129,7 +114,7 @@ def shape(candidate: Json) -> str:
             "--machine 5090+4090",
             ALL,
             "llama.cpp",
-            "llama.cpp deals layers to unequal cards by their memory",
+            "tokens/s with llama.cpp's layer split",
             "llama.cpp fits",
             id="unequal cards",
         ),
@@ -137,43 +122,38 @@ def shape(candidate: Json) -> str:
             "--machine 3x4090",
             ALL,
             "vllm",
-            "vLLM reads 2 of 3 equal cards at once",
+            "rest on thin evidence",
             "vllm 2x1 fits",
             id="3x4090",
         ),
-        pytest.param("--machine 3x4090 --gpus 3", ALL, "llama.cpp", "these 3 cards", "llama.cpp fits", id="counted"),
+        pytest.param(
+            "--machine 3x4090 --gpus 3", ALL, "llama.cpp", "would leave cards unused", "llama.cpp fits", id="counted"
+        ),
         pytest.param(
             "--machine 3x4090 --gpus 0,1,2 --backend vllm", ALL, "vllm", None, "vllm 1x3 fits", id="cards by name"
         ),
         pytest.param("--machine 4090", ALL, None, None, "llama.cpp does-not-fit", id="one card"),
-        pytest.param(
-            "--machine 8xA100-80", ALL, "vllm", "vLLM reads 8 equal cards at once", "vllm 8x1 fits", id="8xA100"
-        ),
-        pytest.param("--machine '2xRX 7900 XTX'", ALL, "vllm", "equal cards", "vllm 2x1 fits", id="AMD"),
+        pytest.param("--machine 8xA100-80", ALL, "vllm", "rest on thin evidence", "vllm 8x1 fits", id="8xA100"),
+        pytest.param("--machine '2xRX 7900 XTX'", ALL, "vllm", "with vLLM", "vllm 2x1 fits", id="AMD"),
         pytest.param("--machine '2xArc A770'", ALL, None, None, "llama.cpp does-not-fit", id="Intel: not for vLLM"),
         pytest.param("--machine none", ("llama.cpp", "ollama"), "llama.cpp", "as planned", "llama.cpp fits", id="none"),
         pytest.param(
-            "--machine 2x4090 --parallel 8", ALL, "vllm", "vLLM serves 8 users fastest", "vllm 2x1 fits", id="8 users"
+            "--machine 2x4090 --parallel 8", ALL, "vllm", "room for 2304 tokens each", "vllm 2x1 fits", id="8 users"
         ),
         pytest.param(
             "--machine 2x4090 --parallel 8 --for latency",
             ALL,
             "vllm",
-            "vLLM reads 2 equal cards",
+            "room for 2304 tokens each",
             "vllm 2x1 fits",
             id="8 users without a queue",
         ),
         pytest.param(
-            "--machine 3x4090 --for throughput", ALL, "vllm", "serves 8 users", "vllm 1x3 fits", id="throughput"
+            "--machine 3x4090 --for throughput", ALL, "vllm", "with vLLM's pipeline", "vllm 1x3 fits", id="throughput"
         ),
-        pytest.param("--machine 3x4090 --for latency", ALL, "vllm", "2 of 3", "vllm 2x1 fits", id="latency"),
+        pytest.param("--machine 3x4090 --for latency", ALL, "vllm", "with vLLM", "vllm 2x1 fits", id="latency"),
         pytest.param(
-            "--machine 4090+4080 --parallel 8",
-            ("llama.cpp",),
-            None,
-            None,
-            "llama.cpp does-not-fit",
-            id="what is not there is not spoken of first",
+            "--machine 4090+4080 --parallel 8", ALL, None, None, "vllm 1x2 does-not-fit", id="unequal cards, many users"
         ),
         pytest.param("--machine 2x4090 --backend vllm", (), "vllm", None, "vllm 2x1 fits", id="vLLM asked for"),
         pytest.param(
@@ -198,7 +178,7 @@ def shape(candidate: Json) -> str:
         ),
     ],
 )
-def test_users_cards_and_what_is_installed_choose_the_engine(
+def test_users_and_cards_choose_the_engine(
     having: With, words: str, engines: tuple[str, ...], expected: str | None, why: str | None, first: str
 ) -> None:
     data = planned(having(*engines), f"llama-70b {words}")
@@ -206,15 +186,58 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
     assert why is None or why in data["why"]
     assert (data["why"] is None) == (why is None)
     for candidate in data["candidates"]:
-        installed = not engines or candidate["backend"] in engines or "--backend" in words
-        assert installed or candidate["verdict"] not in ("fits", "fits-with-offload"), shape(candidate)
-        if candidate["verdict"] == "unavailable":
-            assert candidate["reasons"][0].startswith("not installed: ")
+        assert candidate["verdict"] != "unavailable", "what is installed here says nothing of another machine"
         if candidate["verdict"] == "illegal":
             assert re.search(r"64 attention heads ÷ 3 cards = 21\.33", " ".join(candidate["reasons"]))
     verdicts = [candidate["verdict"] for candidate in data["candidates"]]
-    ranks = ["fits", "fits-with-offload", "unavailable", "does-not-fit", "illegal"]
+    ranks = ["fits", "fits-with-offload", "does-not-fit", "illegal"]
     assert verdicts == sorted(verdicts, key=ranks.index)
+
+
+@pytest.mark.parametrize(
+    ("engines", "expected", "why"),
+    [
+        pytest.param(ALL, "vllm", "with vLLM", id="all"),
+        pytest.param(("llama.cpp",), "llama.cpp", "with llama.cpp's tensor split, ", id="without vLLM"),
+        pytest.param(("llama.cpp", "ollama"), "llama.cpp", "with its layer split", id="with Ollama, too"),
+    ],
+)
+def test_what_is_installed_here_decides_for_this_machine(
+    on_cards: With, engines: tuple[str, ...], expected: str, why: str
+) -> None:
+    data = planned(on_cards(*engines), "llama-70b")
+    assert best(data) == expected
+    assert why in data["why"]
+    for candidate in data["candidates"]:
+        installed = candidate["backend"] in engines
+        assert installed or candidate["verdict"] not in ("fits", "fits-with-offload"), shape(candidate)
+        if candidate["verdict"] == "unavailable":
+            assert candidate["reasons"][0].startswith("not installed: ")
+
+
+@pytest.mark.parametrize("engines", [("llama.cpp",), ("ollama",), ()])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        pytest.param("llama-70b --machine 2x4090", "vLLM is not installed here: mgpu backends install vllm", id="FITS"),
+        pytest.param(
+            "llama-70b --machine '2xRX 7900 XTX'",
+            "vLLM is not installed here: https://docs.vllm.ai (ROCm)",
+            id="a build that AMD can use",
+        ),
+        pytest.param(
+            "mistral-small-24b --machine 4x3090 --parallel 256", "mgpu backends install vllm", id="many users"
+        ),
+        pytest.param("llama-70b --machine 4090+4080", "", id="what does not fit needs no engine"),
+    ],
+)
+def test_what_is_installed_here_says_nothing_of_another_machine(
+    having: With, words: str, told: str, engines: tuple[str, ...]
+) -> None:
+    ended = having(*engines)("plan", *shlex.split(words))
+    assert told in ended.out
+    assert ("not installed" in ended.out) == bool(told)
+    assert planned(having(*engines), words)["candidates"] == planned(having(*ALL), words)["candidates"]
 
 
 @pytest.mark.parametrize(
@@ -222,26 +245,32 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
     [
         pytest.param(
             "--machine 4090+4080 --parallel 8",
-            ("llama.cpp",),
-            ["--quant Q3_K_M", "--offload allow"],
-            id="of the installed engine, without its name",
+            ALL,
+            [
+                "--backend llama.cpp --offload allow",
+                "--backend ollama --offload allow",
+                "1 more RTX N",
+                "--backend llama.cpp --quant Q3_K_M",
+                "1 more RTX N (llama.cpp)",
+            ],
+            id="of the engine asked first, without its name",
         ),
         pytest.param(
-            "--machine 2x4090 --ctx 9k --parallel 2",
+            "--ctx 10k --parallel 2",
             ("llama.cpp",),
             [
-                "mgpu backends install vllm",
                 "--backend llama.cpp --ctx N",
                 "--backend llama.cpp --kv-type q8_0",
                 "--backend llama.cpp --quant Q3_K_M",
                 "--backend llama.cpp --offload allow",
+                "mgpu backends install vllm",
             ],
-            id="the engine that would do comes first",
+            id="an engine in which users would wait comes last",
         ),
         pytest.param(
             "--machine 2x4090 --quant fp8",
             ("vllm",),
-            ["--quant awq"],
+            ["--quant awq", "2 more RTX N"],
             id="another quantisation for vLLM",
         ),
         pytest.param(
@@ -258,8 +287,8 @@ def test_users_cards_and_what_is_installed_choose_the_engine(
         ),
     ],
 )
-def test_ways_out_are_commands(having: With, words: str, engines: tuple[str, ...], changes: list[str]) -> None:
-    mgpu = having(*engines)
+def test_ways_out_are_commands(on_cards: With, words: str, engines: tuple[str, ...], changes: list[str]) -> None:
+    mgpu = on_cards(*engines)
     data = planned(mgpu, f"llama-70b {words}")
     found = [fix["change"] for fix in data["fixes"]]
     assert [re.sub(r"\d{4,}", "N", change) for change in found] == changes
@@ -268,6 +297,35 @@ def test_ways_out_are_commands(having: With, words: str, engines: tuple[str, ...
         if fix["change"].startswith("--"):
             again = planned(mgpu, f"llama-70b {words} {fix['change']}")
             assert again["candidates"][0] == fix["candidate"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param("qwen3-32b --machine 4090+4080", id="chosen on one card"),
+        pytest.param("llama-8b --machine 3x4090", id="chosen on some of the cards"),
+        pytest.param("llama-8b --machine 2x4090 --backend llama.cpp", id="one engine"),
+        pytest.param("qwen3-8b --machine 4x3090 --for throughput", id="replicas"),
+    ],
+)
+def test_the_options_of_every_way_choose_it(having: With, words: str) -> None:
+    mgpu = having(*ALL)
+    data = planned(mgpu, words)
+    others = [each for index, each in enumerate(data["candidates"]) if index != data["best"]]
+    shown = mgpu("plan", *shlex.split(words), COLUMNS="200").out.partition("other ways")[2].split("\n\n")[0]
+    rows = [line for line in shown.splitlines() if "  " in line.strip() and not line.startswith("─")][-len(others) :]
+    assert len(rows) == len(others)
+    tried = 0
+    for row, candidate in zip(rows, others, strict=True):
+        if candidate["verdict"] == "fits":
+            options = re.findall(r"--[a-z-]+ [\w.,]*\w", row)
+            again = planned(mgpu, f"{words} {' '.join(options)}")
+            found = again["candidates"][again["best"]]
+            assert {**found, "reasons": candidate["reasons"]} == candidate, (
+                row
+            )  # Ollama's tell how many cards there are
+            tried += 1
+    assert tried
 
 
 def test_the_command_of_every_way_is_what_run_would_start(on_cards: With) -> None:
@@ -283,6 +341,8 @@ def test_the_command_of_every_way_is_what_run_would_start(on_cards: With) -> Non
     for candidate in data["candidates"]:
         backend, cards = candidate["backend"], [device["gpu"] for device in candidate["devices"]]
         which = ["--gpus", ",".join(f"gpu{index}" for index in cards)]
+        if backend == "llama.cpp" and len(cards) > 1:
+            which += ["--split-mode", candidate["split_mode"]]
         ended = mgpu("run", "llama-8b", "--dry-run", "--json", "--backend", backend, *which)
         launch = checked(ended.json, "run", LAUNCH)
         assert anywhere(launch) == anywhere(candidate), backend
@@ -395,11 +455,6 @@ def test_what_a_plan_leaves_out_is_the_engines_own(having: With, backend: str, l
     assert left_out in own
 
 
-def test_amd_is_told_of_a_build_that_it_can_use(having: With) -> None:
-    why = planned(having("llama.cpp"), "llama-70b --machine '2xRX 7900 XTX'")["why"]
-    assert why == "vLLM reads 2 equal cards at once; not installed: https://docs.vllm.ai (ROCm)"
-
-
 @pytest.mark.parametrize("words", ["", "--parallel 8", "--ctx 64k"])
 def test_a_vllm_for_cpus_is_not_taken_beside_cards(on_cards: With, tmp_path: Path, words: str) -> None:
     mgpu = on_cards("llama.cpp")
@@ -413,7 +468,21 @@ def test_a_vllm_for_cpus_is_not_taken_beside_cards(on_cards: With, tmp_path: Pat
     ("words", "why"),
     [
         pytest.param("llama-70b --quant bf16 --machine 8xA100-80", "vLLM alone loads bf16", id="a quantisation"),
-        pytest.param("{tiny} --ubatch 256", "llama.cpp alone knows all the options that were given", id="options"),
+        pytest.param(
+            "{tiny} --ubatch 256",
+            "llama.cpp alone knows all the options that were given; no form of it is for vLLM",
+            id="options, and a file that one engine does not load",
+        ),
+        pytest.param(
+            "llama-8b --machine 2x4090 --ubatch 256",
+            "llama.cpp alone knows all the options that were given",
+            id="options",
+        ),
+        pytest.param(
+            "gpt-oss-120b --machine 1x4090 --offload allow",
+            "llama.cpp alone knows all the options that were given; no form of it is for Ollama",
+            id="an option that an engine without a form of the model knows, too",
+        ),
         pytest.param("llama-70b --quant fp8 --machine 2x4090", None, id="nothing that runs"),
     ],
 )
@@ -430,7 +499,7 @@ def test_what_ollama_would_not_do_is_what_is_said_of_it(having: With) -> None:
 @pytest.mark.parametrize(
     ("words", "engines", "message", "hint"),
     [
-        pytest.param("--parallel 2 --ctx 9k", ("llama.cpp",), "fits no engine", "backends install vllm", id="install"),
+        pytest.param("--parallel 2 --ctx 10k", ("llama.cpp",), "fits no engine", "backends install vllm", id="install"),
         pytest.param("--tensor-parallel 3", ALL, "cannot be run so", "add --tensor-parallel 2", id="illegal"),
         pytest.param("--ctx 64k", ALL, "does not fit", "add --ctx", id="too large"),
     ],
@@ -522,17 +591,22 @@ def test_a_screen_keeps_its_width_and_its_numbers(
     out = mgpu("plan", *words.split(), "--explain", COLUMNS=str(width)).out
     lines = out.splitlines()
     assert lines[0].endswith("SIMULATED")
+    assert ("narrow" in out) == (width == 60), "what is left out is said"
     assert [line for line in lines if len(line) > width and " " in line.strip()] == [], "but for long names"
     chosen = planned(mgpu, words)["candidates"][0]
     found = ledger(out)
     for device in chosen["devices"]:
-        sizes = [device[key] / GIB for key in ("total_bytes", "free_bytes", "spare_bytes")]
-        shown = [f"{size:.2f}" if abs(size) >= 0.005 else "-" for size in sizes]
-        assert found[f"gpu{device['gpu']}"][-3:] == shown
-    for verdict in ("illegal", "not installed", "does not fit", "offload"):
+        keys = ("weights_bytes", "kv_bytes", "compute_bytes", "runtime_bytes", "free_bytes")
+        *parts, free = (round(device[key] / GIB * 100) for key in keys)
+        shown = [f"{figure / 100:.2f}" if figure else "-" for figure in (sum(parts), free, free - sum(parts))]
+        assert found[f"gpu{device['gpu']}"][-3:] == shown, "the figures close as they are printed"
+    for verdict in ("illegal", "not installed", "does not fit"):
         assert not re.search(rf"(?m)^\s*{verdict.split()[-1]}\s*$", out), "a verdict is not broken"
-    rates = re.findall(r"\d+ tok/s", out)
-    assert len(rates) == len(re.findall("tok/s", out))
+    for candidate in planned(mgpu, words)["candidates"]:
+        speed = candidate["speed"]
+        assert (speed["decode_tok_s"] is None) == (candidate["verdict"] in ("does-not-fit", "illegal"))
+        if speed["decode_tok_s"]:
+            assert interval(Range(**speed["decode_tok_s"]), speed["bound_tok_s"]) in out
 
 
 @pytest.mark.parametrize(("words", "engines"), SCREENS)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import signal
 import socket
+import subprocess
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +17,7 @@ import pytest
 
 from tests.fakes.devices import free_port
 
-from .program import Mgpu, Running, request, until
+from .program import LIMIT_S, Mgpu, Running, request, until
 
 ENDLESS = {"messages": [{"role": "user", "content": "Go on"}], "max_tokens": 100_000, "ignore_eos": True}
 SIGNALS = [
@@ -153,6 +158,64 @@ def test_a_closed_terminal_does_not_end_what_nohup_started(mgpu: Mgpu, tiny: Pat
     until(lambda: running.out.count("\n") > before + 3, "mgpu goes on")
     assert running.end(signal.SIGTERM).exit_code == 130
     mgpu.assert_nothing_left()
+
+
+@pytest.mark.parametrize("seen", [pytest.param(b"ready: ", id="at once"), pytest.param("●".encode(), id="later")])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_closed_terminal_is_a_stop_and_no_bug(mgpu: Mgpu, tiny: Path, is_told: bool, seen: bytes) -> None:
+    mine, theirs = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        if is_told:
+            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        mgpu.command("run", tiny, "--interval", "0.1"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=mgpu.here,
+        env=mgpu.with_variables(TERM="xterm"),
+        preexec_fn=take_terminal,
+    )
+    os.close(theirs)
+    shown = b""
+    while seen not in shown:
+        shown += os.read(mine, 4096)
+    os.close(mine)
+    try:
+        process.wait(LIMIT_S)
+    finally:
+        process.kill()
+    mgpu.assert_nothing_left()
+    (instance,) = mgpu("ps", "--json").json["data"]["instances"]
+    assert (instance["state"], instance["exit"]["cause"]) == ("stopped", "asked")
+    assert instance["exit"]["message"] == "its terminal was closed"
+    assert not list(mgpu.state.glob("bug-*"))
+
+
+@pytest.mark.parametrize("words", [pytest.param((), id="in words"), pytest.param(("--json",), id="as JSON")])
+def test_a_reader_that_takes_nothing_does_not_keep_it_from_ending(
+    mgpu: Mgpu, tiny: Path, words: tuple[str, ...]
+) -> None:
+    reader, stream = os.pipe()
+    fcntl.fcntl(stream, fcntl.F_SETPIPE_SZ, 4096)
+    process = subprocess.Popen(
+        mgpu.command("run", tiny, "--interval", "0.1", *words),
+        stdin=subprocess.DEVNULL,
+        stdout=stream,
+        stderr=stream,
+        cwd=mgpu.here,
+        env=mgpu.with_variables(),
+    )
+    waiting = Path(f"/proc/{process.pid}/wchan")
+    until(lambda: "pipe_write" in waiting.read_text(), "nothing more can be said")
+    process.terminate()
+    assert process.wait(LIMIT_S) == 130
+    mgpu.assert_nothing_left()
+    os.close(reader)
+    os.close(stream)
 
 
 def port_is_free(url: str) -> bool:

@@ -249,18 +249,23 @@ def test_two_runs_at_once_have_their_own_port_and_name(mgpu: Mgpu, tiny: Path) -
     mgpu.assert_nothing_left()
 
 
-def test_a_chosen_name_that_is_taken_is_an_error(mgpu: Mgpu, tiny: Path) -> None:
+def test_a_chosen_name_or_port_that_is_taken_is_an_error_that_names_its_owner(mgpu: Mgpu, tiny: Path) -> None:
     first = mgpu.start("run", tiny, "--name", "mine")
-    first.url()
-    second = mgpu("run", tiny, "--name", "mine")
-    assert second.exit_code == 2
-    assert "an instance named mine is already running" in second.err
+    port = first.url().rpartition(":")[2]
+    for words, exit_code, told in (
+        (("--name", "mine"), 2, "an instance named mine is already running"),
+        (("--port", port), 3, f"port {port} is taken by your instance mine"),
+    ):
+        second = mgpu("run", tiny, *words)
+        assert (second.exit_code, second.out) == (exit_code, "")
+        assert second.err.startswith(f"error    {told}"), second.err  # before any plan is shown
+        assert "mgpu stop mine" in second.err
     first.end(signal.SIGINT)
     assert mgpu("run", tiny, "--name", "mine", "--ask", "Hello").exit_code == 0
 
 
 def test_a_key_reaches_the_engine_and_nobody_else(mgpu: Mgpu, tiny: Path) -> None:
-    running = mgpu.start("run", tiny, "--api-key", SECRET, "--json", "--interval", "0.1", HF_TOKEN="hf_not_for_engines")
+    running = mgpu.start("run", tiny, "--json", "--interval", "0.1", MGPU_API_KEY=SECRET, HF_TOKEN="hf_not_for_engines")
     url = running.url()
     running.event("status")
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
@@ -288,6 +293,20 @@ def test_a_key_of_the_environment_is_not_shown(mgpu: Mgpu, tiny: Path, variable:
     assert SECRET not in human.out + human.err + machine.out + machine.err
 
 
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        pytest.param(("--insecure",), {}, id="said so"),
+        pytest.param((), {"MGPU_API_KEY": SECRET}, id="a key asked for"),
+    ],
+)
+def test_a_network_is_served_where_that_is_wanted(
+    mgpu: Mgpu, tiny: Path, words: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    ended = mgpu("run", tiny, "--dry-run", "--host", "0.0.0.0", *words, **environment)
+    assert (ended.exit_code, "--host 0.0.0.0" in ended.out) == (0, True)
+
+
 def test_a_dry_run_prints_the_command_and_starts_nothing(mgpu: Mgpu, tiny: Path, tmp_path: Path) -> None:
     model = tmp_path / "it's a model; $HOME.gguf"
     model.symlink_to(tiny)
@@ -309,6 +328,41 @@ def test_unequal_cards_get_unequal_layers(mgpu: Mgpu, tmp_path: Path) -> None:
     small, large = ended.event("checked")["devices"]
     assert 1.8 < large["weights_bytes"] / small["weights_bytes"] < 2.5
     assert small["planned_bytes"] < 11900 << 20
+
+
+def before_the_tensor_split(folder: Path, engine: Path) -> str:
+    """A llama-server of the time before it had that split: its --help does not name it, and it refuses it."""
+    program = folder / "older-llama-server"
+    program.write_text(f"""#!/bin/sh
+case " $* " in
+*" -sm tensor "*) echo 'error while handling argument "-sm": invalid value' >&2; exit 1 ;;
+*" --help "*) {engine} "$@" | sed 's/,row,tensor}}/,row}}/; /- tensor:/,/EXPERIMENTAL/d' ;;
+*) exec {engine} "$@" ;;
+esac
+""")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_the_tensor_split_is_for_engines_that_know_it(
+    mgpu: Mgpu, tiny: Path, tmp_path: Path, fake_engine: Path, nvml: dict[str, Path]
+) -> None:
+    rig = Path(__file__).parents[1] / "machines" / "rigs" / "2x4090-x670e.txt"
+    uuids = ",".join("GPU-00000000-0000-0000-0000-00000000000" + digit for digit in "12")
+    mgpu.environment |= {"LD_LIBRARY_PATH": str(nvml["new"]), "FAKE_NVML": str(rig), "FAKE_UUIDS": uuids}
+    older = before_the_tensor_split(tmp_path, fake_engine)
+
+    def modes(engine: str) -> list[tuple[str, str, bool]]:
+        words = ("plan", "llama-70b", "--quant", "Q4_K_M", "--backend", "llama.cpp", "--json")
+        ways = mgpu(*words, FAKE_DEVICES=TWO_CARDS, MGPU_LLAMA_SERVER=engine).json["data"]["candidates"]
+        return [(way["split_mode"], way["verdict"], "too old" in "".join(way["reasons"])) for way in ways]
+
+    assert modes(str(fake_engine)) == [("tensor", "fits", False), ("layer", "fits", False)]
+    assert modes(older) == [("layer", "fits", False), ("tensor", "illegal", True)]
+    words = ("run", tiny, "--ask", "Hello", "--gpus", "2")
+    assert mgpu(*words, FAKE_DEVICES=TWO_CARDS, MGPU_LLAMA_SERVER=older).exit_code == 0
+    refused = mgpu(*words, "--split-mode", "tensor", FAKE_DEVICES=TWO_CARDS, MGPU_LLAMA_SERVER=older)
+    assert (refused.exit_code, "too old for --split-mode tensor" in refused.err) == (1, True)
 
 
 def test_cards_are_pinned_by_uuid(mgpu: Mgpu, tiny: Path, nvml: dict[str, Path]) -> None:
@@ -356,4 +410,4 @@ def test_a_second_run_keeps_the_log_of_the_first(mgpu: Mgpu, tiny: Path) -> None
     for _ in range(2):
         mgpu("run", tiny, "--ask", "Hello")
     names = sorted(path.name for path in (mgpu.state / "tiny").iterdir())
-    assert names == ["engine.log", "engine.log.1", "lock"]
+    assert names == ["engine.log", "engine.log.1", "lock", "mark"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from mgpu.running import registry
 from mgpu.running.ollama_client import OllamaClient
 from tests.fakes.devices import free_port
 from tests.fakes.ollama_running import MODEL, RunningOllama, running_ollama
 
 from .contract import checked_stream
-from .program import Mgpu, request, until
+from .program import LIMIT_S, Mgpu, request, until
 from .two_cards import CARDS, settings_of, warnings_of, with_two_cards
 
 ON_TWO = ("--backend", "ollama", "--gpus", "2")
@@ -46,6 +48,11 @@ def digest_of(server: RunningOllama, model: str) -> str:
     name, _, tag = model.partition(":")
     manifest = server.models / "manifests/registry.ollama.ai/library" / name / tag
     return str(json.loads(manifest.read_text())["layers"][0]["digest"])
+
+
+def states(mgpu: Mgpu) -> list[str]:
+    records = (registry.read(folder).instance for folder in mgpu.state.iterdir() if folder.is_dir())
+    return [record.state.value for record in records if record]
 
 
 def manifests(server: RunningOllama) -> dict[str, bytes]:
@@ -108,6 +115,56 @@ def test_an_ollama_that_goes_away_while_it_is_followed_is_the_end(
     assert [error["code"] for error in ended.stream[-1]["errors"]] == ["engine-died"]
     checked_stream(ended)
     on_two.assert_nothing_left()
+
+
+def test_an_ollama_that_comes_back_is_used_again(on_two: Mgpu, tmp_path: Path, tiny: Path) -> None:
+    """As `systemctl restart ollama` has it."""
+    with running_ollama(tmp_path / "theirs", CARDS) as first:
+        words = ("--restart", "on-failure", "--json", "--interval", "0.1")
+        running = on_two.start("run", tiny, *ON_TWO, *words, OLLAMA_HOST=first.url)
+        running.event("status")
+    until(lambda: states(on_two) == ["restarting"], "it is missed")
+    running.process.send_signal(signal.SIGSTOP)  # else an Ollama of mgpu's own may be faster
+    with running_ollama(tmp_path / "theirs", CARDS, port=int(first.url.rpartition(":")[2])):
+        running.process.send_signal(signal.SIGCONT)
+        until(lambda: running.out.count('"event": "ready"') == 2 or running.process.poll() is not None, "ready again")
+        ended = running.end(signal.SIGTERM)
+    assert (ended.exit_code, ended.event("ready")["url"]) == (130, f"{first.url}/v1"), ended
+    on_two.assert_nothing_left()
+
+
+def test_a_service_manager_hears_of_life_while_a_running_ollama_loads(on_two: Mgpu, tmp_path: Path, tiny: Path) -> None:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear,
+        running_ollama(tmp_path / "theirs", {**CARDS, "FAKE_FAIL": "slow-load:600"}) as server,
+    ):
+        ear.bind(str(tmp_path / "notify"))
+        ear.settimeout(LIMIT_S)
+        systemd = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000"}
+        running = on_two.start("run", tiny, *ON_TWO, "--json", **systemd, OLLAMA_HOST=server.url)
+        while b": loading" not in ear.recv(65536):
+            pass
+        signs = 0
+        while signs < 3:
+            signs += ear.recv(65536) == b"WATCHDOG=1"
+        ended = running.end(signal.SIGTERM)
+        server.process.kill()  # it would load first
+    assert ended.exit_code == 130
+
+
+def test_an_exported_unit_uses_the_ollama_that_runs_where_it_is(
+    on_two: Mgpu, theirs: RunningOllama, tiny: Path
+) -> None:
+    text = on_two("export", tiny, *ON_TWO, "--as", "systemd", "--json").json["data"]["text"]
+    (command,) = re.findall(r"(?m)^ExecStart=\S+ (.*)", text)
+    words = shlex.split(command)
+    assert "--port" not in words
+    running = on_two.start(*words)
+    assert running.url() == theirs.url
+    assert running.end(signal.SIGTERM).exit_code == 130
+    os.kill(theirs.process.pid, signal.SIGTERM)
+    theirs.process.wait(LIMIT_S)
+    assert "--port" in on_two("export", tiny, *ON_TWO, "--as", "systemd").out
 
 
 def test_an_ollama_that_goes_away_in_an_answer_is_the_end(on_two: Mgpu, tmp_path: Path, tiny: Path) -> None:

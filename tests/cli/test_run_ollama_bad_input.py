@@ -51,7 +51,7 @@ def split_in_two(folder: Path) -> None:
     [
         pytest.param("{files}/parts-00001-of-00002.gguf", 3, "2 parts", "--backend llama.cpp", id="a split model"),
         pytest.param("{files}/text.gguf", 3, "no GGUF file", "another file", id="a text"),
-        pytest.param("{tiny} --api-key secret", 2, "Ollama knows no API key", "proxy", id="a key"),
+        pytest.param("{tiny} --api-key-file {files}/text.gguf", 2, "Ollama knows no API key", "proxy", id="a key"),
         pytest.param("{tiny} --kv-type fp8", 2, "fp8 is vLLM's: Ollama has no", "q8_0", id="another engine's KV type"),
         pytest.param("{tiny} --ubatch 256", 2, "Ollama knows no --ubatch", "leave", id="a micro-batch"),
         pytest.param("{tiny} --tensor-parallel 2", 2, "is vLLM's", "--gpus N", id="tensor parallel"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mgpu.running.draining import DRAIN_S
 from mgpu.units import GIB, MIB
 from tests.fakes.devices import (
     NO_VULKAN,
@@ -100,7 +101,7 @@ def test_ctrl_c_ends_within_seconds_with_a_request_in_flight(mgpu: Mgpu, smollm2
     ended = running.end(signal.SIGINT)
     client.join(60)
     assert ended.exit_code == 130
-    assert ended.event("stopped")["seconds"] < 8
+    assert ended.event("stopped")["seconds"] < DRAIN_S + 8
     mgpu.assert_nothing_left()
 
 

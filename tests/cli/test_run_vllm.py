@@ -154,7 +154,8 @@ def test_the_status_as_json_keeps_the_contract(on_two: Mgpu, model: Path) -> Non
             {"CUDA_VISIBLE_DEVICES": ",".join(UUIDS)},
             id="a replica on each card",
         ),
-        pytest.param("--parallel 4", "2x4090-x670e", "--max-num-seqs 4", {}, id="four users"),
+        pytest.param("--parallel 4 --tensor-parallel 2", "2x4090-x670e", "--max-num-seqs 4", {}, id="four users"),
+        pytest.param("--parallel 4 --replicas 2", "2x4090-x670e", "--max-num-seqs 2", {}, id="two for each replica"),
         pytest.param("--kv-type fp8", "2x4090-x670e", "--kv-cache-dtype fp8", {}, id="a KV cache in fp8"),
         pytest.param(
             "--gpus gpu1,gpu0",
@@ -208,9 +209,10 @@ def test_a_profile_runs_from_the_shared_cache(on_two: Mgpu, model: Path, tmp_pat
     assert (ended.exit_code, ended.out) == (0, ANSWER), ended
 
 
-@pytest.mark.parametrize("variable", ["MGPU_API_KEY", "VLLM_API_KEY", "--api-key"])
-def test_a_key_reaches_the_engine_and_nobody_else(on_two: Mgpu, model: Path, variable: str) -> None:
-    option = () if variable.isupper() else ("--api-key", SECRET)
+@pytest.mark.parametrize("variable", ["MGPU_API_KEY", "VLLM_API_KEY", "--api-key-file"])
+def test_a_key_reaches_the_engine_and_nobody_else(on_two: Mgpu, model: Path, tmp_path: Path, variable: str) -> None:
+    (tmp_path / "key").write_text(SECRET)
+    option = () if variable.isupper() else (variable, tmp_path / "key")
     environment = {variable: SECRET} if variable.isupper() else {}
     running = on_two.start("run", model, *TWO, *option, "--json", "--interval", "0.1", **environment)
     url = running.url()

@@ -140,10 +140,38 @@ def test_a_slow_load_is_not_a_hang(on_two: Mgpu, model: Path) -> None:
     assert ended.exit_code == 0, ended
 
 
-def test_an_answer_of_one_token_is_a_warning(on_two: Mgpu, model: Path) -> None:
-    ended = on_two("run", model, *TWO, "--ask", "Hello", "--max-tokens", "4", FAKE_FAIL="garbage")
-    assert ended.exit_code == 0
-    assert re.search(r"(?m)^warning +the first answer repeats one token", ended.err), ended
+@pytest.mark.parametrize(
+    ("cards", "fault", "warning"),
+    [
+        pytest.param(("--gpus", "gpu0"), "garbage", "repeats", id="one card, which exchanges nothing"),
+        pytest.param(TWO, "blank-name", None, id="a model that repeats itself in one answer alone"),
+        pytest.param(TWO, "silent", "was", id="a model that ends its answers at once"),
+    ],
+)
+def test_an_answer_that_proves_nothing_ends_nothing(
+    on_two: Mgpu, model: Path, cards: tuple[str, ...], fault: str, warning: str | None
+) -> None:
+    ended = on_two("run", model, *cards, "--ask", "Hello", "--max-tokens", "4", FAKE_FAIL=fault)
+    assert ended.exit_code == 0, ended
+    warnings = re.findall(r"(?m)^warning +(the first answer \w+)", ended.err)
+    assert warnings == ([f"the first answer {warning}"] if warning else [])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        pytest.param("garbage", "every answer is one token ('!') again and again", id="one token"),
+        pytest.param("textless", "every answer is without any text", id="tokens without a text"),
+    ],
+)
+def test_cards_that_give_nothing_but_garbage_are_a_failure(on_two: Mgpu, model: Path, fault: str, message: str) -> None:
+    ended = on_two("run", model, *TWO, FAKE_FAIL=fault)
+    assert ended.exit_code == 4, ended
+    said, advice = error_of(ended)
+    assert message in said
+    assert "mgpu doctor --probe" in advice
+    assert "ready" not in ended.out
+    on_two.assert_nothing_left()
 
 
 @pytest.mark.parametrize("name", ["gpu0", "gpu1"])
@@ -187,7 +215,6 @@ def test_a_port_lost_to_another_is_replaced(on_two: Mgpu, model: Path, tmp_path:
         pytest.param("{model} -- -tp 2", 2, "-tp after -- would contradict", "--tensor-parallel", id="a short flag"),
         pytest.param("{model} -- --gpu-memory-utilization 3", 2, "not a share between", "", id="a share above one"),
         pytest.param("{model} -- --uds /tmp/x", 2, "hide the engine from mgpu", "proxy", id="a hidden server"),
-        pytest.param("{model} --api-key 'a '", 2, "no client could send it", "", id="a key that cannot be sent"),
         # Models
         pytest.param("{files}/model.gguf --backend vllm", 3, "vllm wants safetensors", "--backend", id="a GGUF"),
         pytest.param("{model} --backend llama.cpp", 3, "llama.cpp wants a GGUF file", "vllm", id="llama.cpp"),
@@ -232,6 +259,7 @@ def test_what_cannot_be_run_is_explained_before_anything_starts(
         ),
         pytest.param({}, "-- --made-up 1", 4, "does not know --made-up", "leave the flag out", id="a made-up flag"),
         pytest.param({"MGPU_API_KEY": ""}, "", 2, "MGPU_API_KEY is empty", "unset", id="an empty key"),
+        pytest.param({"MGPU_API_KEY": "a "}, "", 2, "no client could send it", "", id="a key that cannot be sent"),
     ],
 )
 def test_an_engine_that_cannot_do_it_is_not_started(

@@ -25,6 +25,7 @@ from mgpu.cli.output import Output
 from mgpu.cli.views.machine import machine_screen
 from mgpu.cli.views.plan import plan_screen
 from mgpu.cli.views.status import cards_line, fetch_line, load_line, status_lines
+from mgpu.cli.views.sums import explanation
 from mgpu.machine.simulate import simulate
 from mgpu.machine.snapshot import Machine
 from mgpu.models.fetch import Progress
@@ -83,8 +84,10 @@ PLANS = {
 def numbers(plan: Plan) -> Iterator[tuple[str, str]]:
     """Card and figures that a plan's ledger shows at every width."""
     for device in plan.chosen.devices:
-        for size in (device.total_bytes, device.free_bytes, device.spare_bytes):
-            yield f"gpu{device.gpu}", f"{size / 2**30:.2f}"
+        parts = (device.weights_bytes, device.kv_bytes, device.compute_bytes, device.runtime_bytes)
+        total, free = (sum(round(size / 2**30 * 100) for size in sizes) for sizes in (parts, (device.free_bytes,)))
+        for figure in (total, free, free - total):
+            yield f"gpu{device.gpu}", f"{figure / 100:.2f}"
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -318,3 +321,30 @@ def test_models_of_any_size_have_a_plan_to_show(render: Render, tmp_path: Path) 
     machine = simulate("4090+3060")
     for part in plan_screen("m", make_plan(facts, machine, machine.gpus, Wants()), 100, explain=True):
         assert render(part, 100)
+
+
+@pytest.mark.parametrize(
+    ("displays", "words"),
+    [
+        pytest.param(
+            (False, False),
+            ["0.25 GiB of the spare memory are kept free on each card (--headroom)"],
+            id="no display: one margin",
+        ),
+        pytest.param(
+            (False, True),
+            [
+                "0.25 GiB of the spare memory are kept free on gpu0 (--headroom)",
+                "1.00 GiB of the spare memory are kept free on gpu1 (--headroom)",
+            ],
+            id="a display: each card its own",
+        ),
+    ],
+)
+def test_the_sums_say_what_is_kept_free_on_which_card(displays: tuple[bool, bool], words: list[str]) -> None:
+    machine = simulate("2x4090")
+    gpus = tuple(replace(gpu, display=on) for gpu, on in zip(machine.gpus, displays, strict=True))
+    machine = replace(machine, gpus=gpus)
+    facts = facts_from_shape("llama-3.3-70b", SHAPES["llama-3.3-70b"], "Q4_K_M")
+    plan = make_plan(facts, machine, gpus, Wants())
+    assert [line for _, line in explanation(plan, plan.chosen) if "kept free" in line] == words

@@ -98,7 +98,8 @@ def open_request(url: str, *, stream: bool = True) -> socket.socket:
     before = in_flight(url)
     host, _, port = url.removeprefix("http://").rpartition(":")
     connection = socket.create_connection((host, int(port)), timeout=60)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n"
+    kind = "Content-Type: application/json"  # without it the real one refuses
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: {len(text)}\r\n\r\n"
     connection.sendall(head.encode() + text)
     until(lambda: in_flight(url) > before, "the engine has a request")
     return connection

@@ -193,9 +193,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if stall is not None and start >= stall:
                     self.hub.release.wait()
                 piece = file.read(min(CHUNK_BYTES, end - start))
+                self.hub.served_bytes += len(piece)  # counted first: who has read it may ask at once
                 self.wfile.write(b"\0" * len(piece) if self.hub.corrupts in (True, name) else piece)
                 start += len(piece)
-                self.hub.served_bytes += len(piece)
                 time.sleep(self.hub.seconds_per_chunk)
 
     def _answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:

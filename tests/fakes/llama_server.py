@@ -11,6 +11,7 @@ What it does was recorded from a real llama-server (build 10434). The environmen
         hang-loading slow-load[:SECONDS]                                                   starts late or never
         die-after-ready[:SECONDS] die-in-request hang-request garbage repeat-token         fails while it serves
         ignore-term spawn-child                                                            is hard to stop
+        talkative                                                                          answers until told to stop
     FAKE_FAIL_STARTS=N:FILE   fails only the first N times it is started with a model, counted in FILE
 
 A device that is too small for the model's file, its context and its compute buffer is out of memory without

@@ -112,7 +112,7 @@ class Engine:
 
     def words(self, answer: Answer) -> Iterator[str]:
         """The answer word by word, at the engine's speed; ends early when the engine is told to stop."""
-        made_up = itertools.cycle(WORDS) if answer.endless else iter(WORDS)
+        made_up = itertools.cycle(WORDS) if answer.endless or "talkative" in self.faults else iter(WORDS)
         if "repeat-token" in self.faults:
             made_up = itertools.repeat("the")
         if "garbage" in self.faults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -48,7 +49,8 @@ class Log:
         self.write(text, level="E")
 
     def raw(self, text: str) -> None:
-        with self._lock:
+        # As the real one, which goes on when the disk is full.
+        with self._lock, contextlib.suppress(OSError):
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 

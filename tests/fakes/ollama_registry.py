@@ -190,9 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
             file.seek(start)
             while start < end and self.command == "GET":
                 piece = file.read(min(CHUNK_BYTES, end - start))
+                self.registry.served_bytes += len(piece)  # counted first: who has read it may ask at once
                 self.wfile.write(piece)
                 start += len(piece)
-                self.registry.served_bytes += len(piece)
                 time.sleep(self.registry.seconds_per_chunk)
 
     def _answer(

@@ -18,7 +18,7 @@ from tests.fakes.ollama_server import install
 
 REAL_OLLAMA = "MGPU_TEST_OLLAMA"
 MODEL = "smollm2:135m"
-LIMIT_S = 60.0
+LIMIT_S = 180.0
 TWO_CARDS = "Vulkan0: llvmpipe (2048 MiB, 2048 MiB free); Vulkan1: llvmpipe (2048 MiB, 2048 MiB free)"
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
@@ -48,11 +48,15 @@ class RunningOllama:
 
 @contextmanager
 def running_ollama(
-    folder: Path, environment: Mapping[str, str] | None = None, *, program: Path | None = None
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    program: Path | None = None,
+    port: int | None = None,
 ) -> Iterator[RunningOllama]:
     """Start an Ollama with its home in `folder` and wait until it answers; at the end its whole group is gone."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = port or free_port()
     base = {
         name: value
         for name, value in os.environ.items()

@@ -30,11 +30,14 @@ _HOST: dict[str, str | bytes] = {
     "sys/devices/system/node/node0/meminfo": "Node 0 MemTotal:       131072000 kB\n",
     **{f"sys/devices/system/cpu/cpu{number}/topology/core_id": f"{number % 16}\n" for number in range(32)},
     "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "performance\n",
+    "sys/class/powercap/intel-rapl:0/name": "package-0\n",
     "sys/class/powercap/intel-rapl:0/constraint_0_power_limit_uw": "162000000\n",
     "sys/devices/nvme/nvme0n1/queue/rotational": "0\n",
     "sys/devices/nvme/nvme0n1/nvme0n1p2/partition": "2\n",
     "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c": b"\x06\0\0\0\0",
     "dev/kmsg": "6,1,0,-;Linux version 6.8.0\n",
+    "etc/os-release": 'NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n',
+    "etc/default/grub": 'GRUB_CMDLINE_LINUX_DEFAULT="quiet splash"\n',
     "etc/group": "root:x:0:\nvideo:x:44:\nrender:x:992:\n",
     "usr/bin/env": "",
 }
@@ -131,13 +134,16 @@ class SysfsTree:
                 "proc/driver/nvidia/version": f"NVRM version: {flavour}  {version}  Release Build\n",
                 "proc/driver/nvidia/params": 'EnableMSI: 1\nRegistryDwords: ""\n',
                 f"usr/lib/x86_64-linux-gnu/libnvidia-ml.so.{version}": "",
-                f"lib/modules/{KERNEL}/modules.dep": "kernel/fs/ext4.ko.zst:\nupdates/dkms/nvidia.ko.zst:\n",
+                f"lib/modules/{KERNEL}/modules.dep": "kernel/fs/ext4.ko.zst:\nupdates/dkms/nvidia.ko.zst:\n"
+                "updates/dkms/nvidia-uvm.ko.zst: updates/dkms/nvidia.ko.zst\n",
+                "usr/bin/nvidia-modprobe": "",
                 "dev/nvidiactl": "",
                 "dev/nvidia-uvm": "",
                 **{f"dev/nvidia{index}": "" for index in range(len(cards))},
                 **{f"proc/driver/nvidia/gpus/{card}/information": "Model: \t NVIDIA\n" for card in cards},
             }
         )
+        (self.root / "usr/bin/nvidia-modprobe").chmod(0o4755)
         self.link("usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1", f"usr/lib/x86_64-linux-gnu/libnvidia-ml.so.{version}")
         return self.link(
             f"var/lib/dkms/nvidia/kernel-{KERNEL}-x86_64", f"var/lib/dkms/nvidia/{version}/{KERNEL}/x86_64"
@@ -148,10 +154,17 @@ class SysfsTree:
 
 
 def tree_of_rig(
-    root: Path, rig: Path, *, acs: int = 0, group_type: str | None = None, besides: tuple[str, ...] = ()
+    root: Path,
+    rig: Path,
+    *,
+    acs: int = 0,
+    group_type: str | None = None,
+    besides: tuple[str, ...] = (),
+    configuration: int = 4096,
 ) -> SysfsTree:
     """Build the computer around the cards of a rig of the fake NVML library: healthy, each card on a root port as wide
-    as its link, and with `group_type` behind an IOMMU. The cards `besides` are left to be put elsewhere."""
+    as its link, and with `group_type` behind an IOMMU. The cards `besides` are left to be put elsewhere; as much of the
+    `configuration` space may be read as `SysfsTree.device` says."""
     facts = dict(line.split(" = ", 1) for line in rig.read_text().splitlines() if " = " in line and line[0] != "#")
     tree = SysfsTree(root).host()
     addresses = tuple(f"{facts[f'gpu{index}.bdf']}.0" for index in range(int(facts.get("sys.count", 0))))
@@ -161,7 +174,7 @@ def tree_of_rig(
         device, port = int(facts[f"gpu{index}.devid"], 16), f"0000:00:{index + 1:02x}.0"
         gen, most, lanes = (int(facts[f"gpu{index}.pcie.{key}"]) for key in ("gen", "genmax", "width"))
         node = 1 if facts.get(f"topo.0.{index}") == "50" else 0
-        tree.device(port, gen=(gen, most), width=(lanes, lanes), acs=acs, numa_node=node)
+        tree.device(port, gen=(gen, most), width=(lanes, lanes), acs=acs, numa_node=node, configuration=configuration)
         tree.device(
             address,
             below=port,

@@ -56,6 +56,8 @@ class EngineCore:
         for _ in range(2):
             self._gather(_NOT_INITIALIZED, "fail_trunc")
             self._ask()
+        if "exit0" in self.load.faults:
+            self.server.sendall(READY)  # as far as it comes: the server ends while its workers load
         self._gather(_NOT_INITIALIZED, "fail_trunc")
         failed = "RuntimeError: Worker failed with error, please check the stack trace above for the root cause"
         self._ask()

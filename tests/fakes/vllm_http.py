@@ -183,7 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         mark = answers.fingerprint(load.settings, load.version, self.server.mark)
         answer = Answer(chat=chat, model=str(request.get("model") or load.settings.names[0]), mark=mark,
                         prompt_tokens=prompt)  # fmt: skip
-        choices = requests.submit(prompt, wanted, endless=endless, count=count)
+        asks_a_name = not chat and str(request["prompt"]).endswith("my name is")
+        choices = requests.submit(prompt, wanted, endless=endless, count=count, asks_a_name=asks_a_name)
         requests.count_open(1)
         try:
             if request.get("stream"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import socket
 import threading
@@ -87,11 +88,14 @@ class Requests:
         for index, engine in enumerate(engines):
             threading.Thread(target=self._work, args=(index, engine), daemon=True).start()
 
-    def submit(self, prompt_tokens: int, wanted: int, *, endless: bool, count: int = 1) -> list[Choice]:
+    def submit(
+        self, prompt_tokens: int, wanted: int, *, endless: bool, count: int = 1, asks_a_name: bool = False
+    ) -> list[Choice]:
         """Begin `count` answers to one prompt, on the engine core that has least to do."""
+        words = [self._words(endless, asks_a_name=asks_a_name) for _ in range(count)]
         room = min(wanted, self.settings.max_model_len - prompt_tokens) if self.settings.max_model_len else wanted
         choices = [
-            Choice(prompt_tokens=prompt_tokens, room=room, words=self._words(endless), prompt_counts=number == 0)
+            Choice(prompt_tokens=prompt_tokens, room=room, words=words[number], prompt_counts=number == 0)
             for number in range(count)
         ]
         with self._changed:
@@ -116,9 +120,16 @@ class Requests:
         with self._changed:
             self.open += change
 
-    def _words(self, endless: bool) -> Iterator[str]:
-        if "garbage" in self.faults:
+    def _words(self, endless: bool, *, asks_a_name: bool) -> Iterator[str]:
+        peers_fail = "broken-p2p" in self.faults and os.environ.get("NCCL_P2P_DISABLE") != "1"
+        if "garbage" in self.faults or peers_fail:
             return itertools.repeat("!")
+        if "blank-name" in self.faults and asks_a_name:
+            return itertools.repeat("_")
+        if "silent" in self.faults:
+            return iter(())
+        if "textless" in self.faults:
+            return itertools.repeat("")
         if "nonsense" in self.faults:
             return itertools.cycle(_GARBAGE)
         made_up = itertools.chain(WORDS, itertools.cycle(WORDS)) if endless else iter(WORDS)

@@ -16,6 +16,8 @@ The environment chooses the rest:
         hang-loading slow-load[:SECONDS]                                     is ready late or never
         worker-dies[:SECONDS] engine-dies[:SECONDS] worker-dies-in-request   fails while it serves
         hang-request garbage nonsense                                        answers nothing, one token, rubbish
+        broken-p2p                                                           one token, unless NCCL_P2P_DISABLE=1
+        blank-name silent textless                                           one token for a name; nothing; no text
     FAKE_FAIL_STARTS=N:FILE   fails only the first N times that it is to serve, counted in FILE
 
 Without being told so, it fails as the real one does for a port in use, a folder without a model, a damaged file, heads
@@ -122,13 +124,12 @@ class ApiServer:
             pid, channel = start_engine(load, replica, (self.server.socket, *channels))
             self.engines.append(pid)
             channels.append(channel)
-        if "exit0" in load.faults:
-            load.pause(0.5)
-            self._end_engines()
-            os._exit(0)
         for channel in channels:
             if not channel.recv(1):
                 self._give_up()
+        if "exit0" in load.faults:
+            self._end_engines()
+            os._exit(0)
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         rate = float(os.environ.get("FAKE_TOKENS_PER_SECOND", "200"))
         requests = Requests(channels, load.settings, load.memory, load.faults, rate)

@@ -116,7 +116,7 @@ class Worker:
 
     def _load_weights(self) -> None:
         load, log = self.load, self.log
-        if "hang-loading" in load.faults:
+        if load.faults.keys() & {"hang-loading", "exit0"}:
             self._await()  # for what comes only when the engine core has gone
             raise SystemExit(1)
         time.sleep(load.faults.get("slow-load", 0.0))

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mgpu import __version__
-from mgpu.cli.views.doctor_areas import NOTHING, area_line, header
+from mgpu.cli.views.doctor_areas import NOTHING, area_line, header, judged_for
+from mgpu.cli.views.doctor_joined import joined
 from mgpu.cli.views.words import plain_table
 from mgpu.doctor.check import Area, Check, Finding, Severity
+from mgpu.doctor.facts import named
 from mgpu.doctor.fixes import remedies
 from mgpu.doctor.report import Report
 from mgpu.units import seconds
@@ -25,6 +27,14 @@ _LABEL_COLUMNS = 16
 _MOST_EVIDENCE = 4
 _MOST_REASONS = 4
 _PROOF = "p2p-proof"
+# The kinds of paths between cards, in words.
+_KINDS = {
+    "PIX": "one switch",
+    "PXB": "several switches",
+    "PHB": "same host bridge",
+    "NODE": "same processor",
+    "SYS": "across sockets",
+}
 # Where a note does not say what the cards are.
 _FACTS_BESIDE_NOTES = (Area.driver, Area.gpus, Area.pcie)
 # Symbol, its word where symbols cannot be shown, and its colour. Information is never coloured.
@@ -92,15 +102,18 @@ class _Screen:
         self.report, self.width, self.verbose = report, width, verbose
         self.symbols = symbols
         self.indent = (4 if symbols else 5) + _AREA_COLUMNS + 1
-        self.checks = {check.id: check for check in report.checks}
 
     def heading(self) -> Iterator[RenderableType]:
-        words, time = _printable(header(self.report, __version__)), seconds(self.report.seconds)
+        words = _printable(header(self.report, __version__))
+        # What is replayed took no time that says anything.
+        time = "" if self.report.replayed else seconds(self.report.seconds)
         space = self.width - len(words) - len(time)
-        if space > 0:
+        if time and space > 0:
             yield words + " " * space + time
         else:
-            yield from _wrapped(words, self.width)
+            yield from _wrapped(" · ".join(part for part in (words, time) if part), self.width)
+        if purpose := judged_for(self.report):
+            yield from _wrapped(purpose, self.width)
 
     def area(self, area: Area) -> Iterator[RenderableType]:
         """The findings of an area, or what is there; nothing for an area that nobody asked for or that is not here."""
@@ -116,13 +129,14 @@ class _Screen:
             mark = "info" if line in NOTHING else "skip" if unseen else "ok"
             yield from self.line(mark, name, line)
             name = ""
-        for finding in findings:
+        for finding in joined(findings):
             yield from self.finding(name, finding)
             name = ""
-        if self.verbose:
-            for check_id in ids:
-                if check_id in self.report.diagnosis.well:
-                    yield from _wrapped(f"      ok   {check_id}: {self.checks[check_id].title}", self.width, " " * 11)
+        well = [check_id for check_id in ids if check_id in self.report.diagnosis.well]
+        if self.verbose and well:
+            yield from _wrapped(
+                f"      {'ok':<{_LABEL_COLUMNS - 6}}{', '.join(well)}", self.width, " " * _LABEL_COLUMNS
+            )
 
     def is_here(self, area: Area) -> bool:
         """Whether there is anything of an area that can be well."""
@@ -189,6 +203,8 @@ class _Screen:
     def fixes(self) -> Iterator[RenderableType]:
         marks = {"done": "ok", "failed": "fail", "refused": "info", "declined": "info", "not run": "info"}
         name = "Fixes"
+        if self.report.mending and not self.report.outcomes:
+            yield from self.line("info", name, "nothing to fix: no finding has a command that can be undone")
         for outcome in self.report.outcomes:
             detail = f": {outcome.detail}" if outcome.detail else ""
             yield from self.line(marks[outcome.result], name, f"{outcome.result}{detail}")
@@ -198,25 +214,29 @@ class _Screen:
             name = ""
 
     def closing(self) -> Iterator[RenderableType]:
-        """The best sets of cards, the counts with the failures' names first, and the next command. What has no subject
-        here (no card of AMD's, no container) does not count as well."""
+        """The best sets of cards, the counts with the failures' names first, and the next command."""
         diagnosis = self.report.diagnosis
         if self.report.whole and (groups := self.report.groups):
             sets: dict[tuple[int, str], list[str]] = {}
             for group in groups:
                 sets.setdefault((group.size, group.kind), []).append(",".join(map(str, group.gpus)))
-            words = (f"tp{size} = GPU{' or '.join(cards)} ({kind})" for (size, kind), cards in sets.items())
-            yield from _wrapped(f"Best sets: {'; '.join(words)}.", self.width)
+            words = (
+                f"tp{size} = GPU{' or '.join(cards)} ({_KINDS.get(kind, kind)})" for (size, kind), cards in sets.items()
+            )
+            bad = self.report.failing
+            without = f"; without {named(bad)}, which fail{'s' * (len(bad) == 1)}" if bad else ""
+            yield from _wrapped(f"Best sets: {'; '.join(words)}{without}.", self.width)
+        if not self.verbose and any(each.severity is Severity.info and each.fix for each in diagnosis.findings):
+            yield "Notes have evidence and fixes, too: -v shows them."
         parts = []
         for severity, word in ((Severity.fail, "fail"), (Severity.warn, "warning"), (Severity.info, "note")):
             ids = dict.fromkeys(finding.id for finding in diagnosis.findings if finding.severity is severity)
             if count := diagnosis.count(severity):
-                named = f" ({', '.join(ids)})" if severity is not Severity.info else ""
-                parts.append(f"{count} {word}{'s' if count > 1 else ''}{named}")
+                of = f" ({', '.join(ids)})" if severity is not Severity.info else ""
+                parts.append(f"{count} {word}{'s' if count > 1 else ''}{of}")
         unseen = len({skip.id for skip in diagnosis.skipped})
         parts += [f"{unseen} skipped"] if unseen else []
-        well = sum(self.is_here(self.checks[check_id].area) for check_id in diagnosis.well)
-        yield from _wrapped(", ".join((*parts, f"{well} ok")) + ".", self.width)
+        yield from _wrapped(", ".join((*parts, f"{len(diagnosis.well)} ok")) + ".", self.width)
         if not self.report.outcomes and not self.report.replayed and remedies(self.report.inspection, diagnosis):
             yield "Some of it can be fixed here, each after a question: mgpu doctor --fix"
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 from mgpu.cli.views.words import card_name
 from mgpu.doctor.check import Area
+from mgpu.doctor.facts import named
 from mgpu.doctor.report import Report
 from mgpu.machine.inspection import Inspection
-from mgpu.machine.layout import nvidia_on_bus
+from mgpu.machine.layout import nvidia_on_bus, on_bus
 from mgpu.machine.snapshot import Gpu
+from mgpu.machine.sysfs import AMD, INTEL, NVIDIA
 from mgpu.planning.choice import TITLES
 from mgpu.units import GIB
 
@@ -17,7 +19,7 @@ _NOT_NEEDED = "none needed: no NVIDIA card"
 NOTHING = ("none", "no NVIDIA driver", _NOT_NEEDED)
 _MOST_CARDS_ONE_BY_ONE = 4
 _IDLE_PERCENT = 10
-_AMD_VENDOR, _INTEL_VENDOR = 0x1002, 0x8086
+_VENDORS = {"NVIDIA": NVIDIA, "AMD": AMD, "Intel": INTEL}
 _P2P_STATES = {1: "chipset", 2: "card", 3: "topology", 4: "registry", 5: "not supported"}
 
 
@@ -31,16 +33,36 @@ def header(report: Report, version: str) -> str:
     machine = report.inspection.machine
     driver = machine.driver
     cuda = f" (CUDA {driver.cuda})" if driver and driver.cuda else ""
-    cards = f"{len(machine.gpus)} GPU{'' if len(machine.gpus) == 1 else 's'}"
     parts = (
         f"mgpu doctor {version}",
         f"driver {driver.version}{cuda}" if driver and driver.version else None,
-        cards if machine.gpus else "no GPU",
+        _cards(report.inspection),
         f"kernel {machine.host.kernel.partition('-')[0]}" if machine.host.kernel else None,
         _place(report.inspection),
         "REPLAYED" if report.replayed else None,
     )
     return " · ".join(part for part in parts if part)
+
+
+def judged_for(report: Report) -> str | None:
+    """Return for what the machine is judged, None where nobody said."""
+    engine, size = report.purpose.backend, report.purpose.tensor_parallel
+    parts = (TITLES.get(engine, engine) if engine else None, f"tensor parallel {size}" if size else None)
+    words = ", ".join(part for part in parts if part)
+    return f"judged for {words}" if words else None
+
+
+def _cards(inspection: Inspection) -> str:
+    count = len(inspection.machine.gpus)
+    there = sum(_on_bus(inspection).values())
+    words = f"{count or there} GPU{'' if (count or there) == 1 else 's'}"
+    return words if count else f"{words} on the PCI bus" if there else "no GPU"
+
+
+def _on_bus(inspection: Inspection) -> dict[str, int]:
+    """How many cards of each vendor the PCI bus shows."""
+    counts = {vendor: len(on_bus(inspection, number)) for vendor, number in _VENDORS.items()}
+    return {vendor: count for vendor, count in counts.items() if count}
 
 
 def _place(inspection: Inspection) -> str | None:
@@ -59,16 +81,17 @@ def _driver(report: Report) -> str | None:
         if any(gpu.vendor in ("amd", "intel") for gpu in machine.gpus):
             return "the kernel's own"
         return _NOT_NEEDED if report.inspection.pci_known and not nvidia_on_bus(report.inspection) else NOTHING[1]
-    flavour = {True: "open module", False: "closed module", None: "module of unknown kind"}[driver.open_module]
+    flavour = {True: " open module", False: " closed module", None: ""}[driver.open_module]
     agree = driver.library_version == version and driver.loaded_version == version
-    return f"{version} {flavour}{', library and kernel agree' if agree else ''}"
+    return f"{version}{flavour}{', library and kernel agree' if agree else ''}"
 
 
 def _gpus(report: Report) -> str | None:
     cards = report.inspection.machine.gpus
     if not cards:
-        on_bus = len(nvidia_on_bus(report.inspection))
-        return f"none through the driver, {on_bus} of NVIDIA on the PCI bus" if on_bus else NOTHING[0]
+        there = _on_bus(report.inspection)
+        found = " and ".join(f"{count} of {vendor}" for vendor, count in there.items())
+        return f"none through a driver, {found} on the PCI bus" if there else NOTHING[0]
     counts: dict[str, int] = {}
     for gpu in cards:
         size = f" {gpu.total_bytes / GIB:.0f} GiB" if gpu.total_bytes else ""
@@ -122,7 +145,7 @@ def _link(gpu: Gpu) -> str:
 
 def _p2p(report: Report) -> str | None:
     links = report.inspection.machine.links
-    if not links:
+    if all(link.p2p is None and link.kind != "NVLink" for link in links):
         return None
     bridged = sum(link.kind == "NVLink" for link in links)
     granted = sum(link.p2p is True for link in links)
@@ -183,8 +206,8 @@ def _of_vendor(vendor: str, number: int) -> Callable[[Report], str | None]:
         for gpu in cards:
             name = card_name(gpu.name) + (f" ({gpu.gfx})" if gpu.gfx else "")
             counts[name] = counts.get(name, 0) + 1
-        on_bus = any(d.vendor == number and (d.pci_class or 0) >> 16 == 3 for d in report.inspection.pci)
-        return _counted(counts) or ("a graphics card without its compute driver" if on_bus else None)
+        there = len(on_bus(report.inspection, number))
+        return _counted(counts) or (f"{there} on the PCI bus" if there else None)
 
     return line
 
@@ -196,9 +219,10 @@ def _engines(report: Report) -> str | None:
 
 def _profile(report: Report) -> str | None:
     plan = report.plan
-    return (
-        f"{plan.name} {plan.verdict.replace('-', ' ')} with {TITLES.get(plan.backend, plan.backend)}" if plan else None
-    )
+    if plan is None:
+        return None
+    place = f"on {named(plan.gpus)}" if plan.gpus else "on the processor, without a card"
+    return f"{plan.name} {plan.verdict.replace('-', ' ')} with {TITLES.get(plan.backend, plan.backend)} {place}"
 
 
 _LINES: dict[Area, Callable[[Report], str | None]] = {
@@ -210,8 +234,8 @@ _LINES: dict[Area, Callable[[Report], str | None]] = {
     Area.power: _power,
     Area.host: _host,
     Area.container: _container,
-    Area.amd: _of_vendor("amd", _AMD_VENDOR),
-    Area.intel: _of_vendor("intel", _INTEL_VENDOR),
+    Area.amd: _of_vendor("amd", AMD),
+    Area.intel: _of_vendor("intel", INTEL),
     Area.engines: _engines,
     Area.profile: _profile,
 }

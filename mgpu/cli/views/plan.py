@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mgpu.cli.views.words import card_name, cell_gib, fitting, plain_table
+from mgpu.cli.views.sums import explanation
+from mgpu.cli.views.ways import other_ways, shape_words, split_words, tokens_words, waiting, ways_out
+from mgpu.cli.views.words import card_name, cell_gib, closing_gib, hanging, plain_table, width_of
 from mgpu.planning.candidates import Candidate, PlannedDevice
 from mgpu.planning.choice import TITLES
 from mgpu.planning.plan import Plan
-from mgpu.planning.vllm_memory import DEFAULT_UTILISATION, VllmWants, model_bytes
-from mgpu.planning.vllm_placement import planned_kv_tokens
+from mgpu.planning.speed import interval
 from mgpu.units import gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-# Where facts begin, behind their labels.
-_INDENT = 12
 VERDICT_WORDS = {
     "fits": ("FITS", "bold green"),
     "fits-with-offload": ("FITS WITH OFFLOAD", "bold yellow"),
@@ -28,40 +25,58 @@ VERDICT_WORDS = {
     "illegal": ("ILLEGAL", "bold red"),
     "unavailable": ("UNAVAILABLE", "bold red"),
 }
-_SHORT_VERDICTS = {
-    "fits": "fits",
-    "fits-with-offload": "offload",
-    "unavailable": "not installed",
-    "does-not-fit": "does not fit",
-    "illegal": "illegal",
-}
 
 
 def plan_screen(name: str, plan: Plan, width: int, *, explain: bool = False) -> Iterator[RenderableType]:
     """Yield the whole screen of `mgpu plan`."""
-    from rich.text import Text
-
     chosen = plan.chosen
-    word, style = VERDICT_WORDS[chosen.verdict]
-    simulated = "   SIMULATED" if plan.machine.source == "simulated" else ""
-    first, *more = _broken(headline(name, chosen), width - len(word) - 3, len(simulated))
-    yield Text.assemble((word, style), f"   {first}", (simulated, "bold"))
-    yield from (f"{'':{len(word) + 3}}{line}" for line in more)
+    yield from _heading(name, plan, width)
     yield ""
-    yield ledger(chosen, width)
+    yield from ledger(chosen, width)
     yield ""
     for label, text in _facts(plan, chosen):
-        yield from _hanging(label, text, width)
+        yield from hanging(label, text, width)
     if explain:
         yield ""
-        for line in explanation(plan, chosen):
-            yield from _hanging(line[: _INDENT - 2].strip(), line[_INDENT - 2 :], width)
+        for label, text in explanation(plan, chosen):
+            yield from hanging(label, text, width)
     if len(plan.candidates) > 1:
         yield ""
-        yield from _other_ways(plan, width)
+        yield from other_ways(plan, width)
+    if plan.left_out:
+        yield ""
+        for place, engine in enumerate(plan.left_out):
+            yield from hanging("left out" if place == 0 else "", engine.reason, width)
     if plan.fixes:
         yield ""
-        yield from _fixes(plan)
+        yield from ways_out(plan, width)
+
+
+def _heading(name: str, plan: Plan, width: int) -> Iterator[RenderableType]:
+    """The verdict and what it is of. A verdict with a condition has a line of its own."""
+    from rich.text import Text
+
+    word, style = VERDICT_WORDS[plan.chosen.verdict]
+    simulated = "   SIMULATED" if plan.machine.source == "simulated" else ""
+    indent = len(word) + 3
+    if condition := _condition(plan.chosen):
+        yield Text.assemble((word, style), condition, (simulated, "bold"))
+        yield from (f"{'':{indent}}{line}" for line in _broken(headline(name, plan), width - indent, 0))
+        return
+    first, *more = _broken(headline(name, plan), width - indent, len(simulated))
+    yield Text.assemble((word, style), f"   {first}", (simulated, "bold"))
+    yield from (f"{'':{indent}}{line}" for line in more)
+
+
+def _condition(candidate: Candidate) -> str:
+    """What the verdict depends on, or whom it is not for; "" where it stands as it is."""
+    if not candidate.runs:
+        return ""
+    if waiting(candidate):
+        return f", {candidate.speed.aggregate_users} of {candidate.parallel} users at a time"
+    host = candidate.host
+    on_host = not candidate.devices or candidate.verdict == "fits-with-offload"
+    return f" if the host has {gib(host.total_bytes)} of RAM" if on_host and host.free_bytes is None else ""
 
 
 def _broken(text: str, width: int, less_in_first: int) -> list[str]:
@@ -76,71 +91,69 @@ def _broken(text: str, width: int, less_in_first: int) -> list[str]:
     return lines
 
 
-def _hanging(label: str, text: str, width: int) -> Iterator[str]:
-    """A fact with its label, on as many lines as it needs."""
-    first, *more = textwrap.wrap(text, max(width - _INDENT, 20), break_on_hyphens=False, break_long_words=False) or [""]
-    yield f"  {label:<9} {first}"
-    yield from (f"{'':{_INDENT}}{line}" for line in more)
+def headline(name: str, plan: Plan) -> str:
+    """Return the chosen way in one line: model, quantisation, context, users, engine and split."""
+    chosen = plan.chosen
+    users = "1 user" if chosen.parallel == 1 else f"{chosen.parallel} users"
+    each = "" if chosen.parallel == 1 else " each"
+    parts = (name, chosen.quant or "?", f"{tokens_words(plan, chosen)}{each}", users, TITLES[chosen.backend])
+    return " · ".join((*parts, split_words(chosen)))
 
 
-def headline(name: str, candidate: Candidate) -> str:
-    """Return the plan in one line: model, quantisation, context, users, engine and split."""
-    users = "1 user" if candidate.parallel == 1 else f"{candidate.parallel} users"
-    each = "" if candidate.parallel == 1 else " each"
-    parts = (name, candidate.quant or "?", f"{candidate.ctx_tokens} tokens{each}", users, TITLES[candidate.backend])
-    return " · ".join((*parts, split_words(candidate)))
+# What the ledger has from left to right, and what it leaves out on a narrow terminal, in this order.
+_FIGURES = ("weights", "KV", "compute", "runtime", "total", "free", "spare")
+_LEFT_OUT: tuple[tuple[str, ...], ...] = ((), ("weights", "KV", "compute", "runtime"))
+# The number of a card tells it from the others; of its name this many characters are left at least.
+_SHORTEST_CARD = 16
 
 
-def split_words(candidate: Candidate) -> str:
-    """Return how the model lies on the cards: "layer split over 2 cards", "tensor parallel 2", "gpu0 alone", "CPU"."""
-    shape, cards = shape_words(candidate), len([device for device in candidate.devices if not device.idle])
-    if not candidate.devices or not (cards or candidate.verdict == "illegal"):
-        return f"CPU, {shape}" if shape else "CPU"
-    if not shape:
-        used = [device for device in candidate.devices if not device.idle] or candidate.devices
-        return ", ".join(f"gpu{device.gpu}" for device in used) + " alone"
-    return f"{shape} over {cards} cards" if candidate.backend != "vllm" else shape
+def ledger(candidate: Candidate, width: int) -> Iterator[RenderableType]:
+    """Yield the table of memory by card, in GiB; on a narrow terminal with shorter names of cards, or without the parts
+    of each sum, which is said. Its cells add up as they are printed."""
+    longest = max(len(_card(device)) for device in candidate.devices) if candidate.devices else 0
+    for left_out in (*_LEFT_OUT, (*_LEFT_OUT[-1], "free")):
+        figures = tuple(figure for figure in _FIGURES if figure not in left_out)
+        table = _ledger(candidate, figures, longest)
+        over = width_of(table) - width
+        if over > 0 and longest - over >= _SHORTEST_CARD:
+            table = _ledger(candidate, figures, longest - over)
+        if width_of(table) <= width:
+            break
+    yield table
+    if left_out:
+        yield from hanging("narrow", f"{', '.join(left_out)}: in a wider terminal, or --json", width)
 
 
-def shape_words(candidate: Candidate) -> str:
-    """Return how the model is divided: "layer split", "tensor parallel 2 × pipeline of 2"; "" where it is not."""
-    if candidate.backend != "vllm":
-        used = [device for device in candidate.devices if not device.idle]
-        return f"{candidate.split_mode} split" if len(used) > 1 else ""
-    parts = [f"tensor parallel {candidate.tensor_parallel}"] if candidate.tensor_parallel > 1 else []
-    parts += [f"pipeline of {candidate.pipeline_parallel}"] if candidate.pipeline_parallel > 1 else []
-    parts += [f"{candidate.replicas} replicas"] if candidate.replicas > 1 else []
-    return " × ".join(parts)
-
-
-def ledger(candidate: Candidate, width: int) -> RenderableType:
-    """Return the table of memory by card, in GiB; on a narrow terminal without the parts of each sum."""
-    return fitting(width, lambda: _ledger(candidate, narrow=False), lambda: _ledger(candidate, narrow=True))
-
-
-def _ledger(candidate: Candidate, *, narrow: bool) -> Table:
-    headings = (
-        ["total", "free", "spare"] if narrow else ["weights", "KV", "compute", "runtime", "total", "free", "spare"]
-    )
-    columns = [("GiB", "left"), *((heading, "right") for heading in headings), ("layers", "left")]
+def _ledger(candidate: Candidate, figures: Sequence[str], longest: int) -> Table:
+    columns = [("GiB", "left"), *((figure, "right") for figure in figures), ("layers", "left")]
     table = plain_table(columns, wrapping="GiB")
+
+    def row(name: str, parts: Sequence[int], free_bytes: int | None, layers: str) -> None:
+        cells = dict(zip(_FIGURES, (*map(cell_gib, parts), *closing_gib(parts, free_bytes)), strict=True))
+        table.add_row(name, *(cells[figure] for figure in figures), layers)
 
     for device in candidate.devices:
         parts = (device.weights_bytes, device.kv_bytes, device.compute_bytes, device.runtime_bytes)
-        sums = (device.total_bytes, device.free_bytes, device.spare_bytes)
-        cells = [cell_gib(size) for size in (sums if narrow else (*parts, *sums))]
-        table.add_row(f"gpu{device.gpu} {card_name(device.name)}", *cells, _layers(device))
+        name = _card(device)
+        short = name if len(name) <= longest else f"{name[: longest - 1]}…"
+        row(short, parts, device.free_bytes, _layers(device, candidate))
     host = candidate.host
-    parts = (host.weights_bytes, host.kv_bytes, host.compute_bytes, 0)
-    cells = [] if narrow else [cell_gib(size) for size in parts]
-    cells += [cell_gib(host.total_bytes), cell_gib(host.free_bytes), cell_gib(host.spare_bytes)]
     rest = "-" if candidate.backend == "vllm" else "embeddings"
     held = f"0-{host.layers - 1}" if host.layers else rest
-    table.add_row("host", *cells, held if candidate.devices else "all")
+    if host.expert_layers:
+        held = f"{f'{held}, ' if host.layers else ''}experts 0-{host.expert_layers - 1}"
+    parts = (host.weights_bytes, host.kv_bytes, host.compute_bytes, 0)
+    row("host", parts, host.free_bytes, held if candidate.devices else "all")
     return table
 
 
-def _layers(device: PlannedDevice) -> str:
+def _card(device: PlannedDevice) -> str:
+    return f"gpu{device.gpu} {card_name(device.name)}"
+
+
+def _layers(device: PlannedDevice, candidate: Candidate) -> str:
+    if candidate.split_mode == "tensor" and candidate.backend != "vllm":
+        return "a part of all"
     if not device.layers:
         return "head" if device.head else "nothing"
     last = device.first_layer + device.layers - 1
@@ -151,131 +164,72 @@ def _layers(device: PlannedDevice) -> str:
 def _facts(plan: Plan, candidate: Candidate) -> Iterator[tuple[str, str]]:
     if plan.why:
         yield "engine", plan.why
-    bound = candidate.speed.bound_tok_s
-    if candidate.verdict in ("does-not-fit", "illegal"):
-        pass  # the speed of what cannot run would only raise hopes
-    elif bound is not None:
-        # Rounded down: what is printed as a bound must not be above it.
-        shown = math.floor(bound * 10) / 10 if bound < 100 else math.floor(bound)
-        yield "speed", f"at most {shown:g} tokens/s for one user: {candidate.speed.basis}"
-    elif candidate.devices and candidate.host.layers:
-        yield "speed", "not predicted: it depends on the host's memory bandwidth, which is unknown"
-    elif candidate.devices:
-        yield "speed", "not predicted: a card's memory bandwidth is unknown"
+    yield from (("speed" if place == 0 else "", line) for place, line in enumerate(speed_lines(candidate)))
     if candidate.max_ctx_tokens:
-        where = "these cards" if len(candidate.devices) > 1 else "this card" if candidate.devices else "the CPU"
-        trained = " (all the model was trained for)" if candidate.max_ctx_tokens == plan.model.context_length else ""
-        yield "context", f"up to {candidate.max_ctx_tokens} tokens each on {where}{trained}"
+        yield "context", _context(plan, candidate, candidate.max_ctx_tokens)
     for reason in candidate.reasons:
         yield "note", reason
 
 
-def explanation(plan: Plan, candidate: Candidate) -> Iterator[str]:
-    """Yield the sums behind the ledger, to be checked by hand."""
-    if candidate.backend == "vllm":
-        yield from _vllm_sums(plan, candidate)
+def _context(plan: Plan, candidate: Candidate, most_tokens: int) -> str:
+    """The largest context on these cards, with this split and with the one that has most room."""
+    where = "these cards" if len(candidate.devices) > 1 else "this card" if candidate.devices else "the CPU"
+    each = " each" if candidate.parallel > 1 else ""
+    trained = " (all the model was trained for)" if most_tokens == plan.model.context_length else ""
+    if candidate.backend == "vllm" and candidate.parallel > 1:
+        return f"up to {most_tokens} tokens on {where}{trained}, shared by those who run at once"
+    others = [
+        each
+        for each in plan.candidates
+        if each.backend == candidate.backend
+        and len(each.devices) == len(candidate.devices)
+        and each.verdict != "illegal"
+        and (each.max_ctx_tokens or 0) > most_tokens
+    ]
+    if not others:
+        return f"up to {most_tokens} tokens{each} on {where}{trained}"
+    best = max(others, key=lambda other: other.max_ctx_tokens or 0)
+    own, other = shape_words(candidate), shape_words(best)
+    return f"up to {most_tokens} tokens{each} with this {own}, {best.max_ctx_tokens} with a {other}"
+
+
+def speed_lines(candidate: Candidate) -> Iterator[str]:
+    """Yield what is predicted of a candidate's speed, or was measured here, the rate that counts first; or why nothing
+    is."""
+    speed = candidate.speed
+    if speed.decode_tok_s is None or speed.decode_start_tok_s is None:
+        yield from _lines_of_one_end(candidate)
         return
-    facts, wants = plan.model, candidate.wants
-    total = sum(layer.weights_bytes for layer in facts.layers)
-    yield f"weights   {len(facts.layers)} layers {gib(total)} + head {gib(facts.head_bytes)} on the cards;"
-    yield f"          embeddings {gib(facts.embedding_bytes)} stay on the host (from {facts.source})"
-    layer = facts.layers[0]
-    yield (
-        f"KV        per layer and token {_counted(layer.kv_heads, 'head')} × ({layer.key_length} K {wants.kv_type_k}"
-        f" + {layer.value_length} V {wants.kv_type_v}) × {candidate.ctx_tokens} tokens"
-        f" × {_counted(candidate.parallel, 'user')}"
-    )
-    windows = sum(layer.sliding_window is not None for layer in facts.layers)
-    if windows:
-        yield f"          {windows} of {len(facts.layers)} layers keep only a window of {facts.sliding_window} tokens"
-    yield f"compute   activations of a micro-batch of {wants.ubatch} tokens in the widest stage of a layer"
-    yield "runtime   the driver's context, from a table; spare is what is left of the free memory"
-    yield f"headroom  {gib(wants.headroom_bytes)} of the spare memory is kept on each card"
+    decode = interval(speed.decode_tok_s, speed.bound_tok_s)
+    start = interval(speed.decode_start_tok_s, speed.bound_tok_s)
+    if speed.aggregate_tok_s:
+        who = f"{candidate.parallel} users together"
+        if waiting(candidate):
+            who = f"{speed.aggregate_users} of {candidate.parallel} users at a time"
+        yield f"{interval(speed.aggregate_tok_s)} tokens/s, {who}"
+    who = "one user alone" if candidate.parallel > 1 else "one user"
+    parts = [f"{decode} tokens/s, {who}"]
+    if start != decode:
+        parts = [f"{parts[0]} at {candidate.ctx_tokens} tokens", f"{start} at the start"]
+    if speed.prefill_tok_s:
+        parts.append(f"{interval(speed.prefill_tok_s)} prompt tokens/s")
+    yield "; ".join(parts)
+    if speed.basis:
+        yield speed.basis
+    if speed.thin:
+        yield f"thin evidence: {'; '.join(speed.thin)}; mgpu run --ask measures it for the next plan"
+    if speed.unknown and candidate.parallel > 1:
+        yield f"all users together: not predicted: {speed.unknown}"
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-def _vllm_sums(plan: Plan, candidate: Candidate) -> Iterator[str]:
-    facts, wants = plan.model, candidate.wants
-    assert isinstance(wants, VllmWants)
-    parts = candidate.tensor_parallel
-    cut = f", each layer cut into {parts} parts" if parts > 1 else ""
-    yield f"weights   {gib(model_bytes(facts))} in all{cut} (from {facts.source})"
-    layer = facts.layers[0]
-    yield (
-        f"KV        per layer and token {_counted(max(1, layer.kv_heads // parts), 'head')} on each card ×"
-        f" ({layer.key_length} K + {layer.value_length} V) {candidate.kv_type}"
-    )
-    held = f"{planned_kv_tokens(candidate, facts)} tokens in all"
-    each = "the user" if candidate.parallel == 1 else f"each of {candidate.parallel} users"
-    yield f"          {held}, {candidate.ctx_tokens} for {each} at most"
-    if not candidate.devices:
-        return
-    share = wants.gpu_memory_utilization or DEFAULT_UTILISATION
-    yield f"share     vLLM takes {share:g} of what CUDA sees of a card (98 % of the driver's figure);"
-    yield "          what weights, compute and runtime leave of that is KV cache"
-    yield "compute   activations of a batch and what CUDA and NCCL hold, measured: 0.3 to 0.7 GiB"
-    yield "runtime   CUDA graphs, measured: 0.1 to 0.7 GiB; none with -- --enforce-eager"
-
-
-def _other_ways(plan: Plan, width: int) -> Iterator[RenderableType]:
-    others = [candidate for candidate in plan.candidates if candidate is not plan.chosen]
-    yield fitting(
-        width, lambda: _ways_table(plan, others, narrow=False), lambda: _ways_table(plan, others, narrow=True)
-    )
-    for candidate in others:
-        if candidate.verdict == "illegal":
-            first, *more = candidate.reasons
-            sizes = [reason for reason in more if reason.startswith("tensor parallel sizes")]
-            yield ""
-            yield from _hanging("illegal", f"{_name(candidate)}: {'; '.join((first, *sizes))}", width)
-
-
-def _ways_table(plan: Plan, others: Sequence[Candidate], *, narrow: bool) -> Table:
-    table = plain_table(
-        [("other ways", "left"), ("", "left"), ("at most", "right"), *([] if narrow else [("", "left")])],
-    )
-    for candidate in others:
-        bound = candidate.speed.bound_tok_s
-        cells = [
-            _name(candidate) if narrow else f"{_name(candidate)}, {candidate.quant or '?'}",
-            _SHORT_VERDICTS[candidate.verdict],
-            f"{math.floor(bound)} tok/s" if bound and candidate.verdict not in ("does-not-fit", "illegal") else "",
-        ]
-        table.add_row(*cells, *([] if narrow else [_how(plan, candidate)]))
-    return table
-
-
-def _name(candidate: Candidate) -> str:
-    return f"{TITLES[candidate.backend]}, {split_words(candidate)}"
-
-
-def _how(plan: Plan, candidate: Candidate) -> str:
-    """The options that would choose this way, or the command that makes it possible."""
-    if candidate.verdict == "unavailable":
-        return next(iter(candidate.reasons), "").removeprefix("not installed: ").removeprefix("install it from ")
-    if candidate.verdict == "does-not-fit":
-        return f"{gib(candidate.short_bytes)} short"
-    if candidate.verdict == "illegal":
-        return "see below"
-    words = [f"--backend {candidate.backend}"] if candidate.backend != plan.chosen.backend else []
-    used = ",".join(f"gpu{device.gpu}" for device in candidate.devices) or "none"
-    if {d.gpu for d in candidate.devices} != {d.gpu for d in plan.chosen.devices}:
-        words.append(f"--gpus {used}")
-    return " ".join(words)
-
-
-def _fixes(plan: Plan) -> Iterator[RenderableType]:
-    table = plain_table([("change", "left"), ("then", "left")])
-    for fix in plan.fixes:
-        candidate = fix.candidate
-        spare = min((device.spare_bytes for device in candidate.devices), default=candidate.host.spare_bytes or 0)
-        words = f"{VERDICT_WORDS[candidate.verdict][0].lower()}, {gib(spare)} spare on the fullest card"
-        if candidate.verdict == "fits-with-offload":
-            words = f"{candidate.host.layers} of {len(plan.model.layers)} layers in host memory: slow"
-        elif candidate.speed.bound_tok_s:
-            words += f", at most {math.floor(candidate.speed.bound_tok_s)} tokens/s"
-        table.add_row(fix.change, words)
-    yield table
+def _lines_of_one_end(candidate: Candidate) -> Iterator[str]:
+    """Where nothing is predicted: what was measured, with the context full or empty, or neither."""
+    speed = candidate.speed
+    who = "one user alone" if candidate.parallel > 1 else "one user"
+    if known := speed.decode_tok_s or speed.decode_start_tok_s:
+        where = f"at {candidate.ctx_tokens} tokens" if speed.decode_tok_s else "at the start"
+        yield f"{interval(known, speed.bound_tok_s)} tokens/s, {who} {where}"
+    if speed.basis:
+        yield speed.basis
+    if speed.unknown:
+        yield f"not predicted{f' at {candidate.ctx_tokens} tokens' if known else ''}: {speed.unknown}"

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgpu.backends.samples import Sample
-from mgpu.cli.views.plan import shape_words, split_words
+from mgpu.cli.views.ways import shape_words, split_words
 from mgpu.cli.views.words import card_name, cell_gib, sizes
 from mgpu.planning.choice import TITLES
+from mgpu.planning.speed import Range, interval
 from mgpu.units import GIB, gib, seconds
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mgpu.models.fetch import Progress
     from mgpu.planning.candidates import Candidate, PlannedDevice
     from mgpu.running.client import Answer, Canary
+    from mgpu.running.instance import Instance
     from mgpu.running.start import Loading
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -28,6 +30,8 @@ _MB = 1_000_000
 _TOLERATED_EXCESS = 0.03
 # Below this part of the KV cache that was planned, fewer users find room than were promised.
 _LEAST_KV_SHARE = 0.9
+# A shorter answer is no measurement of the speed.
+_MEASURED_TOKENS = 64
 
 
 def home_path(path: Path) -> str:
@@ -55,11 +59,23 @@ def plan_line(candidate: Candidate) -> str:
         where += " · " + " + ".join(f"{device.total_bytes / GIB:.2f}" for device in used) + " GiB"
         if candidate.host.layers:
             where += f", {candidate.host.layers} layers in RAM ({gib(candidate.host.total_bytes)})"
+        elif candidate.host.expert_layers:
+            where += f", experts of {candidate.host.expert_layers} layers in RAM ({gib(candidate.host.total_bytes)})"
     users = "" if candidate.parallel == 1 else f" × {candidate.parallel} users"
-    bound = candidate.speed.bound_tok_s
-    speed = f" · at most {int(bound)} tokens/s" if bound else ""
+    expected = expected_words(candidate)
+    speed = f" · {expected} tokens/s expected" if expected else ""
     what = f"{candidate.quant or '?'} · {candidate.ctx_tokens} tokens{users}"
     return f"{TITLES[candidate.backend]} · {what} · {where}{speed}"
+
+
+def expected_words(candidate: Candidate) -> str | None:
+    """Return how many tokens per second one user may expect, from a full context to an empty one: "16-22"; None where
+    nothing is predicted."""
+    speed = candidate.speed
+    if speed.decode_tok_s is None or speed.decode_start_tok_s is None:
+        return None
+    whole = Range(low=speed.decode_tok_s.low, likely=speed.decode_tok_s.likely, high=speed.decode_start_tok_s.high)
+    return interval(whole, speed.bound_tok_s)
 
 
 def fetch_line(progress: Progress, rate_bytes_s: float | None, width: int) -> RenderableType:
@@ -85,6 +101,15 @@ def load_line(loading: Loading, file_bytes: int | None, width: int) -> Renderabl
     return _bar_line(f"{'load':<8} {loading.phase}", mapped / file_bytes if file_bytes else None, words, width)
 
 
+def phase_line(instance: Instance, since_s: float, width: int) -> RenderableType:
+    """Return one line of a start that another process does: the phase, and how long it may still take."""
+    left = f"about {seconds(instance.remaining_s)} left, " if instance.remaining_s else ""
+    name, _, percent = (instance.phase or str(instance.state)).partition(", ")
+    number = percent.split(" ")[0]
+    fraction = int(number) / 100 if number.isdecimal() else None
+    return _bar_line(f"{'load':<8} {name}", fraction, f"{percent}  {left}{seconds(since_s)}".strip(), width)
+
+
 def check_line(candidate: Candidate, memory: Mapping[int, DeviceMemory], canary: Canary) -> str:
     """Return what the cards really hold, and how the engine answered."""
     held = [
@@ -94,6 +119,8 @@ def check_line(candidate: Candidate, memory: Mapping[int, DeviceMemory], canary:
     ]
     cards = f"{', '.join(held)} GiB planned · " if held else ""
     rate = f" · {canary.generation_tok_s:.1f} tokens/s" if canary.generation_tok_s else ""
+    if rate and (expected := expected_words(candidate)):
+        rate += f" in its first words, {expected} expected"
     return f"{cards}answered in {seconds(canary.seconds)}{rate}"
 
 
@@ -144,11 +171,13 @@ def actual_data(candidate: Candidate, memory: Mapping[int, DeviceMemory]) -> lis
     ]
 
 
-def answer_line(answer: Answer) -> str:
-    """Return how fast an answer came."""
+def answer_line(answer: Answer, candidate: Candidate | None = None) -> str:
+    """Return how fast an answer came and, of one that is long enough to be a measurement, what was expected."""
     parts = []
     if answer.generated_tokens is not None and answer.generation_tok_s:
-        parts.append(f"{answer.generated_tokens} tokens at {answer.generation_tok_s:.1f} tokens/s")
+        expected = expected_words(candidate) if candidate and answer.generated_tokens >= _MEASURED_TOKENS else None
+        beside = f" ({expected} expected)" if expected else ""
+        parts.append(f"{answer.generated_tokens} tokens at {answer.generation_tok_s:.1f} tokens/s{beside}")
     if answer.prompt_tokens and answer.prompt_tok_s:
         parts.append(f"prompt {answer.prompt_tokens} tokens at {answer.prompt_tok_s:.0f} tokens/s")
     if answer.finish_reason == "length":

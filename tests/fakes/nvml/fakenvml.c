@@ -384,9 +384,11 @@ typedef struct {
 } FieldValue;
 Result nvmlDeviceGetFieldValues(Device device, int count, FieldValue *fields) {
     for (int i = 0; i < count; i++) {
-        char key[32];
-        snprintf(key, sizeof key, "fi.%u", fields[i].field);
-        const char *value = card_fact(device, key);
+        char own[48], common[32]; /* fi.163.7 is what port 7 counts, fi.163 what each other one does */
+        snprintf(own, sizeof own, "fi.%u.%u", fields[i].field, fields[i].scope);
+        snprintf(common, sizeof common, "fi.%u", fields[i].field);
+        const char *value = card_fact(device, own);
+        if (!value) value = card_fact(device, common);
         fields[i].timestamp = fields[i].latency = 0;
         fields[i].result = status(value);
         if (fields[i].result) continue;
