@@ -2,12 +2,13 @@
 # make run    set up, then serve that model until Ctrl-C
 # make test   set up, then run every test
 # make check  lint, format and types
+# make claims write docs/popular-claims.md again
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer).
 
 BIN := .venv/bin
 QUESTION ?= Why is the sky blue? Answer in one sentence.
 
-.PHONY: demo run test check format bench clean
+.PHONY: demo run test check format bench claims clean
 
 demo: .venv/.demo
 	@$(BIN)/mgpu run smollm2-135m --max-tokens 300 --ask "$(QUESTION)"
@@ -29,6 +30,9 @@ format: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python -m benchmarks
+
+claims: .venv/.test
+	$(BIN)/python -m benchmarks.claims
 
 clean:
 	rm -rf .venv
