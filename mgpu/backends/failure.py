@@ -23,6 +23,8 @@ import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mgpu.backends.cpu_library import INSTALL_CPU_LIBRARY
+
 LONGEST_MESSAGE = 100
 """Characters of a message at most, so that it stays on one line of a 100-column terminal."""
 
@@ -113,7 +115,7 @@ _CRASHES: dict[int, tuple[str | None, str]] = {
     ),
     signal.SIGILL: (
         "the CPU lacks an instruction this build uses",
-        "install a build of the engine that is made for this CPU",
+        f"install a build of the engine that is made for this CPU (llama-server from pip: {INSTALL_CPU_LIBRARY})",
     ),
     signal.SIGFPE: ("a bug in the engine", "another version of the engine may help"),
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from mgpu.backends.backend import Backend, DeviceMemory, Get, Launch, Serving
+from mgpu.backends.cpu_library import cpu_library
 from mgpu.backends.engine import LLAMA_CPP, Engine, ask
 from mgpu.backends.llama_cpp_failure import diagnose
 from mgpu.backends.llama_cpp_log import Phase, buffers_by_device, parse_line
@@ -181,7 +182,9 @@ def build_launch(candidate: Candidate, serving: Serving) -> Launch:
         raise UsageError("the API key begins or ends with a blank, or holds a line break: no client could send it")
     used = [device for device in candidate.devices if not device.idle]
     pinned = _pinned(used)
-    env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if any(d.device.startswith("CUDA") for d in used) else {}
+    env = cpu_library(serving.program)
+    if any(device.device.startswith("CUDA") for device in used):
+        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     if pinned:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(device.uuid) for device in used)
     names = _names(used)

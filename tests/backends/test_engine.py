@@ -30,7 +30,7 @@ from mgpu.errors import EngineFailed, MgpuError, Missing, UsageError
 from mgpu.machine.snapshot import EngineDevice
 from tests.fakes.devices import fake_rpc_devices, real_llama_server
 
-LIMIT_S = 30
+LIMIT_S = 120
 TWO_CARDS = """Available devices:
   CUDA0: NVIDIA GeForce RTX 4090 (24081 MiB, 23600 MiB free)
   Vulkan1: AMD Radeon 780M (RADV PHOENIX) (16384 MiB, 0 MiB free)

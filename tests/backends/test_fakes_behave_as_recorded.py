@@ -30,7 +30,7 @@ from tests.fakes.llama_server_options import options
 from . import recorded
 
 MIB = 1 << 20
-LIMIT_S = 30
+LIMIT_S = 120
 GONE = (OSError, http.client.HTTPException)
 TWO_CARDS = (
     "CUDA0: NVIDIA GeForce RTX 4090 (24081 MiB, 23600 MiB free);"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from mgpu.backends.cpu_library import cpu_library
 from mgpu.backends.llama_cpp_failure import diagnose
 from mgpu.backends.llama_cpp_log import (
     HOST,
@@ -43,7 +44,7 @@ from tests.fakes.sparse_gguf import make_sparse_gguf
 pytestmark = pytest.mark.real_device
 
 MIB = 1 << 20
-LIMIT_S = 60
+LIMIT_S = 120
 GONE = (OSError, http.client.HTTPException)
 
 
@@ -66,7 +67,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment, "GGML_NO_BACKTRACE": "1"},
+                env={**os.environ, **cpu_library(real_llama_server()), **environment, "GGML_NO_BACKTRACE": "1"},
             )
 
     def lines(self) -> list[str]:

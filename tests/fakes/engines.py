@@ -15,7 +15,7 @@ from mgpu.running.process import EngineProcess
 from tests.fakes.devices import free_port
 from tests.fakes.llama_server import install
 
-LIMIT_S = 30
+LIMIT_S = 120
 _MODEL_BYTES = 100 << 20
 
 

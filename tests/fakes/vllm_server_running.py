@@ -22,7 +22,7 @@ from tests.fakes.devices import free_port
 from tests.fakes.tiny_llama import make_tiny_llama
 from tests.fakes.vllm_server import install
 
-LIMIT_S = 30
+LIMIT_S = 120
 SHARED_MEMORY = Path("/dev/shm")
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 

