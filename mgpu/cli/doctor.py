@@ -371,8 +371,4 @@ def _told(outcome: Outcome) -> str:
 def _agrees(command: str, does: str) -> bool:
     """Ask on the terminal; what is no yes is a no."""
     output.note(f"command  {command}\n         {does}")
-    output.write_text("         run it? [y/N] ", error=True)
-    try:
-        return input().strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
+    return output.agrees("         run it?")

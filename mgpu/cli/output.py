@@ -164,6 +164,15 @@ class Output:
         stream.write(text)
         stream.flush()
 
+    def agrees(self, question: str) -> bool:
+        """Ask on the terminal, and return whether the answer is yes; what is no yes, the end of the input too, is a no.
+
+        Raises KeyboardInterrupt for Ctrl-C. `input()` would make a SystemError of it where a second signal, such as
+        that of `Interrupts.recover_lost`, comes before Python has heard of the first.
+        """
+        self.write_text(f"{question} [y/N] ", error=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
     def _labelled(self, label: str, text: str, style: str) -> None:
         from rich.text import Text
 

@@ -98,7 +98,7 @@ def _ask(found: Sequence[Leftover], named: Sequence[str]) -> None:
     """Raise UsageError where nobody can be asked, NoAnswer where the answer is no."""
     if not (sys.stdin and sys.stdin.isatty() and output.console(error=True).is_terminal):
         raise _unasked(found, named)
-    if not typer.confirm("end and remove this?", default=False, err=True):
+    if not output.agrees("end and remove this?"):
         raise NoAnswer("nothing was ended", code="not-confirmed")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mgpu.machine.host import read_host
@@ -294,8 +295,19 @@ def test_one_that_has_a_supervisor_again_is_left_alone(mgpu: Mgpu) -> None:
         assert is_alive(process.pid)
 
 
-@pytest.mark.parametrize(("answer", "exit_code"), [("n\n", 1), ("\n", 1), ("\x03", 130), ("y\n", 0)])
-def test_on_a_terminal_it_asks(mgpu: Mgpu, answer: str, exit_code: int) -> None:
+@pytest.mark.parametrize(
+    ("answer", "exit_code"),
+    [
+        pytest.param("n\n", 1, id="no"),
+        pytest.param("\n", 1, id="nothing"),
+        pytest.param("\x04", 1, id="the end of the input"),
+        pytest.param("\x03", 130, id="Ctrl-C"),
+        # What comes when mgpu has not heard of the first for so long that it is told again.
+        pytest.param((signal.SIGINT, signal.SIGALRM), 130, id="two signals at once"),
+        pytest.param("y\n", 0, id="yes"),
+    ],
+)
+def test_on_a_terminal_it_asks(mgpu: Mgpu, answer: str | tuple[signal.Signals, ...], exit_code: int) -> None:
     with engine(mgpu, "llama") as process:
         mine, theirs = pty.openpty()
         asking = subprocess.Popen(
@@ -313,7 +325,12 @@ def test_on_a_terminal_it_asks(mgpu: Mgpu, answer: str, exit_code: int) -> None:
             assert time.monotonic() < deadline, shown
             if select.select([mine], [], [], 0.1)[0]:
                 shown += os.read(mine, 65536)
-        os.write(mine, answer.encode())
+        if isinstance(answer, str):
+            os.write(mine, answer.encode())
+        else:
+            until(lambda: psutil.Process(asking.pid).status() == psutil.STATUS_SLEEPING, "it waits for the answer")
+            for number in (signal.SIGSTOP, *answer, signal.SIGCONT):
+                asking.send_signal(number)
         assert asking.wait(LIMIT_S) == exit_code
         assert is_alive(process.pid) == (exit_code != 0)
         os.close(mine)
