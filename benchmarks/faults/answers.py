@@ -31,11 +31,11 @@ _STALL_S = "3"
 _WORDS = {
     "llama": (
         *("oom-weights", "oom-kv", "oom-compute", "port", "bad-arch", "corrupt", "exit0", "segv", "abort", "empty-log"),
-        *("hang-loading", "hang-request", "garbage", "repeat-token", "die-in-request", "die-after-ready"),
+        *("hang-loading", "hang-request", "garbage", "repeat-token", "die-in-request"),
     ),
     "vllm": (
         *("old", "no-such-flag", "port", "kv-too-small", "oom-weights", "oom-compute", "oom-kv", "truncated", "nccl"),
-        *("exit0", "hang-loading", "worker-dies", "engine-dies", "worker-dies-in-request"),
+        *("exit0", "hang-loading", "worker-dies-in-request"),
         *("hang-request", "garbage", "nonsense"),
     ),
 }

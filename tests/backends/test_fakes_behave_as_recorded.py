@@ -24,7 +24,7 @@ from mgpu.backends.llama_cpp_failure import diagnose
 from mgpu.backends.llama_cpp_log import PHASES, DeviceBuffers, Phase, buffers_by_device, parse_line
 from mgpu.backends.llama_cpp_metrics import sample_from_text
 from mgpu.backends.samples import parse_metrics
-from tests.fakes.llama_server import install
+from tests.fakes.llama_server import LOSE_DEVICE, install
 from tests.fakes.llama_server_options import options
 
 from . import recorded
@@ -174,7 +174,7 @@ def stream_shapes(text: str) -> list[object]:
         ("port", "fail_port_in_use", 1),
         ("bad-arch", "fail_unknown_arch", 1),
         ("corrupt", "fail_truncated", 1),
-        ("die-after-ready", "oom_die_midgen", -6),
+        ("", "oom_die_midgen", -6),  # a device is lost while it serves
         ("exit0", None, 0),
         ("segv", None, -11),
         ("abort", None, -6),
@@ -183,6 +183,8 @@ def stream_shapes(text: str) -> list[object]:
 )
 def test_a_fault_ends_like_the_recorded_failure(start: Start, fault: str, log: str | None, status: int) -> None:
     running = start(FAKE_FAIL=fault, FAKE_DEVICES=TWO_CARDS.replace("CUDA", "Vulkan"))
+    if not fault:
+        running.process.send_signal(LOSE_DEVICE)
     assert running.ended() == status
     if log is not None:
         expected, found = diagnose(recorded.lines(log), status), diagnose(running.lines(), status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.devices import free_port
+from tests.fakes.llama_server import LOSE_DEVICE
 from tests.fakes.shapes import SHAPES
 from tests.fakes.sparse_gguf import make_sparse_gguf
 
@@ -157,17 +159,18 @@ def test_what_is_not_as_planned_is_a_warning(mgpu: Mgpu, tiny: Path, fault: str 
 
 
 @pytest.mark.parametrize(
-    ("fault", "code"),
+    ("signal_number", "code"),
     [
-        pytest.param("die-after-ready:0.3", "device-lost", id="a card is lost"),
-        pytest.param(None, "killed", id="the engine is killed"),
+        pytest.param(LOSE_DEVICE, "device-lost", id="a card is lost"),
+        pytest.param(signal.SIGKILL, "killed", id="the engine is killed"),
     ],
 )
-def test_an_engine_that_dies_while_serving_is_explained(mgpu: Mgpu, tiny: Path, fault: str | None, code: str) -> None:
-    running = mgpu.start("run", tiny, "--json", FAKE_DEVICES=TWO_CARDS, FAKE_FAIL=fault)
+def test_an_engine_that_dies_while_serving_is_explained(
+    mgpu: Mgpu, tiny: Path, signal_number: signal.Signals, code: str
+) -> None:
+    running = mgpu.start("run", tiny, "--json", FAKE_DEVICES=TWO_CARDS)
     running.url()
-    if code == "killed":
-        mgpu.kill(running.engine_pid())
+    os.kill(running.engine_pid(), signal_number)
     ended = running.end()
     assert ended.exit_code == 4
     assert [error["code"] for error in ended.stream[-1]["errors"]] == [code]

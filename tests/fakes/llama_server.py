@@ -9,13 +9,13 @@ What it does was recorded from a real llama-server (build 10434). The environmen
     FAKE_FAIL   one or more, separated by commas:
         oom-weights oom-kv oom-compute port bad-arch corrupt exit0 segv abort empty-log    ends while it starts
         hang-loading slow-load[:SECONDS]                                                   starts late or never
-        die-after-ready[:SECONDS] die-in-request hang-request garbage repeat-token         fails while it serves
+        die-in-request hang-request garbage repeat-token                                   fails while it serves
         ignore-term spawn-child                                                            is hard to stop
         talkative                                                                          answers until told to stop
     FAKE_FAIL_STARTS=N:FILE   fails only the first N times it is started with a model, counted in FILE
 
 A device that is too small for the model's file, its context and its compute buffer is out of memory without
-being told so.
+being told so. Once it serves, SIGUSR1 takes its last device away, of which it dies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,6 +40,7 @@ from tests.fakes.llama_server_options import HELP, Refused, Settings, parse
 VERSION = "version: 0.1.0-dev (build 1, commit 7e4c0a9)\nbuilt with GNU 11.4.0 for Linux x86_64\n"
 _ROOT = Path(__file__).parent.parent.parent
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+LOSE_DEVICE = signal.SIGUSR1
 # Ends by itself, should a test that starts it be killed before it can clean up.
 _STUBBORN_CHILD = """
 import signal, time
@@ -109,7 +110,7 @@ def _serve(settings: Settings, devices: tuple[Device, ...], faults: dict[str, fl
         log.error("srv  llama_server: exiting due to HTTP server error")
         _exit(1)
     # Threads never take the signals that end the program: only the main thread waits for them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*_STOP_SIGNALS, LOSE_DEVICE})
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
@@ -127,15 +128,14 @@ def _serve(settings: Settings, devices: tuple[Device, ...], faults: dict[str, fl
     log.write("srv  llama_server: model loaded", verbosity=3)
     log.write(f"srv  llama_server: listening on http://{settings.host}:{server.server_port}", verbosity=3)
     log.write("srv  update_slots: all slots are idle")
-    if "die-after-ready" in faults:
-        threading.Timer(faults["die-after-ready"], _lose_device, [devices, log]).start()
-    _stop_when_told(engine, server, log)
+    _stop_when_told(engine, server, log, lambda: _lose_device(devices, log))
 
 
-def _stop_when_told(engine: Engine, server: Server, log: Log) -> NoReturn:
+def _stop_when_told(engine: Engine, server: Server, log: Log, lose_device: Callable[[], None]) -> NoReturn:
     while "ignore-term" in engine.faults:
         time.sleep(60)
-    signal.sigwait(_STOP_SIGNALS)
+    if signal.sigwait({*_STOP_SIGNALS, LOSE_DEVICE}) == LOSE_DEVICE:
+        lose_device()
     if "hang-request" not in engine.faults or not engine.in_flight:  # else nothing happens at all
         log.write("srv    operator(): operator(): cleaning up before exit...", verbosity=3)
         server.socket.close()

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 
 from tests.fakes.vllm_log_lines import Log
-from tests.fakes.vllm_processes import ORPHAN_S, die_after, fork
+from tests.fakes.vllm_processes import ORPHAN_S, fork
 from tests.fakes.vllm_worker import DONE, READY, STEP, Load, Worker, gib
 
 # The real one waits 2 s for workers to end by themselves, and nearly 10 when they had work.
@@ -68,8 +68,6 @@ class EngineCore:
         self.log.info("core.py:402", "init engine (profile, create kv cache, warmup model) took 0.05 s")
         self.serving = True
         self.server.sendall(READY)
-        faults = self.load.faults
-        die_after(faults.get("engine-dies", faults.get("worker-dies") if self.alone else None))
         self._serve()
 
     def _introduce(self) -> None:

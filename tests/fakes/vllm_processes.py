@@ -56,13 +56,6 @@ def fork(title: str, body: Callable[[], None], *, close: Sequence[socket.socket]
         os._exit(status)
 
 
-def die_after(seconds: float | None) -> None:
-    """Have this process killed in so many seconds, if any."""
-    if seconds is not None:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
-
-
 class Leftovers:
     """The sockets and the shared memory of a vLLM. Its sockets and the memory of the group stay behind in any case;
     the rest is taken away by the resource tracker, if that lives to see the others' end."""

@@ -14,7 +14,7 @@ The environment chooses the rest:
                                                                              no --shutdown-timeout
         kv-too-small kv-huge oom-weights oom-compute oom-kv truncated nccl exit0     ends while it loads
         hang-loading slow-load[:SECONDS]                                     is ready late or never
-        worker-dies[:SECONDS] engine-dies[:SECONDS] worker-dies-in-request   fails while it serves
+        worker-dies-in-request                                               fails while it serves
         hang-request garbage nonsense                                        answers nothing, one token, rubbish
         broken-p2p                                                           one token, unless NCCL_P2P_DISABLE=1
         blank-name silent textless                                           one token for a name; nothing; no text

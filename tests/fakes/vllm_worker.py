@@ -17,7 +17,6 @@ from pathlib import Path
 from tests.fakes.vllm_log_lines import Log
 from tests.fakes.vllm_model import GIB, Memory, Model, damage
 from tests.fakes.vllm_options import Settings
-from tests.fakes.vllm_processes import die_after
 
 STEP, DONE, READY = b"s", b"k", b"r"
 
@@ -70,8 +69,6 @@ class Worker:
             work()
             self._answer(READY)
         if self.core is None:
-            if self._is_last():
-                die_after(self.load.faults.get("worker-dies"))
             signal.signal(signal.SIGTERM, self._on_term)
         while self._await():
             if self.deaf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from mgpu.running.process import EngineProcess
 from mgpu.running.start import EngineDied, Loading, death, wait_for_a_strangers, wait_until_ready
 from tests.fakes.devices import free_port
 from tests.fakes.engines import LIMIT_S, connect, fake_engine
+from tests.fakes.llama_server import LOSE_DEVICE
 
 TWO_CARDS = "CUDA0: RTX 4090 (24081 MiB, 23600 MiB free); CUDA1: RTX 4090 (24081 MiB, 23600 MiB free)"
 
@@ -60,8 +62,9 @@ def test_a_death_while_loading_is_explained(
 
 
 def test_a_death_while_serving_is_explained(tmp_path: Path) -> None:
-    with fake_engine(tmp_path, FAKE_FAIL="die-after-ready", FAKE_DEVICES=TWO_CARDS) as (process, client):
+    with fake_engine(tmp_path, FAKE_DEVICES=TWO_CARDS) as (process, client):
         wait_until_ready(process, client, BACKEND, lambda _: None)
+        os.kill(process.pid, LOSE_DEVICE)
         assert process.wait(LIMIT_S) == -6
         died = death(process, BACKEND)
     assert (died.code, died.failure.device) == ("device-lost", "CUDA1")
