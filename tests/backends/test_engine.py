@@ -72,7 +72,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr(engines, "_WHEEL", "no_such_package")
+    monkeypatch.setattr(engines, "WHEEL", "no_such_package")
     return folder
 
 
@@ -81,7 +81,7 @@ def package_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "a_package_with_an_engine" / "bin").mkdir(parents=True)
     (folder / "a_package_with_an_engine" / "__init__.py").touch()
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(engines, "_WHEEL", "a_package_with_an_engine")
+    monkeypatch.setattr(engines, "WHEEL", "a_package_with_an_engine")
     return program(folder / "a_package_with_an_engine" / "bin" / "llama-server", "exit 0")
 
 
