@@ -12,6 +12,7 @@ import pytest
 from mgpu.backends.llama_cpp import BACKEND
 from mgpu.backends.llama_cpp_log import PHASES
 from mgpu.errors import EngineFailed
+from mgpu.running import readiness
 from mgpu.running.process import EngineProcess
 from mgpu.running.start import EngineDied, Loading, death, wait_for_a_strangers, wait_until_ready
 from tests.fakes.devices import free_port
@@ -71,20 +72,24 @@ def test_a_death_while_serving_is_explained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "why"),
+    ("script", "stall_s", "why"),
     [
-        pytest.param("import time; time.sleep(60)", "no sign of work", id="one that does nothing"),
-        pytest.param("while True: pass", "busy, but nothing read or logged", id="one that spins"),
+        pytest.param("import time; time.sleep(600)", 0.3, "no sign of work", id="one that does nothing"),
+        # It may have to wait for the processor: that is not to be taken for doing nothing.
+        pytest.param("while True: pass", 60.0, "busy, but nothing read or logged", id="one that spins"),
     ],
 )
-def test_an_engine_that_makes_no_progress_is_given_up(script: str, why: str, tmp_path: Path) -> None:
+def test_an_engine_that_makes_no_progress_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, script: str, stall_s: float, why: str, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(readiness, "BUSY_STALL_FACTOR", 2 if stall_s < 1 else 1 / 60)
     command = [sys.executable, "-ISc", script]
     with (
         EngineProcess.start(command, env={}, log_path=tmp_path / "engine.log") as process,
         connect(f"http://127.0.0.1:{free_port()}") as client,
     ):
         with pytest.raises(EngineFailed, match=f"while starting: {why}") as failed:
-            wait_until_ready(process, client, BACKEND, lambda _: None, stall_s=0.3)
+            wait_until_ready(process, client, BACKEND, lambda _: None, stall_s=stall_s)
         assert failed.value.code == "stalled"
         assert process.poll() is None, "stopping it is the caller's part"
 
