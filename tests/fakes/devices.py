@@ -22,7 +22,6 @@ import pytest
 
 from mgpu.backends.cpu_library import WHEEL, cpu_library
 
-_PACKAGE = WHEEL
 _ROOT = Path(__file__).parent.parent.parent
 _START_LIMIT_S = 120
 NO_VULKAN = {"GGML_VK_VISIBLE_DEVICES": ""}
@@ -88,7 +87,7 @@ def lavapipe_environment() -> dict[str, str] | None:
     """The environment in which llama-server sees Mesa's software renderer as Vulkan0 and Vulkan1; None where
     it is not installed, or where a real Vulkan device takes its place."""
     environment = {"GGML_VK_VISIBLE_DEVICES": "0,0"}
-    if importlib.util.find_spec(_PACKAGE) is None:
+    if importlib.util.find_spec(WHEEL) is None:
         return None
     listed = subprocess.run(
         [real_llama_server(), "--list-devices"],
@@ -108,10 +107,10 @@ def free_port() -> int:
 
 
 def _program(function: str) -> Path:
-    reason = f"the package {_PACKAGE} is not installed"
-    require_or_skip(importlib.util.find_spec(_PACKAGE) is not None, reason)
-    path: Path | None = getattr(importlib.import_module(_PACKAGE), function)()
-    require_or_skip(path is not None, f"{_PACKAGE} lacks {function}")
+    reason = f"the package {WHEEL} is not installed"
+    require_or_skip(importlib.util.find_spec(WHEEL) is not None, reason)
+    path: Path | None = getattr(importlib.import_module(WHEEL), function)()
+    require_or_skip(path is not None, f"{WHEEL} lacks {function}")
     assert path is not None
     return path
 
